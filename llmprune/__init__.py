@@ -1,0 +1,30 @@
+"""Prune language models layer by layer, after training, without full-model backprop."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmprune.errors import InputError, PruneError
+    from llmprune.job import Job
+    from llmprune.progress import Progress
+    from llmprune.report import PruneReport
+    from llmprune.run import prune
+
+_WHERE = {
+    "InputError": "errors",
+    "Job": "job",
+    "Progress": "progress",
+    "PruneError": "errors",
+    "PruneReport": "report",
+    "prune": "run",
+}
+__all__ = ["InputError", "Job", "Progress", "PruneError", "PruneReport", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that importing the package imports no torch."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'llmprune' has no attribute {name!r}")
+    return getattr(import_module(f"llmprune.{_WHERE[name]}"), name)

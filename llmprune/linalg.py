@@ -1,0 +1,76 @@
+"""Damped factorisation of Grams, and the one error formula that judges every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import NumericalError
+
+MAX_RAISES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class InverseFactor:
+    """`(H + λI)⁻¹ = Uᵀ U` with U upper triangular.
+
+    Args:
+        upper: U, `(in, in)`.
+        ridge: λ.
+        raises: how often the damping was raised tenfold before the factorisation succeeded.
+    """
+
+    upper: Tensor
+    ridge: float
+    raises: int
+
+
+def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
+    """Factor the inverse of the damped Gram, `H + λI` with `λ = damping * mean(diag H)`.
+
+    With J the reversal of the inputs, the Cholesky factor L of `J (H + λI) J` gives `H + λI = R Rᵀ`, `R = J L J` upper
+    triangular, and `U = R⁻¹`: one factorisation and one triangular inverse instead of a factorisation, an inverse and
+    a second factorisation (SparseGPT). Inputs that are always zero (`H_jj = 0`) get `H_jj = 1`.
+
+    Args:
+        gram: H, `(in, in)`, symmetric, float32 or float64.
+        damping: fraction of the mean diagonal.
+
+    Raises:
+        NumericalError: if the matrix is not positive definite after the damping was raised tenfold `MAX_RAISES` times.
+    """
+    diagonal = gram.diagonal()
+    mean = float(diagonal.double().mean())
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    for raises in range(MAX_RAISES + 1):
+        ridge = damping * 10**raises * mean
+        flipped = gram.flip(0, 1)
+        flipped.diagonal().add_(ridge + (diagonal == 0).to(gram.dtype).flip(0))
+        lower, info = torch.linalg.cholesky_ex(flipped)
+        if int(info) == 0:
+            inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+            if bool(torch.isfinite(inverse.diagonal()).all()):
+                return InverseFactor(inverse.flip(0, 1), ridge, raises)
+    raise NumericalError(
+        f"the input statistics stay singular with a damping of {damping * 10**MAX_RAISES:g} of the mean diagonal",
+        "use more calibration tokens (--samples, --seq-len) or another text (--calib)",
+    )
+
+
+def output_energy(weight: Tensor, gram: Tensor) -> float:
+    """Mean squared norm of a layer's output per token, `tr(W G Wᵀ)`, for `weight (out, in)` and `gram (in, in)`."""
+    return float((weight @ gram).mul_(weight).sum(dtype=torch.float64))
+
+
+def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
+    """Share of the layer's output energy that pruning changed: `tr(D G Dᵀ) / tr(W G Wᵀ)`, `D = pruned − weight`.
+
+    Args:
+        weight: the dense weight, `(out, in)`.
+        pruned: the new weight, `(out, in)`.
+        gram: `(in, in)`, per token.
+    """
+    energy = output_energy(weight, gram)
+    return output_energy(pruned - weight, gram) / energy if energy > 0 else 0.0

@@ -1,0 +1,86 @@
+"""Perplexity the way the literature measures it, streamed block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmprune.skeleton import Skeleton
+from llmprune.stream import BlockStream, logits
+
+CHUNK_ELEMENTS = 2**25
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """`exp` of the mean cross-entropy per token.
+
+    Args:
+        value: the perplexity.
+        error: its standard error, from the spread over windows (0 with a single window).
+        windows: number of windows.
+        context: tokens per window.
+    """
+
+    value: float
+    error: float
+    windows: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ± {self.error:.2f}"
+
+
+def from_losses(losses: Tensor, context: int) -> Perplexity:
+    """Perplexity from the mean loss of every window, `(windows,)`, in nats per token."""
+    mean = float(losses.double().mean())
+    value = math.exp(mean) if mean < 700 else math.inf
+    spread = float(losses.double().std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    return Perplexity(value, value * spread, len(losses), context)
+
+
+@torch.no_grad()
+def perplexity(skeleton: Skeleton, tokens: Tensor, step: Callable[[], None] = lambda: None) -> Perplexity:
+    """Measure a model on windows of text, each predicted on its own (SparseGPT, Wanda: non-overlapping windows).
+
+    Args:
+        skeleton: the model; one block at a time is in memory.
+        tokens: `(windows, context)`, int64.
+        step: called after every block and once at the end.
+    """
+    stream = BlockStream(skeleton, tokens)
+    for _ in stream:
+        step()
+    with skeleton.loaded(skeleton.outside()):
+        losses = [
+            window_losses(skeleton, batch.tokens, batch.hidden, stream.rehearsal.wrap)
+            for batch in stream.rehearsal.batches
+        ]
+    step()
+    return from_losses(torch.cat(losses), tokens.shape[1])
+
+
+def window_losses(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Callable[[Tensor], object]) -> Tensor:
+    """Mean next-token cross-entropy of every window, `(batch,)`; logits are formed for a few positions at a time.
+
+    Args:
+        skeleton: the model, its outside parameters loaded.
+        tokens: `(batch, context)`.
+        hidden: the last block's output, `(batch, context, hidden)`.
+        wrap: the blocks' return convention.
+    """
+    batch, context = tokens.shape
+    chunk = max(1, CHUNK_ELEMENTS // (batch * skeleton.config.get_text_config().vocab_size))
+    total = torch.zeros(batch, dtype=torch.float64)
+    for start in range(0, context - 1, chunk):
+        stop = min(start + chunk, context - 1)
+        scores = logits(skeleton, tokens[:, start:stop], hidden[:, start:stop].to(skeleton.device), wrap).float()
+        targets = tokens[:, start + 1 : stop + 1].to(scores.device)
+        loss = functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
+        total += loss.view(batch, -1).sum(1, dtype=torch.float64).cpu()
+    return total / (context - 1)

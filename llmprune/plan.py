@@ -1,0 +1,159 @@
+"""What a run will do, worked out on shapes alone before anything expensive happens."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from llmprune.errors import InputError
+from llmprune.families import LayerRef, Skipped, find_layers, find_other_weights, select
+from llmprune.pattern import SparsityPattern
+from llmprune.skeleton import Skeleton
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which layers are pruned, and what the run takes.
+
+    Args:
+        layers: the layers to be pruned.
+        skipped: block weights that stay dense, and why.
+        block_parameters: number of parameters in all blocks.
+        parameters: number of parameters of the model, tied ones once.
+        out_bytes: size of the folder to be written.
+    """
+
+    layers: tuple[LayerRef, ...]
+    skipped: tuple[Skipped, ...]
+    block_parameters: int
+    parameters: int
+    out_bytes: int
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of the layers to be pruned."""
+        return frozenset(layer.name for layer in self.layers)
+
+    @property
+    def covered(self) -> int:
+        """Number of weights in the layers to be pruned."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the block parameters that lie in pruned layers (fraction)."""
+        return self.covered / max(self.block_parameters, 1)
+
+    def skipped_by_reason(self) -> dict[str, int]:
+        """Number of weights that stay dense, by reason."""
+        total: dict[str, int] = {}
+        for item in self.skipped:
+            total[item.reason] = total.get(item.reason, 0) + item.weights
+        return total
+
+
+def make_plan(skeleton: Skeleton, pattern: SparsityPattern, only: tuple[str, ...], skip: tuple[str, ...]) -> Plan:
+    """Choose the layers, and check that the pattern fits every one.
+
+    Raises:
+        InputError: a glob that matches nothing, a width that the pattern does not divide, nothing left to prune.
+    """
+    found = [
+        layer
+        for index, block in enumerate(skeleton.blocks)
+        for layer in find_layers(block, skeleton.block_name(index), skeleton.config)
+    ]
+    _check_globs(found, only, skip)
+    layers: list[LayerRef] = []
+    skipped: list[Skipped] = []
+    for layer in found:
+        reason = layer.skip or select(layer.name, only, skip)
+        if not reason and not skeleton.checkpoint.writable(f"{layer.name}.weight"):
+            reason = "stored in another form on disk"
+        if reason:
+            skipped.append(Skipped(layer.name, layer.weights, reason))
+        elif problem := pattern.divides(*layer.shape):
+            raise InputError(
+                f"{pattern.name} does not fit layer {layer.name!r}: {problem}",
+                "choose another pattern, or leave such layers dense with --skip GLOB",
+            )
+        else:
+            layers.append(layer)
+    for index, block in enumerate(skeleton.blocks):
+        skipped += find_other_weights(block, skeleton.block_name(index))
+    if not layers:
+        raise InputError("there is no layer left to prune", "loosen --only and --skip")
+    parameters = {id(parameter): parameter.numel() for parameter in skeleton.model.parameters()}
+    return Plan(
+        tuple(layers),
+        tuple(skipped),
+        sum(parameter.numel() for parameter in skeleton.blocks.parameters()),
+        sum(parameters.values()),
+        skeleton.checkpoint.out_bytes(),
+    )
+
+
+def _check_globs(layers: list[LayerRef], only: tuple[str, ...], skip: tuple[str, ...]) -> None:
+    for flag, globs in (("--only", only), ("--skip", skip)):
+        for glob in globs:
+            if all(select(layer.name, (glob,), ()) for layer in layers):
+                example = layers[0].name if layers else "none"
+                raise InputError(
+                    f"{flag} {glob!r} matches none of {len(layers)} layers", f"a layer is called {example!r}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run will roughly take.
+
+    Args:
+        seconds: wall time on this machine, from its matrix-product rate.
+        memory: peak bytes above the libraries' own.
+    """
+
+    seconds: float
+    memory: int
+
+
+def estimate(skeleton: Skeleton, plan: Plan, tokens: int, seq_len: int, eval_tokens: int) -> Estimate:
+    """Count operations and bytes of a run.
+
+    Args:
+        skeleton: the model.
+        plan: the layers.
+        tokens: calibration tokens.
+        seq_len: tokens per window.
+        eval_tokens: evaluation tokens, each used twice; 0 for none.
+    """
+    hidden = skeleton.config.get_text_config().hidden_size
+    vocabulary = skeleton.config.get_text_config().vocab_size
+    blocks = max(len(skeleton.blocks), 1)
+    widths = {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in plan.layers}
+    forward = 2 * plan.block_parameters + 4 * seq_len * hidden * blocks
+    gram = sum(width**2 for _, width in widths)
+    solve = sum(4 * rows * width**2 for rows, width in (layer.shape for layer in plan.layers))
+    factor = sum(4 * width**3 / 3 for _, width in widths)
+    evaluate = 2 * eval_tokens * (forward + 2 * hidden * vocabulary)
+    seconds = (tokens * (forward + gram) + 2 * solve + factor + evaluate) / product_rate()
+    size = 4 if skeleton.compute == torch.float32 else 2
+    outside = (plan.parameters - plan.block_parameters) * size
+    block = plan.block_parameters // blocks * (size + 4)
+    largest = max(layer.shape[1] for layer in plan.layers)
+    statistics = 4 * (3 * largest**2 + 3 * max(layer.weights for layer in plan.layers))
+    activations = size * tokens * (hidden + 2 * sum(width for _, width in widths) // blocks)
+    return Estimate(seconds, max(outside, block + statistics) + activations)
+
+
+def product_rate(size: int = 768) -> float:
+    """Floating-point operations per second of this machine's float32 matrix products."""
+    a = torch.ones(size, size)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

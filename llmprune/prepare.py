@@ -1,0 +1,203 @@
+"""Everything that can go wrong is found here, before the first expensive step and with nothing written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmprune.checkpoint import SafetensorsFolder
+from llmprune.demo import default_cache
+from llmprune.errors import InputError
+from llmprune.job import Job
+from llmprune.methods import Method, load_method
+from llmprune.pattern import SparsityPattern, Unstructured, parse_pattern
+from llmprune.plan import Plan, make_plan
+from llmprune.progress import Progress
+from llmprune.report import FILE
+from llmprune.skeleton import Skeleton
+from llmprune.source import Source, load_tokenizer, open_source
+from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
+
+DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 128, 512
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked job: all that the run needs."""
+
+    job: Job
+    source: Source
+    pattern: SparsityPattern
+    method: Method
+    skeleton: Skeleton
+    plan: Plan
+    calibration: TokenBatch
+    evaluation: TokenBatch | None
+    overlap: float
+    out: Path
+
+    @property
+    def partial(self) -> Path:
+        """Where the work in progress lives: beside `out`, so that the final rename is atomic."""
+        return self.out.with_name(f".{self.out.name}.partial")
+
+
+def prepare(job: Job, progress: Progress) -> Prepared:
+    """Check a job, cheap things first.
+
+    Raises:
+        InputError: with what to do about it.
+    """
+    method = load_method(job.method)
+    pattern = parse_pattern(job.sparsity, job.scope or method.scope)
+    cache = job.cache_dir or default_cache()
+    if job.scope and not isinstance(pattern, Unstructured):
+        raise InputError(
+            f"--scope {job.scope} does not apply to {pattern.name}", "leave it out: N:M is exact in every group"
+        )
+    out = output_folder(job, pattern)
+    device = pick_device(job.device)
+    set_threads(job.threads)
+    source = open_source(
+        job.model, revision=job.revision, cache=cache, trust_remote_code=job.trust_remote_code, progress=progress
+    )
+    if source.folder.resolve() == out.resolve():
+        raise InputError(f"--out {out} is the model itself", "choose another folder")
+    _check_positions(source, job)
+    skeleton = Skeleton(
+        source.config,
+        SafetensorsFolder(source.folder),
+        dtype=getattr(torch, job.dtype) if job.dtype else None,
+        compute=_compute_dtype(source, device),
+        device=device,
+        trust_remote_code=job.trust_remote_code,
+    )
+    plan = make_plan(skeleton, pattern, job.only, job.skip)
+    _check_space(out, plan.out_bytes)
+    calibration, evaluation = _tokens(job, source, cache, progress)
+    overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
+    return Prepared(job, source, pattern, method, skeleton, plan, calibration, evaluation, overlap, out)
+
+
+def output_folder(job: Job, pattern: SparsityPattern) -> Path:
+    """The folder to be made; it must not exist yet, unless it holds a model and `--overwrite` is given."""
+    if job.out is None:
+        model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
+        out = Path(f"{model or 'model'}-{job.method}-{pattern.name.replace(':', 'of').replace('%', 'pct')}")
+    else:
+        out = job.out
+    out = Path(os.path.abspath(out.expanduser()))
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / FILE).exists():
+            raise InputError(
+                f"{out} exists and was not written by llmprune", "choose another --out; nothing was touched"
+            )
+        if not job.overwrite:
+            raise InputError(
+                f"{out} exists already",
+                "add --overwrite to replace it when the new one is complete, or choose another --out",
+            )
+    elif out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file", "choose another --out")
+    return out
+
+
+def _check_space(out: Path, needed: int) -> None:
+    """Refuse an output that cannot be written, or does not fit."""
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write below {parent}", "choose another --out")
+    needed += 32 * 2**20
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"{out} needs {needed / 2**20:,.0f} MiB, but {parent} has {free / 2**20:,.0f} MiB free",
+            "free disk space, choose another --out, or store in fewer bytes with --dtype bfloat16",
+        )
+
+
+def _check_positions(source: Source, job: Job) -> None:
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return
+    asked = {"--seq-len": job.seq_len or 0, "--eval-context": job.eval_context if job.evaluate else 0}
+    for flag, value in asked.items():
+        if value > limit:
+            raise InputError(f"{flag} {value} exceeds the model's {limit} positions", f"use {flag} {limit} or less")
+
+
+def _tokens(job: Job, source: Source, cache: Path, progress: Progress) -> tuple[TokenBatch, TokenBatch | None]:
+    text = source.config.get_text_config()
+    calib = Path(job.calibration_source)
+    frozen = calib.suffix == ".safetensors"
+    tokenizer = None if frozen and not job.evaluate else load_tokenizer(source, job.trust_remote_code)
+    if frozen:
+        calibration = load_tokens(calib, job.samples, job.seq_len, text.vocab_size)
+    else:
+        assert tokenizer is not None
+        limit = getattr(text, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
+        calibration = calibration_tokens(
+            job.calibration_source,
+            tokenizer,
+            samples=job.samples or DEFAULT_SAMPLES,
+            seq_len=job.seq_len or min(DEFAULT_SEQ_LEN, limit),
+            seed=job.seed,
+            cache=cache,
+            progress=progress,
+        )
+    evaluation = None
+    if job.evaluate:
+        assert tokenizer is not None
+        evaluation = evaluation_tokens(
+            job.evaluation_source,
+            tokenizer,
+            windows=job.eval_windows,
+            context=job.eval_context,
+            cache=cache,
+            progress=progress,
+        )
+    for batch in filter(None, (calibration, evaluation)):
+        if (largest := int(batch.tokens.max())) >= text.vocab_size:
+            raise InputError(
+                f"the tokenizer gives id {largest}, the model's vocabulary ends at {text.vocab_size - 1}",
+                "the tokenizer does not belong to this model",
+            )
+    return calibration, evaluation
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that blocks run on; `auto` takes cuda, then mps, then cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "use --device auto or cpu"
+        ) from error
+    return device
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit the threads of torch and of the BLAS that sums the Grams."""
+    if threads is not None:
+        import threadpoolctl
+
+        torch.set_num_threads(threads)
+        threadpoolctl.threadpool_limits(threads)
+
+
+def _compute_dtype(source: Source, device: torch.device) -> torch.dtype:
+    """Float32 on the CPU; on an accelerator what the model was made for."""
+    own = source.config.dtype
+    if device.type == "cpu" or own not in {torch.float16, torch.bfloat16}:
+        return torch.float32
+    assert isinstance(own, torch.dtype)
+    return own

@@ -1,0 +1,87 @@
+"""The regression problem of a group of layers, and its solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+class Status(StrEnum):
+    """How a layer's solution came about."""
+
+    OK = "ok"
+    DAMPING_RAISED = "damping raised"
+    NO_INPUT = "no calibration token reached the layer; mask by magnitude, weights kept"
+
+
+@dataclass(frozen=True, slots=True)
+class InputStats:
+    """Statistics of the inputs `X (tokens, in)` that a group of layers shares.
+
+    Args:
+        tokens: number of rows of X; 0 if no calibration token reached the layers.
+        gram: `G = XᵀX / tokens`, `(in, in)`, float32. Its diagonal is the mean square of every input.
+    """
+
+    tokens: int
+    gram: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProblem:
+    """One layer `y = W x` to be pruned.
+
+    Args:
+        name: the layer's module name.
+        weight: W, `(out, in)`, float32. Weights that are exactly zero stay zero.
+    """
+
+    name: str
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GroupProblem:
+    """Layers fed by the very same inputs: they share statistics, and what is computed from them once."""
+
+    layers: tuple[LayerProblem, ...]
+    stats: InputStats
+
+    def stacked(self) -> Tensor:
+        """All weights as rows of one matrix `(sum of out, in)`, a copy."""
+        return torch.cat([layer.weight for layer in self.layers])
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Cut a matrix of stacked rows back into the layers' parts (views)."""
+        return list(torch.split(rows, [len(layer.weight) for layer in self.layers]))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSolution:
+    """New weights on an exact support.
+
+    Args:
+        weight: `(out, in)`, float32, exactly zero where `mask` is False.
+        mask: `(out, in)`, bool, True = kept.
+        status: how the solution came about.
+        stats: figures worth reporting, such as the damping that was used.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    status: Status = Status.OK
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+def masked(weight: Tensor, mask: Tensor, status: Status = Status.OK, **stats: float) -> LayerSolution:
+    """The solution that keeps `weight` on `mask` (and never revives a zero), with +0 elsewhere."""
+    mask = mask & (weight != 0)
+    return LayerSolution(torch.where(mask, weight, 0.0), mask, status, dict(stats))
+
+
+def zeros_first(score: Tensor, weight: Tensor) -> Tensor:
+    """`score` with `-inf` where `weight` is zero already, so that existing zeros fill the pattern first."""
+    return score.masked_fill(weight == 0, -torch.inf)

@@ -1,0 +1,22 @@
+"""What a run tells while it runs; the command line draws it, a notebook or a test may ignore it."""
+
+from __future__ import annotations
+
+
+class Progress:
+    """Silent base class: override what you want to see."""
+
+    def note(self, text: str) -> None:
+        """A sentence worth knowing."""
+
+    def warn(self, text: str) -> None:
+        """A sentence the user must not miss."""
+
+    def start(self, label: str, total: float, unit: str = "") -> None:
+        """A stage of `total` steps begins; `unit` is `"B"` where the steps are bytes."""
+
+    def step(self, amount: float = 1, text: str = "") -> None:
+        """The stage has gone `amount` further; `text` is its newest figure."""
+
+    def finish(self) -> None:
+        """The stage is over."""

@@ -1,0 +1,67 @@
+"""What a run did, as data: `prune_report.json`. Every key is documented in docs/report.md."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "prune_report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One pruned layer; see docs/report.md."""
+
+    name: str
+    shape: tuple[int, int]
+    pruned: int
+    kept_zeros: int
+    error: float
+    status: str
+    tokens: int
+    stats: dict[str, float]
+
+
+@dataclass(slots=True)
+class PruneReport:
+    """One run; see docs/report.md."""
+
+    llmprune: str
+    command: str
+    versions: dict[str, str]
+    model: dict[str, Any]
+    sparsity: dict[str, Any]
+    method: dict[str, Any]
+    calibration: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    coverage: dict[str, Any]
+    layers: list[LayerReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    size: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    peak_memory: int = 0
+    out: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return value
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> PruneReport:
+        """The inverse of `to_json`."""
+        layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in value["layers"]]
+        return cls(**{**value, "layers": layers})
+
+    @classmethod
+    def read(cls, folder: Path) -> PruneReport:
+        """The report of a pruned folder."""
+        return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
+
+    @property
+    def mean_error(self) -> float:
+        """Mean relative output error of the pruned layers (fraction)."""
+        return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)

@@ -1,0 +1,313 @@
+"""The whole pruning run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.checkpoint import SafetensorsFolder, ShardWriter, copy_companions, replace_folder, write_json
+from llmprune.errors import CheckError, InputError, PruneError
+from llmprune.hub import model_card
+from llmprune.job import Job
+from llmprune.linalg import relative_error
+from llmprune.methods import DEFAULT_METHOD
+from llmprune.perplexity import Perplexity, perplexity
+from llmprune.plan import estimate
+from llmprune.prepare import Prepared, prepare
+from llmprune.problem import LayerSolution
+from llmprune.progress import Progress
+from llmprune.report import FILE, LayerReport, PruneReport
+from llmprune.skeleton import Skeleton
+from llmprune.stream import BlockStream, Group
+from llmprune.verify import check_layers
+
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy")
+EXPLODED = 10.0
+
+
+def prune(job: Job, progress: Progress | None = None) -> PruneReport:
+    """Prune a model block by block, measure it before and after, and leave a folder that plain transformers loads.
+
+    Args:
+        job: what to do.
+        progress: told what happens.
+
+    Raises:
+        InputError: the job cannot be done; nothing was written.
+        PruneError: the run failed; nothing is left at `job.out`.
+    """
+    progress = progress or Progress()
+    clock = Clock()
+    with clock("total"):
+        with clock("prepare"):
+            run = prepare(job, progress)
+            check_weights(run, progress)
+            report = new_report(run)
+        with working_folder(run.partial, progress):
+            with clock("dense_evaluation"):
+                dense = measure(run, run.source.folder, "dense perplexity", progress)
+            with clock("prune"):
+                writer = ShardWriter(run.partial)
+                prune_blocks(run, writer, report, clock, progress)
+                writer.seal()
+            with clock("verify"):
+                verify_written(run, progress)
+            with clock("pruned_evaluation"):
+                pruned = measure(run, run.partial, "pruned perplexity", progress)
+            add_evaluation(run, report, dense, pruned)
+            write_companions(run, report)
+            report.seconds = clock.seconds
+            replace_folder(run.partial, run.out)
+    finish_report(run, report, clock)
+    return report
+
+
+def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
+    """The plan of a run: layers, sizes, and an estimate of its time and memory; nothing is written.
+
+    Raises:
+        InputError: the job cannot be done.
+    """
+    run = prepare(job, progress or Progress())
+    report = new_report(run).to_json()
+    tokens = run.calibration.tokens
+    evaluation = run.evaluation.tokens.numel() if run.evaluation else 0
+    return {
+        **{key: report[key] for key in ("model", "sparsity", "method", "coverage", "calibration", "out")},
+        "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
+        "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
+        "estimate": asdict(estimate(run.skeleton, run.plan, tokens.numel(), tokens.shape[1], evaluation)),
+    }
+
+
+def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock: Clock, progress: Progress) -> None:
+    """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
+    stream = BlockStream(run.skeleton, run.calibration.tokens, chosen=run.plan.names)
+    writer.write(run.skeleton.export_outside())
+    progress.start("pruning", len(stream))
+    for block in stream:
+        first = len(report.layers)
+        for group in stream.groups(block):
+            with clock("solve"):
+                solutions = run.method.solve(group.problem, run.pattern)
+            stored = group.write(solutions)
+            with clock("error"):
+                report.layers += describe(group, solutions, stored)
+        with clock("write"):
+            writer.write(block.export())
+        errors = [layer.error for layer in report.layers[first:]]
+        progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
+    progress.finish()
+
+
+def describe(group: Group, solutions: list[LayerSolution], stored: list[Tensor]) -> list[LayerReport]:
+    """Report the layers of a group; the error is that of the weights as they are stored."""
+    stats = group.problem.stats
+    return [
+        LayerReport(
+            name=problem.name,
+            shape=ref.shape,
+            pruned=int((~solution.mask).sum()),
+            kept_zeros=int(((weight == 0) & solution.mask).sum()),
+            error=relative_error(problem.weight, weight, stats.gram),
+            status=solution.status.value,
+            tokens=stats.tokens,
+            stats=solution.stats,
+        )
+        for ref, problem, solution, weight in zip(group.refs, group.problem.layers, solutions, stored, strict=True)
+    ]
+
+
+class Clock:
+    """Adds up wall time by stage, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+@contextmanager
+def working_folder(partial: Path, progress: Progress) -> Iterator[None]:
+    """A folder for the work in progress; it is gone if the run fails, and renamed if it succeeds."""
+    if partial.exists():
+        progress.note(f"removing {partial}, left by a run that was killed")
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot make {partial}: {error.strerror}", "choose another --out") from error
+    progress.note(f"writing to {partial} until everything is done")
+    try:
+        yield
+    except OSError as error:
+        raise PruneError(
+            f"cannot write {partial}: {error.strerror or error}", "free disk space or choose another --out"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_weights(run: Prepared, progress: Progress) -> None:
+    """Read every weight once: a damaged file is found now, not after hours."""
+    progress.start("checking weights", run.skeleton.checkpoint.folder.nbytes, "B")
+    run.skeleton.checkpoint.check_finite(progress.step)
+    progress.finish()
+
+
+def measure(run: Prepared, folder: Path, label: str, progress: Progress) -> Perplexity | None:
+    """The perplexity of the model in `folder`, or None if the job does not ask for it."""
+    if run.evaluation is None:
+        return None
+    skeleton = skeleton_of(run, folder)
+    progress.start(label, len(skeleton.blocks) + 1)
+    result = perplexity(skeleton, run.evaluation.tokens, progress.step)
+    progress.finish()
+    return result
+
+
+def skeleton_of(run: Prepared, folder: Path) -> Skeleton:
+    """The job's model with the weights in `folder`, computing as the run does."""
+    return Skeleton(
+        run.source.config,
+        SafetensorsFolder(folder),
+        compute=run.skeleton.compute,
+        device=run.skeleton.device,
+        trust_remote_code=run.job.trust_remote_code,
+    )
+
+
+def verify_written(run: Prepared, progress: Progress) -> None:
+    """Re-open the written files and check the pattern of every pruned layer.
+
+    Raises:
+        CheckError: a layer misses zeros.
+    """
+    progress.start("verifying", len(run.plan.layers))
+    tensors = skeleton_of(run, run.partial).checkpoint
+    checks = check_layers(tensors, [(ref.name, ref.transposed) for ref in run.plan.layers], run.pattern, progress.step)
+    progress.finish()
+    if bad := [check for check in checks if check.violations]:
+        raise CheckError(
+            f"{bad[0].name!r} misses {bad[0].violations} zeros of {run.pattern.name}", "please report this"
+        )
+
+
+def new_report(run: Prepared) -> PruneReport:
+    """A report with all that is known before the run."""
+    job, plan = run.job, run.plan
+    config = run.source.config
+    return PruneReport(
+        llmprune=version("llmprune"),
+        command=job.command,
+        versions={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        model={
+            "name": job.model,
+            "revision": run.source.revision,
+            "type": config.model_type,
+            "class": type(run.skeleton.model).__name__,
+            "parameters": plan.parameters,
+            "blocks": len(run.skeleton.blocks),
+        },
+        sparsity={
+            "pattern": run.pattern.name,
+            "meaning": run.pattern.describe(),
+            "scope": getattr(run.pattern, "scope", "group"),
+            "fraction": float(run.pattern.fraction),
+            "note": run.pattern.speed_note(),
+        },
+        method={"name": job.method, "options": asdict(run.method)},  # type: ignore[call-overload]
+        calibration={**asdict(run.calibration.provenance), "tokens": run.calibration.tokens.numel()},
+        evaluation=None,
+        coverage={
+            "block_parameters": plan.block_parameters,
+            "covered": plan.covered,
+            "fraction": plan.coverage,
+            "skipped": plan.skipped_by_reason(),
+        },
+        machine={
+            "device": str(run.skeleton.device),
+            "compute": str(run.skeleton.compute).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+        },
+        out=str(run.out),
+    )
+
+
+def add_evaluation(run: Prepared, report: PruneReport, dense: Perplexity | None, pruned: Perplexity | None) -> None:
+    """Put the perplexities into the report, with what the user must know about them."""
+    if dense is None or pruned is None or run.evaluation is None:
+        return
+    report.evaluation = {**asdict(run.evaluation.provenance), "dense": asdict(dense), "pruned": asdict(pruned)}
+    report.evaluation["overlap"] = run.overlap
+    if run.overlap:
+        report.warnings.append(
+            f"{run.overlap:.1%} of the evaluation text also stands in the calibration text, which flatters the result; "
+            "evaluate on other text (--eval)"
+        )
+    if pruned.value > EXPLODED * dense.value:
+        report.warnings.append(explosion(run, dense, pruned))
+
+
+def explosion(run: Prepared, dense: Perplexity, pruned: Perplexity) -> str:
+    """What happened, and what to try."""
+    tries = [] if run.job.method == DEFAULT_METHOD else [f"--method {DEFAULT_METHOD}"]
+    tries += [
+        "more calibration data (--samples, --seq-len)",
+        "calibration text closer to the use (--calib)",
+        "less sparsity",
+    ]
+    return (
+        f"the perplexity rose from {dense.value:.1f} to {pruned.value:.1f}: this model is hardly usable; "
+        f"try {', '.join(tries)}"
+    )
+
+
+def write_companions(run: Prepared, report: PruneReport) -> None:
+    """Everything in the folder besides the weights."""
+    copy_companions(run.source.folder, run.partial)
+    config = json.loads((run.source.folder / "config.json").read_text(encoding="utf-8"))
+    for leftover in ("quantization_config", "compression_config", "sparsity_config"):
+        config.pop(leftover, None)
+    if run.job.dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = run.job.dtype
+    write_json(run.partial / "config.json", config)
+    report.size = {
+        "dense": run.skeleton.checkpoint.folder.nbytes,
+        "pruned": sum(path.stat().st_size for path in run.partial.glob("*.safetensors")),
+    }
+    (run.partial / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
+    write_json(run.partial / FILE, report.to_json())
+
+
+def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:
+    """The figures that are only known at the end."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report.peak_memory = peak if sys.platform == "darwin" else peak * 1024
+    if run.skeleton.device.type == "cuda":
+        report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
+    report.seconds = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
+    write_json(run.out / FILE, report.to_json())

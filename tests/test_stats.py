@@ -1,0 +1,103 @@
+"""The running Gram is the Gram of all inputs, however they come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llmprune.stats import RunningGram
+
+CPU = torch.device("cpu")
+
+
+def inputs(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) @ torch.randn(shape[-1], shape[-1], generator=generator)
+
+
+def running(width: int, *batches: Tensor) -> RunningGram:
+    gram = RunningGram(width, CPU)
+    for batch in batches:
+        gram.add(batch)
+    return gram
+
+
+def exact(rows: Tensor) -> np.ndarray:
+    X = rows.double().reshape(-1, rows.shape[-1]).numpy()
+    return X.T @ X / len(X)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 64])
+def test_uneven_batches_sum_to_the_gram_of_all_rows(width: int) -> None:
+    rows = inputs(301, width)
+    stats = running(width, *rows.split([1, 17, 200, 0, 3, 80])).result()
+    assert stats.tokens == 301
+    assert stats.gram.dtype == torch.float32
+    np.testing.assert_allclose(stats.gram, exact(rows), rtol=1e-5, atol=1e-5 * np.abs(exact(rows)).max())
+
+
+def test_batches_of_any_rank_are_rows_of_inputs() -> None:
+    rows = inputs(24, 6)
+    flat = running(6, rows).result()
+    for shaped in (rows.reshape(4, 6, 6), rows.reshape(2, 3, 4, 6), rows.reshape(24, 1, 6)):
+        stats = running(6, shaped).result()
+        assert stats.tokens == 24
+        assert torch.equal(stats.gram, flat.gram)
+    assert running(6, rows[0]).result().tokens == 1
+
+
+def test_strided_inputs_are_read_in_their_own_order() -> None:
+    rows = inputs(40, 12)
+    for view in (rows[::2, ::3], rows.T.contiguous().T, rows.reshape(5, 8, 12).transpose(0, 1), rows[:1].expand(9, 12)):
+        stats = running(view.shape[-1], view).result()
+        np.testing.assert_allclose(stats.gram, exact(view), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_sums_are_float32_whatever_the_inputs(dtype: torch.dtype) -> None:
+    rows = inputs(500, 16).to(dtype)
+    stats = running(16, *rows.split(33)).result()
+    assert stats.gram.dtype == torch.float32
+    np.testing.assert_allclose(stats.gram, exact(rows), rtol=1e-5, atol=1e-5 * np.abs(exact(rows)).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_neither_saturates_nor_overflows(dtype: torch.dtype) -> None:
+    assert torch.equal(running(2, *[torch.ones(512, 2, dtype=dtype)] * 16).result().gram, torch.ones(2, 2))
+    assert torch.equal(running(2, torch.full((8, 2), 2.0**15, dtype=dtype)).result().gram, torch.full((2, 2), 2.0**30))
+
+
+def test_gram_is_exactly_symmetric_and_positive() -> None:
+    gram = running(65, *inputs(200, 65).split(37)).result().gram
+    assert torch.equal(gram, gram.T)
+    assert (gram.diagonal() > 0).all()
+    assert torch.linalg.eigvalsh(gram.double()).min() > -1e-5 * gram.diagonal().max()
+
+
+def test_an_input_that_is_always_zero_has_an_exactly_zero_row() -> None:
+    rows = inputs(50, 9)
+    rows[:, [2, 5]] = 0
+    gram = running(9, rows).result().gram
+    dead = [bool((row == 0).all()) for row in gram]
+    assert dead == [at in (2, 5) for at in range(9)]
+
+
+@pytest.mark.parametrize("batches", [[], [torch.zeros(0, 5)], [torch.zeros(3, 0, 5), torch.zeros(0, 4, 5)]])
+def test_no_tokens_give_a_zero_gram_not_nan(batches: list[Tensor]) -> None:
+    stats = running(5, *batches).result()
+    assert stats.tokens == 0
+    assert torch.equal(stats.gram, torch.zeros(5, 5))
+
+
+def test_inputs_are_left_alone() -> None:
+    rows = inputs(30, 8)
+    before = rows.clone()
+    running(8, rows).result()
+    assert torch.equal(rows, before)
+
+
+def test_same_batches_same_bytes() -> None:
+    batches = inputs(100, 33).split(13)
+    assert torch.equal(running(33, *batches).result().gram, running(33, *batches).result().gram)
