@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +37,17 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
 
     Args:
         gram: H, `(in, in)`, symmetric, float32 or float64.
-        damping: fraction of the mean diagonal.
+        damping: fraction of the mean diagonal, positive.
 
     Raises:
-        NumericalError: if the matrix is not positive definite after the damping was raised tenfold `MAX_RAISES` times.
+        NumericalError: if the Gram is not finite, or if the matrix is not positive definite after the damping was raised tenfold `MAX_RAISES` times.
     """
+    if damping <= 0:
+        raise ValueError(f"damping must be positive, not {damping}")
     diagonal = gram.diagonal()
     mean = float(diagonal.double().mean())
+    if not math.isfinite(mean):
+        raise NumericalError("the input statistics hold NaN or Inf", "check the model on this calibration text")
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for raises in range(MAX_RAISES + 1):
         ridge = damping * 10**raises * mean
@@ -73,4 +78,4 @@ def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
         gram: `(in, in)`, per token.
     """
     energy = output_energy(weight, gram)
-    return output_energy(pruned - weight, gram) / energy if energy > 0 else 0.0
+    return max(output_energy(pruned - weight, gram) / energy, 0.0) if energy > 0 else 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Literal
 
@@ -182,23 +183,30 @@ class Unstructured(SparsityPattern):
         return grouped, self.count(grouped.shape[-1])
 
 
-def lowest(score: Tensor, count: int) -> Tensor:
-    """Mask of the `count` lowest entries along the last dimension; equal scores go by lower index first.
+def lowest(score: Tensor, count: int | Tensor, dim: int = -1) -> Tensor:
+    """Mask of the `count` lowest entries along `dim`; equal scores go by lower index first.
 
     Args:
-        score: `(..., n)`, no NaN.
-        count: `0 <= count <= n`.
+        score: any shape, no NaN.
+        count: between 0 and the size of `dim`; a tensor that broadcasts (size 1 along `dim`) gives every line its own.
+        dim: the dimension to choose along.
     """
-    if count == 0:
+    if isinstance(count, Tensor):
+        ordered = score.sort(dim=dim).values
+        kth = ordered.gather(dim, (count - 1).clamp(min=0)).masked_fill(count == 0, -torch.inf)
+        wanted = int(count.sum())
+    elif count:
+        kth = score.kthvalue(count, dim=dim, keepdim=True).values
+        wanted = count * (score.numel() // score.shape[dim])
+    else:
         return torch.zeros_like(score, dtype=torch.bool)
-    kth = score.kthvalue(count, dim=-1, keepdim=True).values
     mask = score <= kth
-    if int(mask.sum()) == count * (mask.numel() // score.shape[-1]):
+    if int(mask.sum()) == wanted:
         return mask
     below = score < kth
     ties = mask & ~below
-    room = count - below.sum(-1, keepdim=True)
-    return below | (ties & (ties.cumsum(-1) <= room))
+    room = count - below.sum(dim, keepdim=True)
+    return below | (ties & (ties.cumsum(dim) <= room))
 
 
 def parse_pattern(text: str, scope: Scope = "layer") -> SparsityPattern:
@@ -225,4 +233,6 @@ def parse_pattern(text: str, scope: Scope = "layer") -> SparsityPattern:
 
 
 def _percent(share: Fraction) -> str:
-    return f"{float(share * 100):.10g} %"
+    with localcontext(prec=50):
+        exact = Decimal(share.numerator * 100) / share.denominator
+        return f"{exact.normalize():f} %"

@@ -188,12 +188,7 @@ def test_zeros_of_the_source_stay_zero_and_fill_the_pattern_first(
 
 @every_method
 @pytest.mark.parametrize("scope", ["row", "layer"])
-def test_zeros_of_the_source_fill_the_pattern_first_wherever_they_are(
-    name: str, scope: str, request: pytest.FixtureRequest
-) -> None:
-    if name == "sparsegpt":
-        reason = "a block of columns prunes its own quota even if zeros elsewhere fill that of the layer"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_zeros_of_the_source_fill_the_pattern_first_wherever_they_are(name: str, scope: str) -> None:
     weight = weight_of(6, 256).float()
     weight[:, :100] = 0.0
     pattern = Unstructured(HALF, scope)
@@ -210,9 +205,7 @@ def test_a_layer_of_zeros_stays_one(name: str) -> None:
 
 @every_method
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(HALF, "row"), Unstructured(HALF, "layer")])
-def test_equal_scores_go_by_lower_index(name: str, pattern: SparsityPattern, request: pytest.FixtureRequest) -> None:
-    if name == "sparsegpt" and isinstance(pattern, NM):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="topk breaks ties its own way"))
+def test_equal_scores_go_by_lower_index(name: str, pattern: SparsityPattern) -> None:
     ones = torch.ones(3, 16)
     assert torch.equal(solve(name, torch.eye(16), ones, pattern).mask, keep_largest(ones, pattern))
 

@@ -128,7 +128,6 @@ def test_density_is_the_share_kept() -> None:
     assert Unstructured(Fraction(9, 10)).density == 0.1
 
 
-@pytest.mark.xfail(strict=True, reason="names keep ten digits and may be in scientific notation")
 @pytest.mark.parametrize("text", ["0.00001%", "0.000000001", "33.333333333%", "99.999999999%"])
 def test_name_of_a_share_of_many_digits_is_read_back_too(text: str) -> None:
     pattern = parse_pattern(text)

@@ -45,7 +45,7 @@ class SparseGPT:
             return [by_magnitude(layer.weight, pattern, Status.NO_INPUT) for layer in problem.layers]
         factor = inverse_factor(gram, self.damping)
         columns = problem.stacked().T.contiguous()
-        selection = _selection(pattern, [len(layer.weight) for layer in problem.layers])
+        selection = _selection(pattern, [len(layer.weight) for layer in problem.layers], columns == 0)
         pruned = _Sweep(columns, factor.upper, gram.diagonal() == 0, selection).run()
         status = Status.DAMPING_RAISED if factor.raises else Status.OK
         stats = {"ridge": factor.ridge, "damping_raises": float(factor.raises)}
@@ -64,36 +64,48 @@ class _GroupSelection:
 
     def choose(self, start: int, score: Tensor) -> Tensor:
         """Mask of the pruned weights of a group, for its score `(m, rows)`."""
-        going = score.topk(self.n, dim=0, largest=False, sorted=False).indices
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(0, going, True)
+        return lowest(score, self.n, dim=0)
 
 
 class _BlockSelection:
-    """Unstructured: an exact share is chosen when the sweep reaches a block of columns.
+    """Unstructured: a share is chosen when the sweep reaches a block of columns, exact over all blocks.
 
-    The quota of a block is the difference of two cumulative counts, so the total over all blocks is exact.
+    Zeros of the source go anyway; what the count asks for beyond them is spread over the blocks in proportion to their
+    nonzero weights, as differences of one cumulative count, so that it adds up exactly.
     """
 
     step, block = 8, 128
 
-    def __init__(self, pattern: Unstructured, rows: list[int]) -> None:
-        self.pattern, self.rows = pattern, rows
+    def __init__(self, pattern: Unstructured, rows: list[int], zeros: Tensor) -> None:
+        self.row_scope, self.rows = pattern.scope == "row", rows
+        width = len(zeros)
+        sizes = [width] * zeros.shape[1] if self.row_scope else [width * r for r in rows]
+        count = torch.tensor([pattern.count(size) for size in sizes], device=zeros.device)
+        nonzero = torch.stack([(~block).sum(0) for block in torch.split(zeros, self.block)])
+        if not self.row_scope:
+            nonzero = torch.stack([part.sum(1) for part in torch.split(nonzero, rows, dim=1)], 1)
+        upto = nonzero.cumsum(0)
+        beyond = (count - torch.tensor(sizes, device=zeros.device) + upto[-1]).clamp(min=0)
+        done = (upto * (beyond.double() / upto[-1].clamp(min=1))).round().long()
+        done[-1] = beyond
+        self.zeros, self.quota = zeros, done.diff(dim=0, prepend=torch.zeros_like(done[:1]))
 
     def choose(self, start: int, score: Tensor) -> Tensor:
         """Mask of the pruned weights of the block that begins at column `start`, for its score `(columns, rows)`."""
-        parts = []
-        for part in torch.split(score.T, self.rows):
-            grouped, size = (part, 1) if self.pattern.scope == "row" else (part.reshape(1, -1), len(part))
-            quota = self.pattern.count(size * (start + len(score))) - self.pattern.count(size * start)
-            parts.append(lowest(grouped, quota).reshape(part.shape))
-        return torch.cat(parts).T.contiguous()
+        quota = self.quota[start // self.block]
+        zeros = self.zeros[start : start + len(score)]
+        if self.row_scope:
+            return lowest(score, (quota + zeros.sum(0))[None], dim=0)
+        parts = zip(torch.split(score, self.rows, 1), torch.split(zeros, self.rows, 1), quota.tolist(), strict=True)
+        chosen = [lowest(s.T.flatten(), n + int(z.sum())).view(s.T.shape) for s, z, n in parts]
+        return torch.cat(chosen).T.contiguous()
 
 
-def _selection(pattern: SparsityPattern, rows: list[int]) -> _GroupSelection | _BlockSelection:
+def _selection(pattern: SparsityPattern, rows: list[int], zeros: Tensor) -> _GroupSelection | _BlockSelection:
     if isinstance(pattern, NM):
         return _GroupSelection(pattern)
     if isinstance(pattern, Unstructured):
-        return _BlockSelection(pattern, rows)
+        return _BlockSelection(pattern, rows, zeros)
     raise TypeError(f"sparsegpt has no rule for {pattern.name}")
 
 
