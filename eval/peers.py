@@ -608,7 +608,7 @@ def parser() -> argparse.ArgumentParser:
     add("--eval-windows", type=positive, default=12, help="Evaluation windows, from the start of the text.")
     add("--tools", choices=("both", "peer", "ours"), default="both", help="Which tools to run.")
     add("--peer-python", type=Path, help="Python that has LLM Compressor; by default made in your cache folder.")
-    add("--peer-batch-size", type=positive, default=1, help="Windows a forward pass of the peer; 1 was fastest.")
+    add("--peer-batch-size", type=positive, default=1, help="Windows a forward pass of the peer; 1 is its own default.")
     add("--out", type=Path, help="File that receives the whole result as JSON.")
     add("--work", type=Path, help="Folder for the token file, logs and pruned models; by default a temporary one.")
     add("--json", action="store_true", help="Print the whole result as JSON instead of the table.")

@@ -278,7 +278,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return self.dtype if self.dtype is not None and own.is_floating_point else own
 
     def export(self, names: Iterable[str], changed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """What to write for the parameters `names`: disk name and tensor, `changed` ones (module names) with new values."""
+        """What to write for the parameters `names`: disk name and tensor; `changed` (by module name) has new values."""
         new = {self._sources[name].names[0]: tensor for name, tensor in changed.items()}
         for disk in self.disk_names(names):
             tensor = new[disk] if disk in new else self.folder[disk]

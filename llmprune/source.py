@@ -239,6 +239,6 @@ def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokeniz
     except Exception as error:
         raise InputError(
             f"{source.folder} has no tokenizer that transformers can load: {str(error).splitlines()[0][:200]}",
-            "copy the tokenizer files into the folder, or give ready-made tokens with --calib FILE.safetensors --no-eval",
+            "copy the tokenizer files into the folder, or use ready-made tokens: --calib FILE.safetensors --no-eval",
         ) from error
     return tokenizer

@@ -285,7 +285,7 @@ class Block:
 
     def _group(self, locals_: list[str], stats: InputStats) -> Group:
         refs = tuple(self.layers[local] for local in locals_)
-        problems = tuple(LayerProblem(ref.name, self._weight(ref).to(torch.float32, copy=True).contiguous()) for ref in refs)
+        problems = tuple(LayerProblem(ref.name, self._weight(ref).to(torch.float32, copy=True)) for ref in refs)
 
         def write(solutions: list[LayerSolution]) -> list[Tensor]:
             return [self._write(ref, solution) for ref, solution in zip(refs, solutions, strict=True)]

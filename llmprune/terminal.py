@@ -44,10 +44,16 @@ class TerminalProgress(Progress):
             from tqdm import tqdm
 
             count = "{n_fmt}/{total_fmt}" + ("B" if unit else "")
+            layout = "{desc} {bar:24} " + count + "{postfix}  {remaining} left"
             self._bar = tqdm(
-                total=total, desc=f"{label:<18}", leave=False, file=sys.stderr, unit=unit or "it", unit_scale=bool(unit),
-                bar_format="{desc} {bar:24} " + count + "{postfix}  {remaining} left",
-            )  # fmt: skip
+                total=total,
+                desc=f"{label:<18}",
+                leave=False,
+                file=sys.stderr,
+                unit=unit or "it",
+                unit_scale=bool(unit),
+                bar_format=layout,
+            )
 
     def step(self, amount: float = 1, text: str = "") -> None:
         self._done += amount
@@ -108,42 +114,32 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 
 
 def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
-    layers = len(report.layers)
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
-    pruned = sum(layer.pruned for layer in report.layers)
-    seconds = report.seconds
-    rows = []
-    if report.evaluation is not None:
-        dense, after = report.evaluation["dense"], report.evaluation["pruned"]
-        rows.append(
-            (
-                "perplexity",
-                f"dense {dense['value']:.2f} ± {dense['error']:.2f}, pruned {after['value']:.2f} ± {after['error']:.2f} "
-                f"on {report.evaluation['source']} ({after['windows']} windows of {after['context']} tokens)",
-            )
-        )
+    layers, seconds = report.layers, report.seconds
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    share = sum(layer.pruned for layer in layers) / weights
+    solves = f"{duration(seconds['solve'])} of it in {len(layers)} layer solves"
+    raised = sum(layer.status != "ok" for layer in layers)
+    rows = _perplexity_rows(report.evaluation) if report.evaluation is not None else []
     rows += [
-        (
-            "sparsity",
-            f"{report.sparsity['meaning']}; {pruned / weights:.2%} of {weights / 1e6:.1f} M weights in {layers} layers",
-        ),
+        ("sparsity", report.sparsity["meaning"]),
+        ("reached", f"{share:.2%} of {weights / 1e6:.1f} M weights in {len(layers)} layers"),
         ("coverage", coverage_text(report.coverage)),
         ("method", f"{report.method['name']}, mean relative layer error {report.mean_error:.4f}"),
+        *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
         ("calibration", calibration_text(report.calibration)),
         ("size", f"{size(report.size['dense'])} dense, {size(report.size['pruned'])} pruned"),
-        (
-            "time",
-            f"{duration(seconds['total'])} in all; pruning {duration(seconds['prune'])}, of which "
-            f"{duration(seconds['solve'])} in {layers} layer solves",
-        ),
+        ("time", f"{duration(seconds['total'])}; pruning {duration(seconds['prune'])}, {solves}"),
         ("memory", f"peak {size(report.peak_memory)}"),
         ("saved to", report.out),
         ("load with", f'AutoModelForCausalLM.from_pretrained("{report.out}")'),
     ]
-    raised = sum(layer.status != "ok" for layer in report.layers)
-    if raised:
-        rows.insert(4, ("status", f"{raised} layers needed special care; see prune_report.json"))
     return rows
+
+
+def _perplexity_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    dense, pruned = (f"{evaluation[key]['value']:.2f} ± {evaluation[key]['error']:.2f}" for key in ("dense", "pruned"))
+    text = f"{evaluation['source']}, {evaluation['samples']} windows of {evaluation['seq_len']} tokens"
+    return [("perplexity", f"dense {dense}, pruned {pruned}"), ("measured on", text)]
 
 
 def coverage_text(coverage: dict[str, Any]) -> str:
@@ -165,14 +161,16 @@ def calibration_text(calibration: dict[str, Any]) -> str:
 
 def plan_text(facts: dict[str, Any]) -> str:
     """What `--dry-run` shows."""
+    model, cost = facts["model"], facts["estimate"]
     rows = [
-        ("model", f"{facts['model']['name']}: {facts['model']['class']}, {facts['model']['parameters'] / 1e6:.1f} M parameters, {facts['model']['blocks']} blocks"),
+        ("model", f"{model['name']}: {model['class']}, {model['parameters'] / 1e6:.1f} M parameters"),
+        ("blocks", f"{model['blocks']}, with {len(facts['layers'])} layers to prune"),
         ("sparsity", facts["sparsity"]["meaning"]),
         ("method", facts["method"]["name"]),
         ("coverage", coverage_text(facts["coverage"])),
         ("calibration", calibration_text(facts["calibration"])),
-        ("estimate", f"{duration(facts['estimate']['seconds'])}, {size(facts['estimate']['memory'])} of memory above the libraries' own"),
+        ("estimate", f"{duration(cost['seconds'])}, {size(cost['memory'])} of memory above the libraries' own"),
         ("size", f"{size(facts['size']['pruned'])} (dense {size(facts['size']['dense'])})"),
         ("would save", facts["out"]),
-    ]  # fmt: skip
+    ]
     return "\n".join(["", *_table(rows), "dry run: nothing was written\n"])

@@ -259,7 +259,7 @@ def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary
 
 
 def shared_runs(a: Tensor, b: Tensor, length: int = OVERLAP_RUN) -> float:
-    """Share of the runs of `length` tokens in the windows `b` that also stand somewhere in the windows `a` (fraction)."""
+    """Share of the runs of `length` tokens in the windows `b` that also stand in the windows `a` (fraction)."""
     hashes_a, hashes_b = _run_hashes(a, length), _run_hashes(b, length)
     return float(np.isin(hashes_b, hashes_a).mean()) if hashes_b.size else 0.0
 

@@ -65,6 +65,16 @@ def cut(values: Tensor, pattern: SparsityPattern) -> np.ndarray:
     return values.reshape(len(values) if pattern.scope == "row" else 1, -1).numpy()
 
 
+def block_quota(pattern: Unstructured, zeros: np.ndarray, start: int, stop: int) -> int:
+    """Zeros go anyway; the rest of the count falls on columns in proportion to their nonzero weights."""
+    beyond = max(quota(pattern, zeros.size) - int(zeros.sum()), 0)
+
+    def upto(column: int) -> int:
+        return int(Fraction(beyond * int((~zeros[:, :column]).sum()), max(int((~zeros).sum()), 1)) + HALF)
+
+    return upto(stop) - upto(start) + int(zeros[:, start:stop].sum())
+
+
 def quota(pattern: SparsityPattern, size: int) -> int:
     """The count of a group: N, or the share of its size, halves up."""
     return pattern.n if isinstance(pattern, NM) else int(pattern.fraction * size + HALF)
@@ -324,13 +334,13 @@ def slow_obs(weight: Tensor, gram: Tensor, pattern: SparsityPattern, damping: fl
         score = np.stack([W[:, at] ** 2 / inverses[at][0, 0] for at in columns], axis=1)
         score[:, dead[columns]] = -1.0
         score[zeros[:, columns]] = -np.inf
-        counted = score.reshape(1, -1) if isinstance(pattern, Unstructured) and pattern.scope == "layer" else score
-        per_column = counted.shape[1] // len(columns)
-        count = quota(pattern, per_column * (columns.stop)) - quota(pattern, per_column * start)
-        if isinstance(pattern, NM):
-            count = pattern.n
+        layerwide = isinstance(pattern, Unstructured) and pattern.scope == "layer"
+        counted = score.reshape(1, -1) if layerwide else score
         chosen = np.zeros_like(counted, dtype=bool)
-        np.put_along_axis(chosen, counted.argsort(axis=1, kind="stable")[:, :count], True, axis=1)
+        for line, scores in enumerate(counted):
+            there = zeros if layerwide else zeros[[line]]
+            count = pattern.n if isinstance(pattern, NM) else block_quota(pattern, there, start, columns.stop)
+            chosen[line, scores.argsort(kind="stable")[:count]] = True
         pruned[:, columns] = chosen.reshape(rows, -1) | zeros[:, columns]
         for at in columns:
             inverse = inverses[at]

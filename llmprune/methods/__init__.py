@@ -1,7 +1,8 @@
 """The table of pruning methods: name -> where its class is, and one line of help.
 
 A method is a frozen dataclass whose fields are its options. `scope` says where an unstructured count is exact unless
-the user says otherwise, and `solve(problem, pattern)` returns one solution per layer of a group. Adding a method: one file here, one line in the table.
+the user says otherwise, and `solve(problem, pattern)` returns one solution per layer of a group. Adding a method: one
+file here, one line in the table.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ class MethodEntry:
 
 
 METHODS = {
-    "magnitude": MethodEntry("llmprune.methods.magnitude:Magnitude", "smallest weights go; needs no data, a floor"),
-    "wanda": MethodEntry("llmprune.methods.wanda:Wanda", "smallest |weight| x input norm in each row; one forward"),
+    "magnitude": MethodEntry(
+        "llmprune.methods.magnitude:Magnitude", "smallest weights go; the floor for others to beat"
+    ),
+    "wanda": MethodEntry("llmprune.methods.wanda:Wanda", "smallest |weight| x input norm in each row go"),
     "sparsegpt": MethodEntry(
         "llmprune.methods.sparsegpt:SparseGPT", "second-order choice, the kept weights make up for the pruned ones"
     ),

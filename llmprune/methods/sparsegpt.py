@@ -86,7 +86,7 @@ class _BlockSelection:
             nonzero = torch.stack([part.sum(1) for part in torch.split(nonzero, rows, dim=1)], 1)
         upto = nonzero.cumsum(0)
         beyond = (count - torch.tensor(sizes, device=zeros.device) + upto[-1]).clamp(min=0)
-        done = (upto * (beyond.double() / upto[-1].clamp(min=1))).round().long()
+        done = (upto * beyond.double() / upto[-1].clamp(min=1) + 0.5).floor().long()
         done[-1] = beyond
         self.zeros, self.quota = zeros, done.diff(dim=0, prepend=torch.zeros_like(done[:1]))
 
