@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from llmprune.errors import NumericalError
@@ -49,14 +50,13 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
     mean = float(diagonal.double().mean())
     if not math.isfinite(mean):
         raise NumericalError("the input statistics hold NaN or Inf", "check the model on this calibration text")
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for raises in range(MAX_RAISES + 1):
         ridge = damping * 10**raises * mean
         flipped = gram.flip(0, 1)
         flipped.diagonal().add_(ridge + (diagonal == 0).to(gram.dtype).flip(0))
         lower, info = torch.linalg.cholesky_ex(flipped)
         if int(info) == 0:
-            inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+            inverse = _invert_lower(lower)
             if bool(torch.isfinite(inverse.diagonal()).all()):
                 return InverseFactor(inverse.flip(0, 1), ridge, raises)
     raise NumericalError(
@@ -65,9 +65,45 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
     )
 
 
+def _invert_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix; on the CPU in a third of a general solve's operations (LAPACK trtri)."""
+    if lower.device.type != "cpu":
+        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    trtri = lapack.strtri if lower.dtype == torch.float32 else lapack.dtrtri
+    # Row-major lower is column-major upper.
+    inverse, _ = trtri(lower.contiguous().numpy().T, lower=0)
+    return torch.from_numpy(inverse.T)
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """`total += rowsᵀ rows`, of which only the lower triangle is valid: half the work on the CPU (BLAS syrk).
+
+    Args:
+        total: `(in, in)`, float32 or float64, contiguous.
+        rows: `(tokens, in)`, same dtype.
+    """
+    if rows.device.type != "cpu":
+        total.addmm_(rows.T, rows)
+        return
+    # The transposed views are column-major, as BLAS wants them; its upper triangle is our lower one.
+    x, out = rows.contiguous().numpy().T, total.numpy().T
+    syrk = blas.ssyrk if rows.dtype == torch.float32 else blas.dsyrk
+    if syrk(1.0, x, beta=1.0, c=out, overwrite_c=1) is not out:
+        raise RuntimeError("BLAS did not work in place")
+
+
 def output_energy(weight: Tensor, gram: Tensor) -> float:
-    """Mean squared norm of a layer's output per token, `tr(W G Wᵀ)`, for `weight (out, in)` and `gram (in, in)`."""
-    return float((weight @ gram).mul_(weight).sum(dtype=torch.float64))
+    """Mean squared norm of a layer's output per token, `tr(W G Wᵀ) = ⟨G, WᵀW⟩`.
+
+    Args:
+        weight: `(out, in)`.
+        gram: `(in, in)`, symmetric.
+    """
+    square = torch.zeros_like(gram)
+    add_gram(square, weight)
+    square.tril_().mul_(gram)
+    return float(2 * square.sum(dtype=torch.float64) - square.diagonal().sum(dtype=torch.float64))
 
 
 def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:

@@ -20,6 +20,7 @@ from llmprune.errors import InputError
 
 Scope = Literal["row", "layer"]
 
+SHORT = 32
 _HINT = "use N:M with 0 < N < M (2:4 prunes 2 of every 4), or a share such as 50% or 0.5"
 
 
@@ -196,7 +197,8 @@ def lowest(score: Tensor, count: int | Tensor, dim: int = -1) -> Tensor:
         kth = ordered.gather(dim, (count - 1).clamp(min=0)).masked_fill(count == 0, -torch.inf)
         wanted = int(count.sum())
     elif count:
-        kth = score.kthvalue(count, dim=dim, keepdim=True).values
+        short = dim == 0 and count * len(score) <= SHORT
+        kth = _kth_row(score, count) if short else score.kthvalue(count, dim=dim, keepdim=True).values
         wanted = count * (score.numel() // score.shape[dim])
     else:
         return torch.zeros_like(score, dtype=torch.bool)
@@ -207,6 +209,18 @@ def lowest(score: Tensor, count: int | Tensor, dim: int = -1) -> Tensor:
     ties = mask & ~below
     room = count - below.sum(dim, keepdim=True)
     return below | (ties & (ties.cumsum(dim) <= room))
+
+
+def _kth_row(score: Tensor, count: int) -> Tensor:
+    """The `count`-th lowest of a few rows, elementwise, by insertion: far faster than a selection per column."""
+    lowest_rows: list[Tensor] = []
+    for row in score:
+        rising = row
+        for at, held in enumerate(lowest_rows):
+            lowest_rows[at], rising = torch.minimum(held, rising), torch.maximum(held, rising)
+        if len(lowest_rows) < count:
+            lowest_rows.append(rising)
+    return lowest_rows[-1][None]
 
 
 def parse_pattern(text: str, scope: Scope = "layer") -> SparsityPattern:

@@ -132,13 +132,13 @@ class _Sweep:
         self.zeros = columns == 0
         self.special = (self.zeros.any(1) | dead).tolist()
         self.dead = dead[:, None]
-        self.gone = torch.empty_like(self.zeros)
+        self.gone = torch.empty_like(columns)
         self.removed = torch.empty_like(columns)
 
     def run(self) -> Tensor:
         """Mask of the pruned weights, `(in, rows)`."""
         self._half(0, len(self.columns))
-        return self.gone
+        return self.gone != 0
 
     def _half(self, start: int, stop: int, chosen: bool = False) -> None:
         width, block, step = stop - start, self.selection.block, self.selection.step
@@ -168,6 +168,6 @@ class _Sweep:
         unit = self.unit[start:stop, start:stop]
         torch.mul(columns[0], gone[0], out=removed[0])
         for at in range(1, stop - start):
-            columns[at:].addr_(unit[at - 1, at:], removed[at - 1], alpha=-1)
+            columns[at:].addcmul_(unit[at - 1, at:, None], removed[at - 1], value=-1)
             torch.mul(columns[at], gone[at], out=removed[at])
-        columns.masked_fill_(gone, 0.0)
+        columns.sub_(removed)
