@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune.errors import PruneError
 from llmprune.methods import DEFAULT_METHOD, METHODS
+from llmprune.reach import start_probe
 
 if TYPE_CHECKING:
     from llmprune.job import Job
@@ -69,6 +70,14 @@ def window(text: str) -> int:
     if positive(text) < 2:
         raise argparse.ArgumentTypeError(f"a window of {text} token leaves nothing to predict; use 2 or more")
     return int(text)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """`KEY=VALUE`."""
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return key, value
 
 
 def seed(text: str) -> int:
@@ -126,6 +135,10 @@ def _add_what(parser: Parser) -> None:
         help=f"{', '.join(METHODS)} (default: {DEFAULT_METHOD})",
     )  # fmt: skip
     what.add_argument(
+        "--option", type=pair, metavar="KEY=VALUE", action="append", default=[],
+        help="an option of the method, e.g. damping=0.03; repeatable",
+    )  # fmt: skip
+    what.add_argument(
         "--scope", choices=("row", "layer"),
         help="where an unstructured count is exact (default: row for wanda, layer for the others)",
     )  # fmt: skip
@@ -156,9 +169,7 @@ def _add_data(parser: Parser) -> None:
     data.add_argument("--seed", type=seed, default=0, metavar="N", help="choice of windows (default: 0)")
     data.add_argument("--eval", metavar="SRC", help=f"{text} (default: sotu, other years, for demo; else wikitext2)")
     data.add_argument("--eval-windows", type=positive, default=20, metavar="N", help="evaluation windows (default: 20)")
-    data.add_argument(
-        "--eval-context", type=window, default=1024, metavar="N", help="tokens per evaluation window (default: 1024)"
-    )
+    data.add_argument("--eval-context", type=window, metavar="N", help="tokens per evaluation window (default: 1024)")
     data.add_argument("--no-eval", action="store_true", help="measure no perplexity")
 
 
@@ -285,6 +296,7 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         model=options.model,
         sparsity=options.sparsity,
         method=options.method,
+        options=tuple(options.option),
         scope=options.scope,
         calib=options.calib,
         samples=options.samples,
@@ -315,6 +327,7 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     job = make_job(options, arguments)
     words = sys.stderr if options.json else sys.stdout
     progress = terminal.TerminalProgress(quiet=options.quiet)
+    start_probe()
     progress.note("loading libraries")
     hush_libraries(options.debug)
     if options.dry_run:
@@ -326,6 +339,8 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         from llmprune.run import prune
 
         report = prune(job, progress)
+        for text in report.warnings:
+            progress.warn(text)
         facts = report.to_json()
         text = terminal.summary(report)
     if not options.quiet:

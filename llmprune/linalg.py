@@ -66,14 +66,15 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
 
 
 def _invert_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix; on the CPU in a third of a general solve's operations (LAPACK trtri)."""
+    """The inverse of a lower triangular matrix; on the CPU a third of a general solve's work (LAPACK trtri)."""
     if lower.device.type != "cpu":
         eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return solved
     trtri = lapack.strtri if lower.dtype == torch.float32 else lapack.dtrtri
     # Row-major lower is column-major upper.
     inverse, _ = trtri(lower.contiguous().numpy().T, lower=0)
-    return torch.from_numpy(inverse.T)
+    return torch.as_tensor(inverse.T)
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmprune.errors import InputError
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BlockStream, logits
 
 CHUNK_ELEMENTS = 2**25
+MAX_LOSS = 700.0  # beyond this, exp leaves the range of floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Perplexity:
 def from_losses(losses: Tensor, context: int) -> Perplexity:
     """Perplexity from the mean loss of every window, `(windows,)`, in nats per token."""
     mean = float(losses.double().mean())
-    value = math.exp(mean) if mean < 700 else math.inf
+    value = math.exp(min(mean, MAX_LOSS))
     spread = float(losses.double().std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
     return Perplexity(value, value * spread, len(losses), context)
 
@@ -83,4 +85,9 @@ def window_losses(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Call
         targets = tokens[:, start + 1 : stop + 1].to(scores.device)
         loss = functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
         total += loss.view(batch, -1).sum(1, dtype=torch.float64).cpu()
+    if not bool(torch.isfinite(total).all()):
+        raise InputError(
+            f"the logits of {type(skeleton.model).__name__} hold NaN or Inf",
+            "the last norm or the head overflows on this text; check the checkpoint",
+        )
     return total / (context - 1)

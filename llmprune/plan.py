@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +46,16 @@ class Plan:
     def coverage(self) -> float:
         """Share of the block parameters that lie in pruned layers (fraction)."""
         return self.covered / max(self.block_parameters, 1)
+
+    def without(self, layers: list[LayerRef], reason: str) -> Plan:
+        """The plan with some layers left dense after all."""
+        dropped = {layer.name for layer in layers}
+        skipped = tuple(Skipped(layer.name, layer.weights, reason) for layer in layers)
+        return replace(
+            self,
+            layers=tuple(layer for layer in self.layers if layer.name not in dropped),
+            skipped=self.skipped + skipped,
+        )
 
     def skipped_by_reason(self) -> dict[str, int]:
         """Number of weights that stay dense, by reason."""

@@ -22,7 +22,7 @@ from llmprune.skeleton import Skeleton
 from llmprune.source import Source, load_tokenizer, open_source
 from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 
-DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 128, 512
+DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def prepare(job: Job, progress: Progress) -> Prepared:
     Raises:
         InputError: with what to do about it.
     """
-    method = load_method(job.method)
+    method = load_method(job.method, dict(job.options))
     pattern = parse_pattern(job.sparsity, job.scope or method.scope)
     cache = job.cache_dir or default_cache()
     if job.scope and not isinstance(pattern, Unstructured):
@@ -90,7 +90,12 @@ def output_folder(job: Job, pattern: SparsityPattern) -> Path:
         out = Path(f"{model or 'model'}-{job.method}-{pattern.name.replace(':', 'of').replace('%', 'pct')}")
     else:
         out = job.out
-    out = Path(os.path.abspath(out.expanduser()))
+    try:
+        # A link stays a link: what it points to is replaced.
+        out = Path(os.path.realpath(out.expanduser()))
+        out.with_name(f".{out.name}.partial").exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {str(out)[:80]!r} is no usable path: {error}", "choose another --out") from error
     if out.is_dir() and any(out.iterdir()):
         if not (out / FILE).exists():
             raise InputError(
@@ -123,13 +128,17 @@ def _check_space(out: Path, needed: int) -> None:
 
 
 def _check_positions(source: Source, job: Job) -> None:
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        return
-    asked = {"--seq-len": job.seq_len or 0, "--eval-context": job.eval_context if job.evaluate else 0}
+    limit = _positions(source)
+    asked = {"--seq-len": job.seq_len or 0, "--eval-context": (job.eval_context or 0) if job.evaluate else 0}
     for flag, value in asked.items():
         if value > limit:
             raise InputError(f"{flag} {value} exceeds the model's {limit} positions", f"use {flag} {limit} or less")
+
+
+def _positions(source: Source) -> int:
+    """The longest text the model can take, in tokens."""
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else 2**31
 
 
 def _tokens(job: Job, source: Source, cache: Path, progress: Progress) -> tuple[TokenBatch, TokenBatch | None]:
@@ -141,12 +150,11 @@ def _tokens(job: Job, source: Source, cache: Path, progress: Progress) -> tuple[
         calibration = load_tokens(calib, job.samples, job.seq_len, text.vocab_size)
     else:
         assert tokenizer is not None
-        limit = getattr(text, "max_position_embeddings", None) or DEFAULT_SEQ_LEN
         calibration = calibration_tokens(
             job.calibration_source,
             tokenizer,
             samples=job.samples or DEFAULT_SAMPLES,
-            seq_len=job.seq_len or min(DEFAULT_SEQ_LEN, limit),
+            seq_len=job.seq_len or min(DEFAULT_SEQ_LEN, _positions(source)),
             seed=job.seed,
             cache=cache,
             progress=progress,
@@ -158,7 +166,7 @@ def _tokens(job: Job, source: Source, cache: Path, progress: Progress) -> tuple[
             job.evaluation_source,
             tokenizer,
             windows=job.eval_windows,
-            context=job.eval_context,
+            context=job.eval_context or min(DEFAULT_CONTEXT, _positions(source)),
             cache=cache,
             progress=progress,
         )
@@ -179,9 +187,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}", "use --device auto or cpu"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name!r} cannot be used: {reason}", "use --device auto or cpu") from error
+    if device.type == "meta":
+        raise InputError("--device meta holds no data", "use --device auto or cpu")
     return device
 
 

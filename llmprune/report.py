@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmprune.errors import InputError
+
 FILE = "prune_report.json"
 
 
@@ -58,8 +60,17 @@ class PruneReport:
 
     @classmethod
     def read(cls, folder: Path) -> PruneReport:
-        """The report of a pruned folder."""
-        return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
+        """The report of a pruned folder.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
+        try:
+            return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{folder / FILE} is no report of llmprune: {error}", "say what to check: --sparsity"
+            ) from error
 
     @property
     def mean_error(self) -> float:

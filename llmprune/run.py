@@ -27,7 +27,7 @@ from llmprune.job import Job
 from llmprune.linalg import relative_error
 from llmprune.methods import DEFAULT_METHOD
 from llmprune.perplexity import Perplexity, perplexity
-from llmprune.plan import estimate
+from llmprune.plan import Plan, estimate
 from llmprune.prepare import Prepared, prepare
 from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
@@ -66,7 +66,7 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
                 prune_blocks(run, writer, report, clock, progress)
                 writer.seal()
             with clock("verify"):
-                verify_written(run, progress)
+                verify_written(run, report, progress)
             with clock("pruned_evaluation"):
                 pruned = measure(run, run.partial, "pruned perplexity", progress)
             add_evaluation(run, report, dense, pruned)
@@ -113,6 +113,7 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
+    report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
 
 
 def describe(group: Group, solutions: list[LayerSolution], stored: list[Tensor]) -> list[LayerReport]:
@@ -198,15 +199,16 @@ def skeleton_of(run: Prepared, folder: Path) -> Skeleton:
     )
 
 
-def verify_written(run: Prepared, progress: Progress) -> None:
+def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> None:
     """Re-open the written files and check the pattern of every pruned layer.
 
     Raises:
         CheckError: a layer misses zeros.
     """
-    progress.start("verifying", len(run.plan.layers))
-    tensors = skeleton_of(run, run.partial).checkpoint
-    checks = check_layers(tensors, [(ref.name, ref.transposed) for ref in run.plan.layers], run.pattern, progress.step)
+    pruned = {layer.name for layer in report.layers}
+    layers = [(ref.name, ref.transposed) for ref in run.plan.layers if ref.name in pruned]
+    progress.start("verifying", len(layers))
+    checks = check_layers(skeleton_of(run, run.partial).checkpoint, layers, run.pattern, progress.step)
     progress.finish()
     if bad := [check for check in checks if check.violations]:
         raise CheckError(
@@ -240,12 +242,7 @@ def new_report(run: Prepared) -> PruneReport:
         method={"name": job.method, "options": asdict(run.method)},  # type: ignore[call-overload]
         calibration={**asdict(run.calibration.provenance), "tokens": run.calibration.tokens.numel()},
         evaluation=None,
-        coverage={
-            "block_parameters": plan.block_parameters,
-            "covered": plan.covered,
-            "fraction": plan.coverage,
-            "skipped": plan.skipped_by_reason(),
-        },
+        coverage=coverage(plan),
         machine={
             "device": str(run.skeleton.device),
             "compute": str(run.skeleton.compute).removeprefix("torch."),
@@ -254,6 +251,16 @@ def new_report(run: Prepared) -> PruneReport:
         },
         out=str(run.out),
     )
+
+
+def coverage(plan: Plan) -> dict[str, Any]:
+    """How much of the blocks is pruned, and what is not."""
+    return {
+        "block_parameters": plan.block_parameters,
+        "covered": plan.covered,
+        "fraction": plan.coverage,
+        "skipped": plan.skipped_by_reason(),
+    }
 
 
 def add_evaluation(run: Prepared, report: PruneReport, dense: Perplexity | None, pruned: Perplexity | None) -> None:

@@ -14,6 +14,7 @@ from llmprune.demo import demo_model
 from llmprune.errors import InputError
 from llmprune.gguf import cached_gguf
 from llmprune.progress import Progress
+from llmprune.reach import hub_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -77,6 +78,8 @@ def download(name: str, revision: str | None, progress: Progress) -> tuple[Path,
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    if not hub_reachable():
+        return _cached_snapshot(name, revision)
     try:
         info = within(HUB_SECONDS, lambda: HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS))
         if info.gated and not _may_read(name, revision):
@@ -97,12 +100,12 @@ def download(name: str, revision: str | None, progress: Progress) -> tuple[Path,
         ) from error
     except HfHubHTTPError as error:
         raise InputError(f"the Hub refused {name}: {str(error).splitlines()[0]}", "try again later") from error
-    except (OSError, TimeoutError, RuntimeError) as error:
-        return _cached_snapshot(name, revision, error)
+    except (OSError, TimeoutError, RuntimeError):
+        return _cached_snapshot(name, revision)
     except Exception as error:
         # The HTTP library's own errors (no route, no DNS) are not OSErrors; all of them mean unreachable.
         if type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}:
-            return _cached_snapshot(name, revision, error)
+            return _cached_snapshot(name, revision)
         raise
 
 
@@ -124,7 +127,7 @@ def _may_read(name: str, revision: str | None) -> bool:
     return True
 
 
-def _cached_snapshot(name: str, revision: str | None, error: Exception) -> tuple[Path, str]:
+def _cached_snapshot(name: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -132,7 +135,7 @@ def _cached_snapshot(name: str, revision: str | None, error: Exception) -> tuple
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=_WANTED))
     except (LocalEntryNotFoundError, OSError, ValueError) as missing:
         raise InputError(
-            f"there is no folder {name!r}, and the Hugging Face Hub cannot be reached ({type(error).__name__})",
+            f"there is no folder {name!r}, and the Hugging Face Hub cannot be reached",
             "check the path or the network; `--model demo` needs the Python package index only",
         ) from missing
     return folder, folder.name
@@ -177,12 +180,13 @@ def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
 
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        keys = set(raw)
+        if not isinstance(raw, dict):
+            raise ValueError("it holds no object")
     except (ValueError, TypeError, OSError) as error:
         raise InputError(
-            f"{folder / 'config.json'} is not JSON: {error}", "download or save the model again"
+            f"{folder / 'config.json'} cannot be used: {error}", "download or save the model again"
         ) from error
-    if "auto_map" in keys and not trust_remote_code and not _is_known(raw.get("model_type")):
+    if "auto_map" in raw and not trust_remote_code and not _is_known(raw.get("model_type")):
         raise InputError(
             f"{folder} needs code of its own to run (model type {raw.get('model_type')!r})",
             "read that code, then add --trust-remote-code if you trust it",

@@ -316,7 +316,9 @@ class Block:
         def pause(number: int, inputs: Tensor) -> None:
             if number >= done:
                 self._add(grams, number, inputs)
-                hub.switch(number)
+                # A forward that pauses inside autocast must not leave it on for the others.
+                with torch.autocast(inputs.device.type, enabled=False):
+                    hub.switch(number)
 
         def run(batch: Batch) -> None:
             self._leave(batch, self._forward(batch))
@@ -370,27 +372,46 @@ class Block:
             leaders = {number: local for local, number in reversed(group_of.items())}
             for number, local in leaders.items():
                 hook = self.module.get_submodule(local).register_forward_pre_hook(
-                    lambda _, inputs, number=number: notice(number, inputs[0])
+                    lambda _, args, kwargs, number=number: notice(number, _inputs(args, kwargs)), with_kwargs=True
                 )
                 stack.callback(hook.remove)
             yield
 
 
-@torch.no_grad()
-def call_order(block: Block) -> tuple[list[list[str]], int]:
-    """The layers of a block in call order, those fed the very same tensor together; found by running one batch.
+@dataclass(frozen=True, slots=True)
+class CallOrder:
+    """How the layers of a block are called.
 
-    A layer that this batch does not reach (an expert nobody chose) forms a group of its own, where its definition
-    stands. Also returns the size in bytes of all the groups' inputs.
+    Args:
+        groups: local names in call order, layers fed the very same tensor together.
+        uncalled: layers that are never called although the module that holds them is: their weight is used in some
+            other way, so neither their inputs nor the moment of their use can be seen.
+        nbytes: size of all groups' inputs for one batch.
+    """
+
+    groups: list[list[str]]
+    uncalled: list[str]
+    nbytes: int
+
+
+@torch.no_grad()
+def call_order(block: Block) -> CallOrder:
+    """Find out how the layers of a block are called, by running one batch.
+
+    A layer inside a module that this batch does not reach (an expert nobody chose) forms a group of its own, where its
+    definition stands.
     """
     inputs: list[Tensor] = []
     groups: list[list[str]] = []
-    seen: set[str] = set()
+    called: set[str] = set()
 
-    def note(local: str, tensor: Tensor) -> None:
-        if local in seen:
+    def note(local: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if local in called:
             return
-        seen.add(local)
+        called.add(local)
+        if local not in block.layers:
+            return
+        tensor = _inputs(args, kwargs)
         for known, members in zip(inputs, groups, strict=True):
             if _same_memory(known, tensor):
                 members.append(local)
@@ -399,21 +420,30 @@ def call_order(block: Block) -> tuple[list[list[str]], int]:
         groups.append([local])
 
     with ExitStack() as stack:
-        for local in block.layers:
-            hook = block.module.get_submodule(local).register_forward_pre_hook(
-                lambda _, args, local=local: note(local, args[0])
+        for local, module in block.module.named_modules():
+            hook = module.register_forward_pre_hook(
+                lambda _, args, kwargs, local=local: note(local, args, kwargs), with_kwargs=True
             )
             stack.callback(hook.remove)
         block._forward(block.batches[0])
-    size = sum(tensor.nbytes for tensor in inputs)
-    previous = -1
+    nbytes = sum(tensor.nbytes for tensor in inputs)
+    uncalled, previous = [], -1
     for local in block.layers:
-        if local in seen:
+        if local in called:
             previous = next(number for number, members in enumerate(groups) if local in members)
+        elif local.rpartition(".")[0] in called:
+            uncalled.append(local)
         else:
             previous += 1
             groups.insert(previous, [local])
-    return groups, size
+    return CallOrder(groups, uncalled, nbytes)
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a linear layer is called with."""
+    found = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -444,7 +474,8 @@ class BlockStream:
     ) -> None:
         self.skeleton, self.chosen, self.memory = skeleton, chosen, memory
         self.rehearsal = rehearse(skeleton, tokens, max(1, batch_tokens // tokens.shape[1]))
-        self._orders: dict[object, tuple[list[list[str]], int]] = {}
+        self.uncalled: list[LayerRef] = []
+        self._orders: dict[object, CallOrder] = {}
 
     def __len__(self) -> int:
         return len(self.skeleton.blocks)
@@ -464,10 +495,11 @@ class BlockStream:
         kind = (type(block.module), tuple((layer.local, layer.shape) for layer in block.layers.values()))
         if kind not in self._orders:
             self._orders[kind] = call_order(block)
-        order, size = self._orders[kind]
+        order = self._orders[kind]
+        self.uncalled += [block.layers[local] for local in order.uncalled]
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
-        block.paused = 2 * size * len(self.rehearsal.batches) <= self.memory
-        return block.groups(order)
+        block.paused = 2 * order.nbytes * len(self.rehearsal.batches) <= self.memory
+        return block.groups(order.groups)
 
 
 _SPENT = Call((), {})

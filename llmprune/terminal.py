@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ class TerminalProgress(Progress):
                 unit=unit or "it",
                 unit_scale=bool(unit),
                 bar_format=layout,
+                ncols=min(shutil.get_terminal_size().columns, 100),
             )
 
     def step(self, amount: float = 1, text: str = "") -> None:
@@ -103,10 +105,7 @@ def size(count: float) -> str:
 
 def summary(report: PruneReport) -> str:
     """What the user reads at the end."""
-    lines = ["", *_table(_result_rows(report))]
-    lines += [f"warning: {text}" for text in report.warnings]
-    lines.append(report.sparsity["note"])
-    return "\n".join(lines) + "\n"
+    return "\n".join(["", *_table(_result_rows(report)), report.sparsity["note"]]) + "\n"
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmprune.demo import CALIBRATION_YEARS, EVALUATION_YEARS, sotu_text
 from llmprune.errors import InputError
 from llmprune.progress import Progress
+from llmprune.reach import hub_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,6 +190,8 @@ def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) 
     entry = DATASETS[name]
     split = entry.calibration if role == "calibration" else entry.evaluation
     try:
+        if not hub_reachable():
+            raise ConnectionError
         from datasets import load_dataset
         from huggingface_hub import HfApi
 

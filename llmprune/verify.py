@@ -12,10 +12,11 @@ from torch import Tensor
 from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
+from llmprune.families import select
 from llmprune.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.plan import make_plan
 from llmprune.progress import Progress
-from llmprune.report import FILE, PruneReport
+from llmprune.report import PruneReport
 from llmprune.skeleton import Skeleton
 from llmprune.source import open_source
 
@@ -118,18 +119,22 @@ def verify_folder(
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}", "name a model folder")
-    pruned: frozenset[str] | None = None
+    names: tuple[str, ...] = ()
     if sparsity is None:
-        if not (folder / FILE).exists():
-            raise InputError(f"{folder} has no {FILE}", "say what to check: --sparsity 2:4")
         report = PruneReport.read(folder)
         sparsity, scope = report.sparsity["pattern"], scope or report.sparsity["scope"]
-        pruned = frozenset(layer.name for layer in report.layers)
+        names = tuple(layer.name for layer in report.layers)
+        only = tuple(name for name in names if not select(name, only, skip))
+        if not only:
+            raise InputError(
+                f"the report names {len(names)} layers, and none is left to check", "loosen --only and --skip"
+            )
     pattern = parse_pattern(sparsity, scope or "layer")
     source = open_source(
         str(folder), revision=None, cache=default_cache(), trust_remote_code=trust_remote_code, progress=Progress()
     )
     skeleton = Skeleton(source.config, SafetensorsFolder(folder), trust_remote_code=trust_remote_code)
-    plan = make_plan(skeleton, pattern, only, skip)
-    layers = [(ref.name, ref.transposed) for ref in plan.layers if pruned is None or ref.name in pruned]
+    # A report names layers exactly; one that the model lacks is an error, as a glob that matches nothing is.
+    plan = make_plan(skeleton, pattern, only, () if names else skip)
+    layers = [(ref.name, ref.transposed) for ref in plan.layers]
     return FolderCheck(str(folder), pattern, check_layers(skeleton.checkpoint, layers, pattern))

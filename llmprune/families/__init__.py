@@ -105,14 +105,18 @@ def find_other_weights(block: nn.Module, prefix: str) -> list[Skipped]:
     """Parameters of a block with two or more dimensions that are no linear layer's: they stay dense."""
     from transformers.pytorch_utils import Conv1D
 
-    linear = {f"{name}.weight" for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     return [
-        Skipped(
-            f"{prefix}.{name}", parameter.numel(), "fused experts" if parameter.dim() == 3 else "not a linear layer"
-        )
-        for name, parameter in block.named_parameters()
-        if parameter.dim() >= 2 and name not in linear
+        Skipped(".".join(filter(None, (prefix, path, name))), parameter.numel(), _kind(owner, parameter))
+        for path, owner in block.named_modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.dim() >= 2 and not (isinstance(owner, nn.Linear | Conv1D) and name == "weight")
     ]
+
+
+def _kind(owner: nn.Module, parameter: nn.Parameter) -> str:
+    if type(owner).__name__.startswith("Conv"):
+        return "convolution"
+    return "fused experts" if parameter.dim() == 3 else "not a linear layer"
 
 
 def select(name: str, only: tuple[str, ...], skip: tuple[str, ...]) -> str:

@@ -7,9 +7,12 @@ file here, one line in the table.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+
+from llmprune.errors import InputError
 
 if TYPE_CHECKING:
     from llmprune.pattern import Scope, SparsityPattern
@@ -46,7 +49,33 @@ METHODS = {
 DEFAULT_METHOD = "sparsegpt"
 
 
-def load_method(name: str) -> Method:
-    """Instantiate a method of the table with its default options."""
+def load_method(name: str, options: Mapping[str, str] | None = None) -> Method:
+    """Instantiate a method of the table.
+
+    Args:
+        name: its name.
+        options: values for its fields, as text; the others keep their defaults.
+
+    Raises:
+        InputError: the method has no such option, or the value is no positive number.
+    """
     module, _, attribute = METHODS[name].target.partition(":")
-    return cast("Method", getattr(import_module(module), attribute)())
+    cls = getattr(import_module(module), attribute)
+    known = {field.name: float if field.type in {"float", float} else int for field in fields(cls)}
+    values = {}
+    for key, text in (options or {}).items():
+        if key not in known:
+            listed = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise InputError(f"{name} has no option {key!r}", listed)
+        values[key] = _positive(key, text, known[key])
+    return cast("Method", cls(**values))
+
+
+def _positive(key: str, text: str, kind: type[float] | type[int]) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise InputError(f"option {key}={text} is no positive {kind.__name__}", f"for example {key}=0.01")
+    return value

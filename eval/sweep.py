@@ -1,0 +1,138 @@
+"""`python -m eval.sweep GRID.toml`: run llmprune over a grid of settings, one JSON file a cell, and a Markdown table.
+
+The grid is a table of lists; every combination is a cell:
+
+    [grid]
+    method = ["wanda", "sparsegpt"]
+    sparsity = ["2:4", "50%"]
+    [fixed]
+    model = "demo"
+    samples = 32
+
+Cells whose JSON is there already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from eval.perplexity import measure
+from llmprune.cli import Parser, guarded, hush_libraries
+from llmprune.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(prog="python -m eval.sweep", description="Run a grid of settings.", allow_abbrev=False)
+    parser.add_argument("grid", type=Path, metavar="GRID.toml", help="what to run")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: eval/results/NAME of the grid)")
+    parser.add_argument("--json", action="store_true", help="all cells as JSON on stdout instead of the table")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def cells(grid: dict[str, Any]) -> list[dict[str, Any]]:
+    """All combinations, the last key varying fastest."""
+    keys = list(grid["grid"])
+    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*grid["grid"].values())]
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Command-line flags for settings; lists repeat the flag, True stands alone."""
+    found: list[str] = []
+    for key, value in settings.items():
+        flag = f"--{key.replace('_', '-')}"
+        for item in value if isinstance(value, list) else [value]:
+            found += [flag] if item is True else [flag, str(item)]
+    return found
+
+
+def run_cell(settings: dict[str, Any], also: dict[str, Any]) -> dict[str, Any]:
+    """One run of the command line; keeps its report without the layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["llmprune", *flags(settings)]
+        extra = ["--out", f"{folder}/out", "--json", "--quiet"]
+        done = subprocess.run(
+            [sys.executable, "-m", "llmprune", *command[1:], *extra], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise InputError(f"{' '.join(command)} failed: {done.stderr.strip()}", "see above")
+        report = json.loads(done.stdout)
+        texts = measure(f"{folder}/out", also["texts"], also["windows"], also["context"]) if also else {}
+    errors = [layer["error"] for layer in report.pop("layers")]
+    for key in ("out", "command"):
+        report.pop(key)
+    return {
+        "command": " ".join(command),
+        "commit": commit(),
+        "mean_layer_error": sum(errors) / len(errors),
+        "texts": texts,
+        **report,
+    }
+
+
+def commit() -> str:
+    """The commit of this checkout, with a mark if files differ from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def table(results: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """A Markdown table of the cells."""
+    keys = list(results[0][0])
+    texts = list(results[0][1]["texts"])
+    head = [*keys, "perplexity", *texts, "layer error", "pruning, s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for settings, result in results:
+        found = [result["evaluation"]["pruned"]] if result["evaluation"] else [None]
+        found += [result["texts"][text] for text in texts]
+        row = [str(settings[key]) for key in keys]
+        row += ["–" if p is None else f"{p['value']:.2f} ± {p['error']:.2f}" for p in found]
+        row += [f"{result['mean_layer_error']:.4f}", f"{result['seconds']['prune']:.0f}"]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what is missing, then print the table."""
+    hush_libraries(options.debug)
+    grid = tomllib.loads(options.grid.read_text(encoding="utf-8"))
+    out = options.out or ROOT / "eval" / "results" / options.grid.stem
+    out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for settings in cells(grid):
+        name = re.sub(r"[^\w.]+", "-", "-".join(str(value) for value in settings.values())).strip("-")
+        path = out / f"{name}.json"
+        if not path.exists():
+            sys.stderr.write(f"running {settings}\n")
+            result = run_cell({**grid.get("fixed", {}), **settings}, grid.get("also", {}))
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        results.append((settings, json.loads(path.read_text(encoding="utf-8"))))
+    print(json.dumps([result for _, result in results], indent=2) if options.json else table(results))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        options = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    return guarded(lambda: run(options), options.debug)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

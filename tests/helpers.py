@@ -1,0 +1,305 @@
+"""Tiny random models of any type, saved as real checkpoints are, and plain references to compare with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
+
+from llmprune.checkpoint import SafetensorsFolder
+from llmprune.job import Job
+from llmprune.skeleton import Skeleton
+from llmprune.stream import BlockStream, logits
+from llmprune.tokens import save_tokens, token_batch
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VOCAB, LENGTH, BATCH = 96, 24, 2
+COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Given to a config where it knows the name."""
+_MOE = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+EXTRA: dict[str, dict[str, Any]] = {
+    "biogpt": {"hidden_dropout_prob": 0.0},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "head_dim": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
+        "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    },
+    "falcon": {"num_attention_heads": 4},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64},
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "num_experts": 4, "mamba_dt_rank": 8, "use_mamba_kernels": False,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba": {"use_mambapy": False, "time_step_rank": 8, "state_size": 8},
+    "mixtral": {"num_local_experts": 4},
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 64},
+    "qwen3_moe": _MOE,
+    "xglm": {"d_model": 64, "num_layers": 2, "ffn_dim": 128, "attention_heads": 4},
+}  # fmt: skip
+"""What a model type needs beside that."""
+
+
+def tiny_config(model_type: str, **options: Any) -> PreTrainedConfig:
+    """A config of two small blocks."""
+    known = AutoConfig.for_model(model_type)
+    names = {*known.to_dict(), *getattr(known, "attribute_map", {})}
+    wanted = {name: value for name, value in COMMON.items() if name in names}
+    return AutoConfig.for_model(model_type, **{**wanted, **EXTRA.get(model_type, {}), **options})
+
+
+def tiny_model(model_type: str, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A random float32 model; vectors (norms, biases) are random too, so that none can be forgotten."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **options), dtype=torch.float32).eval()
+    return shaken(model)
+
+
+@torch.no_grad()
+def shaken(model: PreTrainedModel) -> PreTrainedModel:
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words `w3` to `w95`; ids 0 to 2 are special and never put around a text."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+
+
+def save_tiny(
+    model_type: str,
+    folder: Path,
+    *,
+    base: bool = False,
+    head: str = "",
+    shard: str = "1GB",
+    dtype: torch.dtype = torch.float32,
+    rename: dict[str, str] | None = None,
+    tokenizer: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Path:
+    """Save a tiny model.
+
+    Args:
+        model_type: of transformers, or registered by a test.
+        folder: where to.
+        base: only the base model, without the prefix in the names.
+        head: `"stored"` or `"absent"`: whether a tied head stands in the file.
+        shard: largest shard.
+        dtype: of the weights.
+        rename: parts of names on disk that are replaced.
+        tokenizer: whether one is put beside it.
+        seed: of the weights.
+        options: of the config.
+    """
+    model = tiny_model(model_type, seed, **options).to(dtype)
+    model.config.dtype = dtype
+    (model.base_model if base else model).save_pretrained(folder, max_shard_size=shard)
+    if base:
+        model.config.save_pretrained(folder)
+    if head:
+        out, inner = model.get_output_embeddings(), model.get_input_embeddings()
+        name = next(n for n, module in model.named_modules() if module is out) + ".weight"
+        rewrite(folder, lambda tensors: _with_head(tensors, name, inner.weight.data.clone(), head == "stored"))
+    for old, new in (rename or {}).items():
+        rewrite(folder, lambda tensors, old=old, new=new: {k.replace(old, new): v for k, v in tensors.items()})
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _with_head(tensors: dict[str, Tensor], name: str, weight: Tensor, stored: bool) -> dict[str, Tensor]:
+    rest = {key: value for key, value in tensors.items() if key != name}
+    return {**rest, name: weight} if stored else rest
+
+
+def on_disk(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder by their names on disk."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]], shards: int = 1) -> None:
+    """Edit the tensors of a folder, and spread them over so many shards."""
+    tensors = edit(on_disk(folder))
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        file.unlink()
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    index = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(tensors.items())[number::shards])
+        save_file(part, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def edit_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace one tensor on disk, in its own file."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            save_file({**tensors, name: change(tensors[name]).contiguous()}, file, metadata={"format": "pt"})
+
+
+def random_tokens(samples: int = 5, length: int = LENGTH, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def token_file(path: Path, tokens: Tensor | None = None) -> Path:
+    """A frozen calibration file."""
+    save_tokens(token_batch(random_tokens() if tokens is None else tokens, "random ids", 0), path)
+    return path
+
+
+def text_file(path: Path, words: int = 400, seed: int = 1) -> Path:
+    """A text of the tiny tokenizer's words."""
+    ids = random_tokens(1, words, seed)[0].tolist()
+    path.write_text(" ".join(f"w{i}" for i in ids), encoding="utf-8")
+    return path
+
+
+def job(model: Path, out: Path, calib: Path, sparsity: str = "2:4", **options: Any) -> Job:
+    """A job that measures no perplexity unless told to."""
+    return Job(str(model), sparsity, **{"calib": str(calib), "out": out, "device": "cpu", "evaluate": False, **options})
+
+
+def skeleton_of(folder: Path, **options: Any) -> Skeleton:
+    return Skeleton(AutoConfig.from_pretrained(folder), SafetensorsFolder(folder), **options)
+
+
+def reload(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """What plain transformers makes of a folder."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def streamed_logits(skeleton: Skeleton, tokens: Tensor, batch: int = BATCH) -> Tensor:
+    """Logits with one block in memory at a time."""
+    stream = BlockStream(skeleton, tokens, batch_tokens=batch * tokens.shape[1])
+    for _ in stream:
+        pass
+    rehearsal = stream.rehearsal
+    with skeleton.loaded(skeleton.outside()):
+        return torch.cat([logits(skeleton, b.tokens, b.hidden, rehearsal.wrap) for b in rehearsal.batches])
+
+
+@torch.no_grad()
+def whole_logits(model: nn.Module, tokens: Tensor, batch: int = BATCH) -> Tensor:
+    """Logits of the whole model."""
+    return torch.cat([model(input_ids=part, use_cache=False).logits for part in tokens.split(batch)])
+
+
+def block_prefix(layers: list[str]) -> str:
+    """The blocks' common name, from names of layers: `model.layers.`"""
+    found = {re.split(r"\d+\.", name, maxsplit=1)[0] for name in layers}
+    assert len(found) == 1
+    return found.pop()
+
+
+class ToyConfig(PreTrainedConfig):
+    """A chain of blocks of a kind that a test invents."""
+
+    model_type = "toy"
+
+    def __init__(self, kind: str = "plain", hidden_size: int = 16, vocab_size: int = VOCAB, **kwargs: Any) -> None:
+        self.kind, self.hidden_size, self.vocab_size = kind, hidden_size, vocab_size
+        super().__init__(**{"tie_word_embeddings": False, **kwargs})
+
+
+TOY_BLOCKS: dict[str, type[nn.Module]] = {}
+
+
+def toy_block(cls: type[nn.Module]) -> type[nn.Module]:
+    """Make a block class, called with its width, the block of the toy model of that kind."""
+    TOY_BLOCKS[cls.__name__] = cls
+    return cls
+
+
+class Toy(PreTrainedModel):
+    """Embedding, two blocks, head."""
+
+    config_class = ToyConfig
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TOY_BLOCKS[config.kind](config.hidden_size) for _ in range(2))
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.3)
+
+    def forward(self, input_ids: Tensor, use_cache: bool | None = None, **_: Any) -> CausalLMOutput:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return CausalLMOutput(logits=self.head(hidden))
+
+
+AutoConfig.register("toy", ToyConfig)
+AutoModelForCausalLM.register(ToyConfig, Toy)
+
+
+@contextmanager
+def recorded_inputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the inputs of the named modules, with plain hooks."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: found[name].append(inputs[0])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
