@@ -48,6 +48,23 @@ def cells(grid: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*grid["grid"].values())]
 
 
+def file_name(settings: dict[str, Any]) -> str:
+    """Where the result of a cell is kept."""
+    return re.sub(r"[^\w.]+", "-", "-".join(str(value) for value in settings.values())).strip("-") + ".json"
+
+
+def caption(result: dict[str, Any]) -> str:
+    """What all cells were measured on."""
+    dense, text = result["evaluation"]["dense"], Path(result["evaluation"]["source"]).name
+    calibration = result["calibration"]
+    return (
+        f"Dense: {dense['value']:.2f} ± {dense['error']:.2f}. Perplexity on {text}, {dense['windows']} windows of "
+        f"{dense['context']} tokens (tokens sha256 {result['evaluation']['sha256'][:12]}); calibration on "
+        f"{Path(calibration['source']).name} (first row {calibration['samples']} x {calibration['seq_len']} tokens, "
+        f"sha256 {calibration['sha256'][:12]}); commit {result['commit']}."
+    )
+
+
 def flags(settings: dict[str, Any]) -> list[str]:
     """Command-line flags for settings; lists repeat the flag, True stands alone."""
     found: list[str] = []
@@ -114,8 +131,7 @@ def run(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     results = []
     for settings in cells(grid):
-        name = re.sub(r"[^\w.]+", "-", "-".join(str(value) for value in settings.values())).strip("-")
-        path = out / f"{name}.json"
+        path = out / file_name(settings)
         if not path.exists():
             sys.stderr.write(f"running {settings}\n")
             result = run_cell({**grid.get("fixed", {}), **settings}, grid.get("also", {}))

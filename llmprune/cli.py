@@ -327,7 +327,8 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     job = make_job(options, arguments)
     words = sys.stderr if options.json else sys.stdout
     progress = terminal.TerminalProgress(quiet=options.quiet)
-    start_probe()
+    if not (options.model == "demo" or options.model.endswith(".gguf") or Path(options.model).expanduser().exists()):
+        start_probe()
     progress.note("loading libraries")
     hush_libraries(options.debug)
     if options.dry_run:

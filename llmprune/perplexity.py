@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ def from_losses(losses: Tensor, context: int) -> Perplexity:
     mean = float(losses.double().mean())
     value = math.exp(min(mean, MAX_LOSS))
     spread = float(losses.double().std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-    return Perplexity(value, value * spread, len(losses), context)
+    return Perplexity(value, min(value * spread, sys.float_info.max), len(losses), context)
 
 
 @torch.no_grad()

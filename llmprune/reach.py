@@ -48,7 +48,9 @@ def start_probe() -> None:
 
 
 def hub_reachable() -> bool:
-    """The answer of the last probe; begins one if there was none."""
+    """The answer of the last probe; begins one if there was none. `HF_HUB_OFFLINE` says no."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return False
     if not _probes:
         start_probe()
     return _probes[-1].reachable()

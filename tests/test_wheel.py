@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -46,6 +47,10 @@ def test_the_script_and_the_licence_are_there(wheel: zipfile.ZipFile) -> None:
 
 def test_the_metadata_asks_for_what_the_package_imports(wheel: zipfile.ZipFile) -> None:
     metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA"))).decode()
-    needed = {line.split()[1].split(">")[0] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
+    needed = {
+        re.split(r"[<>=; ]", line.split(": ")[1])[0]
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist")
+    }
     assert {"torch", "transformers", "safetensors", "tqdm", "greenlet", "gguf"} <= needed
     assert "License-Expression: Apache-2.0" in metadata
