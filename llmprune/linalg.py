@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from llmprune.errors import NumericalError
 
 MAX_RAISES = 3
+TILE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +66,35 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
 
 
 def _invert_lower(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix; on the CPU a third of a general solve's work (LAPACK trtri)."""
-    if lower.device.type != "cpu":
-        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    """The inverse of a lower triangular matrix by halves: `[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]`.
+
+    Nearly all of it is matrix products, several times faster than a triangular solve for the identity.
+    """
+    width = len(lower)
+    if width <= TILE:
+        eye = torch.eye(width, dtype=lower.dtype, device=lower.device)
         solved: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
         return solved
-    trtri = lapack.strtri if lower.dtype == torch.float32 else lapack.dtrtri
-    # Row-major lower is column-major upper.
-    inverse, _ = trtri(lower.contiguous().numpy().T, lower=0)
-    return torch.as_tensor(inverse.T)
+    half = width // 2
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = _invert_lower(lower[:half, :half])
+    inverse[half:, half:] = _invert_lower(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
-    """`total += rowsᵀ rows`, of which only the lower triangle is valid: half the work on the CPU (BLAS syrk).
+    """`total += rowsᵀ rows`, of which only the lower triangle is valid: little more than half the work.
+
+    BLAS has a routine for this (syrk), but torch does not offer it, and another library's threads slow torch's down.
 
     Args:
-        total: `(in, in)`, float32 or float64, contiguous.
+        total: `(in, in)`.
         rows: `(tokens, in)`, same dtype.
     """
-    if rows.device.type != "cpu":
-        total.addmm_(rows.T, rows)
-        return
-    # The transposed views are column-major, as BLAS wants them; its upper triangle is our lower one.
-    x, out = rows.contiguous().numpy().T, total.numpy().T
-    syrk = blas.ssyrk if rows.dtype == torch.float32 else blas.dsyrk
-    if syrk(1.0, x, beta=1.0, c=out, overwrite_c=1) is not out:
-        raise RuntimeError("BLAS did not work in place")
+    for start in range(0, rows.shape[1], TILE):
+        stop = min(start + TILE, rows.shape[1])
+        total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
 
 
 def output_energy(weight: Tensor, gram: Tensor) -> float:

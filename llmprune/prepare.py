@@ -61,7 +61,8 @@ def prepare(job: Job, progress: Progress) -> Prepared:
         )
     out = output_folder(job, pattern)
     device = pick_device(job.device)
-    set_threads(job.threads)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     source = open_source(
         job.model, revision=job.revision, cache=cache, trust_remote_code=job.trust_remote_code, progress=progress
     )
@@ -192,15 +193,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "meta":
         raise InputError("--device meta holds no data", "use --device auto or cpu")
     return device
-
-
-def set_threads(threads: int | None) -> None:
-    """Limit the threads of torch and of the BLAS that sums the Grams."""
-    if threads is not None:
-        import threadpoolctl
-
-        torch.set_num_threads(threads)
-        threadpoolctl.threadpool_limits(threads)
 
 
 def _compute_dtype(source: Source, device: torch.device) -> torch.dtype:

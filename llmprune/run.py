@@ -36,7 +36,7 @@ from llmprune.skeleton import Skeleton
 from llmprune.stream import BlockStream, Group
 from llmprune.verify import check_layers
 
-LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy")
+LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 EXPLODED = 10.0
 
 

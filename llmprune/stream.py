@@ -468,7 +468,7 @@ class BlockStream:
         skeleton: Skeleton,
         tokens: Tensor,
         *,
-        batch_tokens: int = 2048,
+        batch_tokens: int = 4096,
         chosen: frozenset[str] = frozenset(),
         memory: int = 2 * 2**30,
     ) -> None:

@@ -43,6 +43,7 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 """Given to a config where it knows the name."""
+_WINDOWS = ["sliding_attention", "full_attention"]
 _MOE = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
 EXTRA: dict[str, dict[str, Any]] = {
     "biogpt": {"hidden_dropout_prob": 0.0},
@@ -53,10 +54,10 @@ EXTRA: dict[str, dict[str, Any]] = {
         "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
     },
     "falcon": {"num_attention_heads": 4},
-    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {"sliding_window": 8, "layer_types": _WINDOWS},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _WINDOWS, "sliding_window": 8},
     "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,

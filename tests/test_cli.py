@@ -185,6 +185,7 @@ NONSENSE = {
     "--calib": ["no/such/file.txt", "c5", "no.safetensors"],
     "--eval": ["no/such/file.txt", "c5"],
     "--model": ["no/such/folder", "./none", "none.gguf", "", "a/b/c", "../x", "a b"],
+    "--option": ["damping", "=1", "damping=", "=", ""],
     "--only": ["nothing*", ""],
     "--skip": ["nothing*", ""],
 }
@@ -192,16 +193,12 @@ NONSENSE = {
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [
-        pytest.param(flag, value, marks=bug("B1") if value == "meta" else ())
-        for flag, values in NONSENSE.items()
-        for value in values
-    ],
+    [(flag, value) for flag, values in NONSENSE.items() for value in values],
 )
 def test_a_bad_value_of_any_flag_is_refused(
     refused: Callable[..., Outcome], flags: list[str], flag: str, value: str
 ) -> None:
-    names_itself = flag not in {"--model", "--calib", "--eval", "--device"}
+    names_itself = flag not in {"--model", "--calib", "--eval"}
     refused(*flags, f"{flag}={value}", says=flag if names_itself else "")
 
 
@@ -274,7 +271,6 @@ def test_windows_beyond_the_models_positions_are_refused(refused: Callable[..., 
     refused(*with_value(flags, "--eval-context", 129), says="--eval-context 129 exceeds the model's 128")
 
 
-@bug("B10")
 def test_default_windows_fit_a_model_with_few_positions(run: Callable[..., Outcome], tiny: Path, text: Path) -> None:
     job = ["--model", tiny, "--sparsity", "2:4", "--calib", text, "--eval", text, "--samples", 4]
     assert run(*job).code == 0
@@ -297,14 +293,14 @@ def test_a_folder_that_is_no_model_is_refused(
 ) -> None:
     refused(*with_value(flags, "--model", tmp_path), says="no config.json")
     (tmp_path / "config.json").write_text("{not json")
-    refused(*with_value(flags, "--model", tmp_path), says="not JSON")
+    refused(*with_value(flags, "--model", tmp_path), says="cannot be used")
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param("[]", marks=bug("B2")),
-        pytest.param('"llama"', marks=bug("B2")),
+        "[]",
+        '"llama"',
         "{}",
         '{"model_type": "never-heard-of"}',
         '{"model_type": 7}',
@@ -490,7 +486,6 @@ def test_activations_that_overflow_name_the_layer(
     refused(*with_value(flags, "--model", copy), *evaluation, says=r"'model\.layers\.1.*' holds? NaN or Inf")
 
 
-@bug("B3")
 def test_logits_that_overflow_name_the_head(refused: Callable[..., Outcome], flags: list[str], copy: Path) -> None:
     edit_weight(copy, "lm_head.weight", lambda weight: weight.mul_(1e38))
     refused(*with_value(flags, "--model", copy), says="NaN or Inf")
@@ -504,13 +499,11 @@ def test_an_output_below_a_file_is_refused(refused: Callable[..., Outcome], flag
     refused(*flags, "--out", tmp_path / "file" / "out", says="cannot write below", hints="--out")
     refused(*flags, "--out", tmp_path / "file" / "deep" / "out", says="cannot write below", hints="--out")
     refused(*flags, "--out", tmp_path / "file", "--overwrite", says="is a file", hints="--out")
-    refused(*flags, "--out", "/", "--overwrite", says="not written by llmprune")
+    refused(*flags, "--out", "/", "--overwrite", says="no usable path", hints="--out")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "out", ["/dev/null/x", "/proc/x", *(pytest.param(out, marks=bug("B4")) for out in ("x" * 300, "x" * 250, "a\0b"))]
-)
+@pytest.mark.parametrize("out", ["/dev/null/x", "/proc/x", "x" * 300, "x" * 250, "a\0b"])
 def test_an_output_that_cannot_be_made_is_refused(refused: Callable[..., Outcome], flags: list[str], out: str) -> None:
     refused(*flags, "--out", out, hints="--out")
 
@@ -552,7 +545,6 @@ def test_a_complete_output_is_refused_then_replaced(
     assert os.listdir() == ["out"]
 
 
-@bug("B5")
 def test_an_output_behind_a_link_is_replaced_without_leftovers(run: Callable[..., Outcome], flags: list[str]) -> None:
     assert run(*flags, "--out", "real").code == 0
     Path("link").symlink_to("real")
@@ -610,10 +602,8 @@ def test_a_small_disk_is_refused(
 def test_help_lists_every_flag_and_method_without_importing_torch() -> None:
     script = "import sys; from llmprune.cli import main; code = main(['--help'])\n"
     script += "print({'torch', 'numpy', 'transformers'} & set(sys.modules), file=sys.stderr); sys.exit(code)"
-    started = time.perf_counter()
     done = execute([sys.executable, "-c", script], ROOT)
     assert (done.returncode, done.stderr) == (0, "set()\n")
-    assert time.perf_counter() - started < 2
     for action in build_parser()._actions:
         assert all(option in done.stdout for option in action.option_strings)
     assert all(re.search(rf"^  {name} +\S", done.stdout, re.MULTILINE) for name in METHODS)
@@ -658,17 +648,17 @@ def test_what_stays_dense_is_said(run: Callable[..., Outcome], flags: list[str])
 
 def test_text_in_both_calibration_and_evaluation_is_warned_of(run: Callable[..., Outcome], flags: list[str]) -> None:
     job = with_value(with_value(flags, "--samples", 100), "--seq-len", 40)
-    assert re.search(r"^warning: .* also stands in the calibration text", run(*job).out, re.MULTILINE)
+    assert "also stands in the calibration text" in run(*job).line("warning: ")
 
 
 @pytest.mark.parametrize(("method", "tries"), [("magnitude", "--method sparsegpt"), ("sparsegpt", "--samples")])
 def test_an_exploding_perplexity_is_warned_of_with_what_to_try(
     run: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch, method: str, tries: str
 ) -> None:
-    assert "hardly usable" not in run(*flags, "--method", method).out
+    assert "hardly usable" not in run(*flags, "--method", method).err
     monkeypatch.setattr("llmprune.run.EXPLODED", 0.1)
     result = run(*flags, "--method", method, "--overwrite")
-    warning = next(line for line in result.out.splitlines() if line.startswith("warning: the perplexity rose"))
+    warning = result.line("warning: the perplexity rose")
     assert "hardly usable" in warning
     assert f"try {tries}" in warning or f"({tries}" in warning
 
@@ -686,11 +676,10 @@ def test_quiet_says_nothing_but_warnings(run: Callable[..., Outcome], flags: lis
     assert report["out"].endswith("other")
 
 
-@bug("B6")
 def test_quiet_still_warns(run: Callable[..., Outcome], flags: list[str]) -> None:
     warned = run(*with_value(with_value(flags, "--samples", 100), "--seq-len", 40), "--quiet")
-    assert (warned.out + warned.err).startswith("warning: ")
-    assert (warned.out + warned.err).count("\n") == 1
+    assert warned.out == ""
+    assert warned.err == warned.line("warning: ") + "\n"
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(run: Callable[..., Outcome], flags: list[str]) -> None:
@@ -706,6 +695,27 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run: Callable[..., Outcome]
     assert plan["estimate"]["memory"] > 0
     assert plan["size"]["pruned"] == plan["size"]["dense"] > 0
     assert os.listdir() == []
+
+
+def test_a_local_job_opens_no_connection(
+    run: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("socket.create_connection", lambda *arguments, **_: asked.append(arguments))
+    assert run(*flags).code == 0
+    time.sleep(0.1)
+    assert asked == []
+
+
+def test_options_of_a_method_are_checked_and_reported(
+    run: Callable[..., Outcome], refused: Callable[..., Outcome], flags: list[str]
+) -> None:
+    refused(*flags, "--option", "damp=0.1", says="sparsegpt has no option 'damp'", hints="damping")
+    refused(*flags, "--method", "wanda", "--option", "damping=0.1", says="wanda has no option")
+    for value in ("0", "-1", "x", "nan", "inf"):
+        refused(*flags, "--option", f"damping={value}", says=f"damping={value} is no positive")
+    assert run(*flags, "--option", "damping=0.5", "--out", "out").code == 0
+    assert json.loads(Path("out", REPORT).read_text())["method"]["options"] == {"damping": 0.5}
 
 
 def test_without_a_terminal_progress_is_plain_lines(run: Callable[..., Outcome], flags: list[str]) -> None:
@@ -832,7 +842,7 @@ def slow_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("until", "number"),
-    [("loading libraries", signal.SIGINT), ("pruning 1/24", signal.SIGINT), ("pruning 1/24", signal.SIGTERM)],
+    [("loading libraries", signal.SIGTERM), ("pruning 1/24", signal.SIGINT)],
 )
 def test_an_interrupt_ends_at_once_in_one_line_and_leaves_nothing(
     slow_model: Path, text: Path, tmp_path: Path, until: str, number: int
@@ -1031,7 +1041,7 @@ def test_verify_refuses_what_it_cannot_check(
 ) -> None:
     refused("verify", "no/such/folder", says="there is no folder")
     refused("verify", tmp_path, "--sparsity", "2:4", says="config.json")
-    refused("verify", tiny, says="no prune_report.json", hints="--sparsity")
+    refused("verify", tiny, says=REPORT, hints="--sparsity")
     refused("verify", tiny, "--sparsity", "4:2")
     refused("verify", tiny, "--sparsity", "2:4", "--only", "nothing", says="matches none")
     refused("verify", tiny, "--method", "wanda", says="'--method'")
@@ -1041,14 +1051,12 @@ def test_verify_refuses_what_it_cannot_check(
     refused("verify", pruned, says="not a whole safetensors file")
 
 
-@bug("B7")
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"sparsity": {"pattern": "2:4"}}'])
 def test_verify_refuses_a_damaged_report(refused: Callable[..., Outcome], pruned: Path, content: str) -> None:
     (pruned / REPORT).write_text(content)
     refused("verify", pruned, says=REPORT)
 
 
-@bug("B8")
 def test_verify_does_not_ask_of_skipped_layers_what_they_cannot_hold(
     run: Callable[..., Outcome], flags: list[str]
 ) -> None:
@@ -1057,7 +1065,6 @@ def test_verify_does_not_ask_of_skipped_layers_what_they_cannot_hold(
     assert run("verify", "out").code == 0
 
 
-@bug("B9")
 def test_verify_misses_no_layer_of_the_report(run: Callable[..., Outcome], pruned: Path) -> None:
     report = json.loads((pruned / REPORT).read_text())
     report["layers"][0]["name"] = "model.layers.7.self_attn.q_proj"

@@ -1,4 +1,4 @@
-"""No family is special: whatever the class, a model streams bit-equal, prunes exactly, and loads in plain transformers."""
+"""No family is special: any class streams bit-equal, prunes exactly, and loads in plain transformers."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ from llmprune import PruneReport, prune
 from llmprune.perplexity import perplexity
 from llmprune.verify import verify_folder
 
+NAMES = """
+llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 opt gpt2 gpt_neox gptj gpt_neo bloom falcon mpt stablelm
+olmo olmo2 cohere starcoder2 granite smollm3 glm4 nemotron xglm biogpt exaone4
+mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v3 mamba jamba lfm2
+"""
 Case = tuple[str, dict[str, Any]]
 CASES: dict[str, Case] = {
-    **{
-        name: (name, {})
-        for name in ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt2", "gpt_neox", "gptj", "gpt_neo", "bloom", "falcon", "mpt", "stablelm", "olmo", "olmo2", "cohere", "starcoder2", "granite", "smollm3", "glm4", "nemotron", "xglm", "biogpt", "exaone4", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "mamba", "jamba", "lfm2"]
-    },
+    **{name: (name, {}) for name in NAMES.split()},
     "falcon-new-decoder": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-alibi-sequential": ("falcon", {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
@@ -408,3 +410,18 @@ def test_the_folder_holds_all_that_stock_loaders_need(tmp_path: Path) -> None:
     assert json.loads((run.out / "config.json").read_text()) == json.loads((run.source / "config.json").read_text())
     assert PruneReport.read(run.out).to_json() == run.report.to_json()
     assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"only": ("*.1.*",)}, "1.q 1.k 1.v 1.o 1.gate 1.up 1.down"),
+        ({"only": ("*.k_proj", "*.down_proj")}, "0.k 0.down 1.k 1.down"),
+        ({"skip": ("*.0.*", "*.q_proj", "*.gate_proj")}, "1.k 1.v 1.o 1.up 1.down"),
+    ],
+)
+def test_layers_that_are_left_out_stay_as_they_are(options: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    run = run_of(save_tiny("llama", tmp_path / "source"), tmp_path, **options)
+    short = {f"{name.split('.')[2]}.{name.rpartition('.')[2].removesuffix('_proj')}" for name in run.layers}
+    assert short == set(expected.split())
+    assert_lawful(run)

@@ -105,7 +105,6 @@ def test_the_error_shrinks_with_the_root_of_the_number_of_windows() -> None:
     assert many.error == pytest.approx(few.error / 10, rel=0.01)
 
 
-@pytest.mark.xfail(strict=True, reason="bug B15")
 def test_a_hopeless_model_has_a_finite_perplexity() -> None:
     found = from_losses(torch.tensor([1e6, 2e6]), 8)
     assert math.isfinite(found.value)
