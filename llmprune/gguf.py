@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,32 @@ def convert_gguf(file: Path, folder: Path, progress: Progress, card: str = "") -
     """Dequantise `file` into the Hugging Face folder `folder`, float32, tokenizer included.
 
     Raises:
-        InputError: transformers cannot read this architecture from GGUF.
+        InputError: transformers cannot read this architecture from GGUF, or the cache folder cannot hold it.
     """
     weights = count_weights(file)
     progress.note(
         f"converting {file.name} to safetensors once: {weights / 1e6:.0f} M weights, "
         f"about {4 * weights / 2**30:.1f} GiB on disk and {8 * weights / 2**30:.1f} GiB of memory"
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        new = Path(temporary) / "model"
-        _convert(file, new)
-        if card:
-            (new / "README.md").write_text(card, encoding="utf-8")
-        replace_folder(new, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < 4.2 * weights:
+            raise InputError(
+                f"the converted model needs {4.2 * weights / 2**20:,.0f} MiB, but {folder.parent} has "
+                f"{free / 2**20:,.0f} MiB free",
+                "free disk space, or choose another --cache-dir",
+            )
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            new = Path(temporary) / "model"
+            _convert(file, new)
+            if card:
+                (new / "README.md").write_text(card, encoding="utf-8")
+            replace_folder(new, folder)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the cache folder {folder.parent}: {error}", "choose another --cache-dir"
+        ) from error
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -72,7 +72,8 @@ def _inherited(card: Path) -> dict[str, Any]:
         return {}
     try:
         metadata: dict[str, Any] = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, OSError, TypeError):
+    except Exception:
+        # Cards are written by people; whatever is wrong with one must not cost a finished run.
         return {}
     return metadata
 

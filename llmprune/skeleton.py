@@ -73,15 +73,21 @@ class Skeleton:
     def loaded(self, names: list[str]) -> Iterator[None]:
         """Hold the named tensors in memory, and give them back to the meta device at the end."""
         previous = {name: self._slot(name) for name in names}
-        shared: dict[tuple[str, ...], Tensor] = {}
+        shared: dict[str, Tensor] = {}
         for name in names:
-            # Tied tensors are one source on disk: read once, held once.
-            key = tuple(self.checkpoint.disk_names([name]))
-            if len(key) > 1 or key not in shared:
+            # Tied parameters are one tensor on disk: read once, held once. A converted one has a value of its own.
+            key = self.checkpoint.disk_names([name])[0] if self.checkpoint.writable(name) else f"converted {name}"
+            if key not in shared:
                 shared[key] = self._to_compute(self.checkpoint[name])
             self._fill(name, shared[key])
+        memory = {name: self._slot(name)[2].data_ptr() for name in names}
         try:
             yield
+            if moved := [name for name in names if self._slot(name)[2].data_ptr() != memory[name]]:
+                raise InputError(
+                    f"{type(self.model).__name__} replaces its own parameter {moved[0]!r} while it runs",
+                    "such a model cannot be streamed",
+                )
         finally:
             for owner, attribute, tensor in previous.values():
                 self._restore(owner, attribute, tensor)

@@ -263,6 +263,18 @@ def toy_block(cls: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
+@toy_block
+class Plain(nn.Module):
+    """Feed-forward only."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
 class Toy(PreTrainedModel):
     """Embedding, two blocks, head."""
 
@@ -286,7 +298,25 @@ class Toy(PreTrainedModel):
         return CausalLMOutput(logits=self.head(hidden))
 
 
+class ToySharedConfig(ToyConfig):
+    """The same, with a weight that two blocks share."""
+
+    model_type = "toy-shared"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"tie_word_embeddings": True, **kwargs})
+
+
+class ToyShared(Toy):
+    """Both blocks have the same `up.weight`."""
+
+    config_class = ToySharedConfig
+    _tied_weights_keys = {"layers.1.up.weight": "layers.0.up.weight"}  # noqa: RUF012
+
+
 AutoConfig.register("toy", ToyConfig)
+AutoConfig.register("toy-shared", ToySharedConfig)
+AutoModelForCausalLM.register(ToySharedConfig, ToyShared)
 AutoModelForCausalLM.register(ToyConfig, Toy)
 
 

@@ -264,7 +264,6 @@ def halves(tmp_path: Path) -> Iterator[Path]:
     register_checkpoint_conversion_mapping("toy", [], overwrite=True)
 
 
-@pytest.mark.xfail(strict=True, reason="A6: all parts of a split matrix get the values of the first")
 def test_one_matrix_on_disk_may_be_several_parameters(halves: Path) -> None:
     model, skeleton = reload(halves), skeleton_of(halves)
     assert all(torch.equal(skeleton.checkpoint[name], t) for name, t in model.state_dict().items())

@@ -33,11 +33,6 @@ REPORT = "prune_report.json"
 Disk = namedtuple("Disk", "total used free")
 
 
-def bug(number: str) -> pytest.MarkDecorator:
-    """A law that the package still breaks."""
-    return pytest.mark.xfail(strict=True, reason=f"bug {number}")
-
-
 class Outcome(namedtuple("Outcome", "code out err")):
     """Exit code, stdout and stderr."""
 
@@ -820,13 +815,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
 
 @pytest.fixture(scope="module")
 def slow_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model that takes many seconds to prune."""
+    """A random model that takes seconds to prune."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=100,
-        hidden_size=512,
-        intermediate_size=1024,
+        hidden_size=256,
+        intermediate_size=768,
         num_hidden_layers=24,
         num_attention_heads=8,
         max_position_embeddings=512,

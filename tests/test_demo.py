@@ -314,7 +314,6 @@ def test_a_gguf_file_is_pruned_like_any_model(gguf: Path, tmp_path: Path) -> Non
     assert output_folder(replace(job, out=None), parse_pattern("2:4")).name == "tiny.Q8_0-wanda-2of4"
 
 
-@pytest.mark.xfail(strict=True, reason="bug B16")
 def test_a_gguf_file_that_cannot_be_cached_is_refused(gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError):

@@ -26,6 +26,7 @@ from helpers import (
     token_file,
     whole_logits,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -425,3 +426,14 @@ def test_layers_that_are_left_out_stay_as_they_are(options: dict[str, Any], expe
     short = {f"{name.split('.')[2]}.{name.rpartition('.')[2].removesuffix('_proj')}" for name in run.layers}
     assert short == set(expected.split())
     assert_lawful(run)
+
+
+@pytest.mark.xfail(strict=True, reason="A8: a weight that blocks share is pruned and written once per block")
+def test_a_weight_that_blocks_share_is_written_once(tmp_path: Path) -> None:
+    run = run_of(save_tiny("toy-shared", tmp_path / "source", kind="Plain", hidden_size=16), tmp_path)
+    first, second = (run.pruned.get_submodule(f"layers.{i}.up").weight for i in range(2))
+    assert first.data_ptr() == second.data_ptr()
+    assert_streams_like(run.out, run.pruned)
+    names = [name for file in run.out.glob("*.safetensors") for name in load_file(file)]
+    assert len(names) == len(set(names))
+    assert sum(name.endswith(".up") for name in run.layers) <= 1

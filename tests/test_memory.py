@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 HIDDEN, FEED = 1024, 512
 BLOCK = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * FEED)
 """Bytes of a block in float32."""
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**21)}
 """glibc gives freed tensors back at once, so that its peak is the program's and not that of a fragmented heap."""
 SCRIPT = """
 import resource, sys

@@ -164,7 +164,7 @@ def test_the_base_of_a_hub_model_is_that_model(report: PruneReport, tiny: Path) 
         None,
         "",
         "no metadata",
-        pytest.param("---\n: [\n---\n", marks=pytest.mark.xfail(strict=True, reason="bug B17")),
+        "---\n: [\n---\n",
         "---\nlicense: 3\nmodel-index: x\n---\n",
     ],
 )
