@@ -187,6 +187,10 @@ class Checkpoint(Mapping[str, Tensor]):
         self._map_names(state)
         self._alias_tied(state)
         self._check(state)
+        self._users: dict[str, list[str]] = defaultdict(list)
+        for name, source in self._sources.items():
+            for disk in source.names:
+                self._users[disk].append(name)
 
     def _map_names(self, state: Mapping[str, Tensor]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -272,6 +276,10 @@ class Checkpoint(Mapping[str, Tensor]):
         """The names on disk that the parameters `names` are made of, each once."""
         return list(dict.fromkeys(disk for name in names for disk in self._sources[name].names))
 
+    def users(self, disk: str) -> list[str]:
+        """The parameters that the tensor `disk` is read for; several where they are tied."""
+        return self._users.get(disk, [])
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype a parameter will be stored in."""
         own = self.folder.entries[self._sources[name].names[0]].dtype
@@ -318,13 +326,17 @@ class ShardWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._shards: list[tuple[Path, list[str]]] = []
+        self._written: set[str] = set()
         self.nbytes = 0
 
     def write(self, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> None:
-        """Write tensors as one shard, or as several where they exceed `limit` bytes."""
+        """Write tensors as one shard, or as several where they exceed `limit` bytes; a name only the first time."""
         shard: dict[str, Tensor] = {}
         size = 0
         for name, tensor in tensors:
+            if name in self._written:
+                continue
+            self._written.add(name)
             if shard and size + tensor.nbytes > limit:
                 self._save(shard)
                 shard, size = {}, 0

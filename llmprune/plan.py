@@ -81,8 +81,8 @@ def make_plan(skeleton: Skeleton, pattern: SparsityPattern, only: tuple[str, ...
     skipped: list[Skipped] = []
     for layer in found:
         reason = layer.skip or select(layer.name, only, skip)
-        if not reason and not skeleton.checkpoint.writable(f"{layer.name}.weight"):
-            reason = "stored in another form on disk"
+        if not reason:
+            reason = _storage_obstacle(skeleton, f"{layer.name}.weight")
         if reason:
             skipped.append(Skipped(layer.name, layer.weights, reason))
         elif problem := pattern.divides(*layer.shape):
@@ -104,6 +104,14 @@ def make_plan(skeleton: Skeleton, pattern: SparsityPattern, only: tuple[str, ...
         sum(parameters.values()),
         skeleton.checkpoint.out_bytes(),
     )
+
+
+def _storage_obstacle(skeleton: Skeleton, weight: str) -> str:
+    """Why new values of a parameter cannot be written, or ''."""
+    if not skeleton.checkpoint.writable(weight):
+        return "stored in another form on disk"
+    shared = skeleton.checkpoint.users(skeleton.checkpoint.disk_names([weight])[0])
+    return "shared between blocks" if len(shared) > 1 else ""
 
 
 def _check_globs(layers: list[LayerRef], only: tuple[str, ...], skip: tuple[str, ...]) -> None:

@@ -8,6 +8,8 @@ Where these exceed the memory budget, the forward is repeated up to every group 
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -489,6 +491,7 @@ class BlockStream:
                     block.advance()
             for batch in self.rehearsal.batches:
                 batch.calls[index] = _SPENT
+            give_back_memory()
 
     def groups(self, block: Block) -> Iterator[Group]:
         """The groups of a block; blocks of one kind share their call order."""
@@ -500,6 +503,13 @@ class BlockStream:
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
         block.paused = 2 * order.nbytes * len(self.rehearsal.batches) <= self.memory
         return block.groups(order.groups)
+
+
+def give_back_memory() -> None:
+    """Hand freed memory back to the system; glibc keeps it in a heap that frays from block to block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 _SPENT = Call((), {})

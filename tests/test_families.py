@@ -428,7 +428,6 @@ def test_layers_that_are_left_out_stay_as_they_are(options: dict[str, Any], expe
     assert_lawful(run)
 
 
-@pytest.mark.xfail(strict=True, reason="A8: a weight that blocks share is pruned and written once per block")
 def test_a_weight_that_blocks_share_is_written_once(tmp_path: Path) -> None:
     run = run_of(save_tiny("toy-shared", tmp_path / "source", kind="Plain", hidden_size=16), tmp_path)
     first, second = (run.pruned.get_submodule(f"layers.{i}.up").weight for i in range(2))

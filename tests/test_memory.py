@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,8 +18,6 @@ from transformers import LlamaConfig
 HIDDEN, FEED = 1024, 512
 BLOCK = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * FEED)
 """Bytes of a block in float32."""
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**21)}
-"""glibc gives freed tensors back at once, so that its peak is the program's and not that of a fragmented heap."""
 SCRIPT = """
 import resource, sys
 from pathlib import Path
@@ -76,8 +73,7 @@ def start(blocks: int, work: Path) -> subprocess.Popen[str]:
     model = llama_of(blocks, work / f"model{blocks}")
     calib = token_file(work / f"tokens{blocks}.safetensors", random_tokens(4, 32))
     command = [sys.executable, "-c", SCRIPT, str(model), str(work / f"out{blocks}"), str(calib), "wanda"]
-    environment = {**os.environ, **ALLOCATOR}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_sixteen_blocks_take_no_more_memory_than_four(work: Path) -> None:
