@@ -25,6 +25,7 @@ from llmprune.errors import CheckError, InputError, PruneError
 from llmprune.hub import model_card
 from llmprune.job import Job
 from llmprune.linalg import relative_error
+from llmprune.memory import mapped_memory
 from llmprune.methods import DEFAULT_METHOD
 from llmprune.perplexity import Perplexity, perplexity
 from llmprune.plan import Plan, estimate
@@ -103,12 +104,13 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
     for block in stream:
         first = len(report.layers)
         for group in stream.groups(block):
-            with clock("solve"):
-                solutions = run.method.solve(group.problem, run.pattern)
-            stored = group.write(solutions)
-            with clock("error"):
-                report.layers += describe(group, solutions, stored)
-        with clock("write"):
+            with mapped_memory():
+                with clock("solve"):
+                    solutions = run.method.solve(group.problem, run.pattern)
+                stored = group.write(solutions)
+                with clock("error"):
+                    report.layers += describe(group, solutions, stored)
+        with clock("write"), mapped_memory():
             writer.write(block.export())
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")

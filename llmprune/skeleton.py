@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmprune.checkpoint import Checkpoint, SafetensorsFolder
 from llmprune.errors import InputError
 from llmprune.families import find_blocks
+from llmprune.memory import mapped_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -73,13 +74,8 @@ class Skeleton:
     def loaded(self, names: list[str]) -> Iterator[None]:
         """Hold the named tensors in memory, and give them back to the meta device at the end."""
         previous = {name: self._slot(name) for name in names}
-        shared: dict[str, Tensor] = {}
-        for name in names:
-            # Tied parameters are one tensor on disk: read once, held once. A converted one has a value of its own.
-            key = self.checkpoint.disk_names([name])[0] if self.checkpoint.writable(name) else f"converted {name}"
-            if key not in shared:
-                shared[key] = self._to_compute(self.checkpoint[name])
-            self._fill(name, shared[key])
+        with mapped_memory():
+            self._load(names)
         memory = {name: self._slot(name)[2].data_ptr() for name in names}
         try:
             yield
@@ -91,6 +87,15 @@ class Skeleton:
         finally:
             for owner, attribute, tensor in previous.values():
                 self._restore(owner, attribute, tensor)
+
+    def _load(self, names: list[str]) -> None:
+        shared: dict[str, Tensor] = {}
+        for name in names:
+            # Tied parameters are one tensor on disk: read once, held once. A converted one has a value of its own.
+            key = self.checkpoint.disk_names([name])[0] if self.checkpoint.writable(name) else f"converted {name}"
+            if key not in shared:
+                shared[key] = self._to_compute(self.checkpoint[name])
+            self._fill(name, shared[key])
 
     def _to_compute(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.compute if tensor.is_floating_point() else tensor.dtype)

@@ -8,8 +8,6 @@ Where these exceed the memory budget, the forward is repeated up to every group 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
+from llmprune.memory import give_back_memory, mapped_memory
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
 from llmprune.skeleton import Skeleton
 from llmprune.stats import RunningGram
@@ -287,7 +286,8 @@ class Block:
 
     def _group(self, locals_: list[str], stats: InputStats) -> Group:
         refs = tuple(self.layers[local] for local in locals_)
-        problems = tuple(LayerProblem(ref.name, self._weight(ref).to(torch.float32, copy=True)) for ref in refs)
+        with mapped_memory():
+            problems = tuple(LayerProblem(ref.name, self._weight(ref).to(torch.float32, copy=True)) for ref in refs)
 
         def write(solutions: list[LayerSolution]) -> list[Tensor]:
             return [self._write(ref, solution) for ref, solution in zip(refs, solutions, strict=True)]
@@ -354,12 +354,14 @@ class Block:
 
     def _add(self, grams: dict[int, RunningGram], number: int, inputs: Tensor) -> None:
         if number not in grams:
-            grams[number] = RunningGram(inputs.shape[-1], inputs.device)
+            with mapped_memory():
+                grams[number] = RunningGram(inputs.shape[-1], inputs.device)
         grams[number].add(inputs)
 
     def _result(self, grams: dict[int, RunningGram], number: int, group_of: dict[str, int]) -> InputStats:
         first = next(self.layers[local] for local, at in group_of.items() if at == number)
-        stats = grams.pop(number, RunningGram(first.shape[1], self.skeleton.device)).result()
+        with mapped_memory():
+            stats = grams.pop(number, RunningGram(first.shape[1], self.skeleton.device)).result()
         if not bool(torch.isfinite(stats.gram).all()):
             raise InputError(
                 f"the inputs of layer {first.name!r} hold NaN or Inf",
@@ -503,13 +505,6 @@ class BlockStream:
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
         block.paused = 2 * order.nbytes * len(self.rehearsal.batches) <= self.memory
         return block.groups(order.groups)
-
-
-def give_back_memory() -> None:
-    """Hand freed memory back to the system; glibc keeps it in a heap that frays from block to block."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 _SPENT = Call((), {})

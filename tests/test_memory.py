@@ -15,7 +15,7 @@ from helpers import VOCAB, random_tokens, token_file
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-HIDDEN, FEED = 1024, 512
+HIDDEN, FEED = 1024, 1536
 BLOCK = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * FEED)
 """Bytes of a block in float32."""
 SCRIPT = """

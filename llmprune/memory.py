@@ -1,0 +1,43 @@
+"""Keeping the C library's heap from fraying, so that peak memory is what the program needs and nothing more.
+
+glibc keeps freed tensors of up to 32 MB in its heap, where longer-lived ones come to lie between them, and the heap
+grows from block to block. Weights and the solves' temporaries are therefore mapped one by one and go back to the
+system when they are freed; activations, which are made and freed at every step of a forward, stay in the heap, where
+that is cheap.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+M_MMAP_THRESHOLD = -3
+MAPPED, HEAP = 2**19, 2**25
+
+
+def _glibc(function: str) -> Any:
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+
+
+@contextmanager
+def mapped_memory() -> Iterator[None]:
+    """Within, tensors of more than `MAPPED` bytes are mapped one by one; does nothing where glibc is not used."""
+    mallopt = _glibc("mallopt")
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, MAPPED)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, HEAP)
+
+
+def give_back_memory() -> None:
+    """Hand what the heap holds but does not use back to the system."""
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
