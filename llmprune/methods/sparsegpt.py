@@ -28,7 +28,8 @@ class SparseGPT:
 
     Differs from the published code: unstructured counts are exact over the layer (or over each row) instead of a
     threshold per block; inputs that are always zero keep their weights unless the pattern prunes them (the published
-    code zeroes them all); zeros of the source stay zero; the damping is raised, and reported, if a factorisation fails.
+    code zeroes them all); zeros of the source stay zero; the default damping is 0.03, not 0.01; it is raised, and that
+    is reported, if a factorisation fails.
 
     Args:
         damping: λ as a fraction of the mean diagonal of H.
@@ -36,7 +37,7 @@ class SparseGPT:
 
     scope: ClassVar[Scope] = "layer"
 
-    damping: float = 0.01
+    damping: float = 0.03
 
     def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Prune the layers of one group together."""
