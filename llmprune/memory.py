@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 M_MMAP_THRESHOLD = -3
-MAPPED, HEAP = 2**19, 2**25
+MAPPED, HEAP = 2**21, 2**25
 
 
 def _glibc(function: str) -> Any:

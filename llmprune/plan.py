@@ -96,12 +96,13 @@ def make_plan(skeleton: Skeleton, pattern: SparsityPattern, only: tuple[str, ...
         skipped += find_other_weights(block, skeleton.block_name(index))
     if not layers:
         raise InputError("there is no layer left to prune", "loosen --only and --skip")
-    parameters = {id(parameter): parameter.numel() for parameter in skeleton.model.parameters()}
+    tied = skeleton.model.all_tied_weights_keys
+    parameters = [p.numel() for name, p in skeleton.model.named_parameters() if name not in tied]
     return Plan(
         tuple(layers),
         tuple(skipped),
         sum(parameter.numel() for parameter in skeleton.blocks.parameters()),
-        sum(parameters.values()),
+        sum(parameters),
         skeleton.checkpoint.out_bytes(),
     )
 

@@ -50,10 +50,6 @@ class GroupProblem:
     layers: tuple[LayerProblem, ...]
     stats: InputStats
 
-    def stacked(self) -> Tensor:
-        """All weights as rows of one matrix `(sum of out, in)`, a copy."""
-        return torch.cat([layer.weight for layer in self.layers])
-
     def split(self, rows: Tensor) -> list[Tensor]:
         """Cut a matrix of stacked rows back into the layers' parts (views)."""
         return list(torch.split(rows, [len(layer.weight) for layer in self.layers]))

@@ -21,6 +21,7 @@ from llmprune.pattern import NM, SparsityPattern, Unstructured
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution, Status
 
 HALF = Fraction(1, 2)
+DAMPING = SparseGPT().damping
 NMS = [NM(1, 2), NM(2, 4), NM(4, 8), NM(3, 5), NM(1, 4)]
 SHARES = [
     Unstructured(HALF, "row"),
@@ -386,7 +387,7 @@ def test_sparsegpt_is_the_same_surgeon_with_dead_inputs_and_zeros(pattern: Spars
     gram[:, dead] = 0
     weight[torch.rand(11, width, generator=torch.Generator().manual_seed(9)) < 0.2] = 0
     solution = solve("sparsegpt", gram, weight, pattern)
-    expected, mask = slow_obs(weight, gram, pattern, 0.01)
+    expected, mask = slow_obs(weight, gram, pattern, DAMPING)
     assert np.array_equal(solution.mask.numpy(), mask)
     np.testing.assert_allclose(solution.weight.numpy(), expected, rtol=1e-9, atol=1e-9)
 
@@ -395,7 +396,7 @@ def test_sparsegpt_is_the_same_surgeon_with_dead_inputs_and_zeros(pattern: Spars
 def test_float32_is_enough_for_sparsegpt(pattern: SparsityPattern, width: int) -> None:
     gram, weight = gram_of(width), weight_of(11, width)
     solution = solve("sparsegpt", gram.float(), weight.float(), pattern)
-    expected, mask = slow_obs(weight, gram, pattern, 0.01)
+    expected, mask = slow_obs(weight, gram, pattern, DAMPING)
     assert (solution.mask.numpy() != mask).mean() < 1e-3
     error = relative_error(weight, solution.weight.double(), gram)
     assert error == pytest.approx(relative_error(weight, torch.from_numpy(expected), gram), rel=1e-3)
@@ -406,7 +407,7 @@ def test_sparsegpt_of_unrelated_inputs_is_a_choice_without_compensation() -> Non
     weight = weight_of(7, 96)
     for pattern in (*NMS[:3], *SHARES):
         solution = solve("sparsegpt", diagonal.diag(), weight, pattern)
-        score = weight.square() * (diagonal + 0.01 * diagonal.mean())
+        score = weight.square() * (diagonal + DAMPING * diagonal.mean())
         assert torch.equal(solution.mask, keep_largest(score, pattern))
         assert torch.equal(solution.weight, weight * solution.mask)
 
@@ -415,7 +416,7 @@ def test_sparsegpt_is_optimal_if_all_it_prunes_comes_before_all_it_keeps() -> No
     gram, weight = gram_of(12), weight_of(5, 12)
     weight[:, :6] *= 1e-3
     solution = solve("sparsegpt", gram, weight, Unstructured(HALF, "row"))
-    A = gram + 0.01 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    A = gram + DAMPING * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     assert not solution.mask[:, :6].any()
     expected = torch.linalg.solve(A[6:, 6:], (weight @ A)[:, 6:].T).T
     torch.testing.assert_close(solution.weight[:, 6:], expected, rtol=1e-9, atol=1e-12)
@@ -425,7 +426,7 @@ def test_sparsegpt_reports_its_damping_and_says_if_it_was_raised() -> None:
     solution = solve("sparsegpt", gram_of(16), weight_of(4, 16), NM(2, 4))
     assert solution.status is Status.OK
     assert solution.stats == {
-        "ridge": pytest.approx(0.01 * float(gram_of(16).diagonal().mean())),
+        "ridge": pytest.approx(DAMPING * float(gram_of(16).diagonal().mean())),
         "damping_raises": 0.0,
     }
     gram = torch.eye(16)
@@ -433,7 +434,7 @@ def test_sparsegpt_reports_its_damping_and_says_if_it_was_raised() -> None:
     raised = solve("sparsegpt", gram, weight_of(4, 16).float(), NM(2, 4))
     assert_lawful(raised, raised.weight)
     assert raised.status is Status.DAMPING_RAISED
-    assert raised.stats == {"ridge": pytest.approx(1.0), "damping_raises": 2.0}
+    assert raised.stats == {"ridge": pytest.approx(100 * DAMPING), "damping_raises": 2.0}
 
 
 def refits(A: np.ndarray, weight: np.ndarray, supports: list[tuple[int, ...]]) -> np.ndarray:
@@ -466,7 +467,7 @@ def test_sparsegpt_stays_close_to_the_best_of_all_supports(
     for seed in range(200):
         gram, weight = gram_of(8, seed), weight_of(4, 8, seed)
         solution = solve("sparsegpt", gram, weight, pattern)
-        A = (gram + 0.01 * gram.diagonal().mean() * torch.eye(8)).numpy()
+        A = (gram + DAMPING * gram.diagonal().mean() * torch.eye(8)).numpy()
         errors = refits(A, weight.numpy(), supports)
         D = (solution.weight - weight).numpy()
         reached = ((D @ A) * D).sum(1)

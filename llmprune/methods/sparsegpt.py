@@ -45,14 +45,14 @@ class SparseGPT:
         if problem.stats.tokens == 0:
             return [by_magnitude(layer.weight, pattern, Status.NO_INPUT) for layer in problem.layers]
         factor = inverse_factor(gram, self.damping)
-        columns = problem.stacked().T.contiguous()
+        columns = torch.cat([layer.weight.T for layer in problem.layers], dim=1)
         selection = _selection(pattern, [len(layer.weight) for layer in problem.layers], columns == 0)
-        pruned = _Sweep(columns, factor.upper, gram.diagonal() == 0, selection).run()
+        kept = _Sweep(columns, factor.upper, gram.diagonal() == 0, selection).run()
         status = Status.DAMPING_RAISED if factor.raises else Status.OK
         stats = {"ridge": factor.ridge, "damping_raises": float(factor.raises)}
         return [
-            LayerSolution(weight.contiguous(), ~gone, status, dict(stats))
-            for weight, gone in zip(problem.split(columns.T), problem.split(pruned.T), strict=True)
+            LayerSolution(weight, mask, status, dict(stats))
+            for weight, mask in zip(problem.split(columns.T), problem.split(kept.T), strict=True)
         ]
 
 
@@ -117,7 +117,7 @@ class _Sweep:
 
     Args:
         columns: the weights transposed, `(in, rows)`; pruned in place.
-        upper: U, `(in, in)`.
+        upper: U, `(in, in)`; used up.
         dead: inputs that are always zero, `(in,)`; their weights go before all others, but after existing zeros.
         selection: which weights go; `block` columns at a time, of which `step` are swept one by one.
     """
@@ -125,21 +125,21 @@ class _Sweep:
     def __init__(
         self, columns: Tensor, upper: Tensor, dead: Tensor, selection: _GroupSelection | _BlockSelection
     ) -> None:
-        pivot = upper.diagonal()
+        pivot = upper.diagonal().clone()
         self.columns = columns
-        self.unit = upper / pivot[:, None]
+        self.unit = upper.div_(pivot[:, None])
         self.saliency = pivot.square().reciprocal()[:, None]
         self.selection = selection
         self.zeros = columns == 0
-        self.special = (self.zeros.any(1) | dead).tolist()
-        self.dead = dead[:, None]
+        self.has_zeros = self.zeros.any(1).tolist()
+        self.is_dead = dead.tolist()
         self.gone = torch.empty_like(columns)
         self.removed = torch.empty_like(columns)
 
     def run(self) -> Tensor:
-        """Mask of the pruned weights, `(in, rows)`."""
+        """Mask of the kept weights, `(in, rows)`."""
         self._half(0, len(self.columns))
-        return self.gone != 0
+        return self.gone == 0
 
     def _half(self, start: int, stop: int, chosen: bool = False) -> None:
         width, block, step = stop - start, self.selection.block, self.selection.step
@@ -158,10 +158,14 @@ class _Sweep:
     def _choose(self, start: int, stop: int) -> None:
         """Choose what goes in a block; zeros of the source always do."""
         score = self.columns[start:stop].square().mul_(self.saliency[start:stop])
-        if any(self.special[start:stop]):
-            score.masked_fill_(self.dead[start:stop], -1.0).masked_fill_(self.zeros[start:stop], -torch.inf)
+        for at in range(start, stop):
+            if self.is_dead[at]:
+                score[at - start] = -1.0
+        some_zeros = any(self.has_zeros[start:stop])
+        if some_zeros:
+            score.masked_fill_(self.zeros[start:stop], -torch.inf)
         gone = self.selection.choose(start, score)
-        self.gone[start:stop] = gone.logical_or_(self.zeros[start:stop])
+        self.gone[start:stop] = gone.logical_or_(self.zeros[start:stop]) if some_zeros else gone
 
     def _eliminate(self, start: int, stop: int) -> None:
         """Prune a few columns one after the other; `removed` keeps each weight as it was when it went."""
