@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-M_MMAP_THRESHOLD = -3
-MAPPED, HEAP = 2**21, 2**25
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MAPPED, HEAP, KEPT = 2**21, 2**25, 2**29
 
 
 def _glibc(function: str) -> Any:
@@ -34,6 +34,7 @@ def mapped_memory() -> Iterator[None]:
         yield
     finally:
         mallopt(M_MMAP_THRESHOLD, HEAP)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def give_back_memory() -> None:

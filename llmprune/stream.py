@@ -472,7 +472,7 @@ class BlockStream:
         skeleton: Skeleton,
         tokens: Tensor,
         *,
-        batch_tokens: int = 4096,
+        batch_tokens: int = 2048,
         chosen: frozenset[str] = frozenset(),
         memory: int = 2 * 2**30,
     ) -> None:
