@@ -1,8 +1,9 @@
-"""`python -m eval.picture DIR [DIR ...] --out FILE.png`: the error of every layer of pruned folders, as heat maps."""
+"""`python -m eval.picture RESULT [RESULT ...] --out FILE.png`: the error of every layer, as heat maps."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,25 +15,26 @@ from llmprune.cli import Parser, guarded
 def build_parser() -> Parser:
     """The flags."""
     parser = Parser(prog="python -m eval.picture", description="Draw where pruning hurts.", allow_abbrev=False)
-    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="folders that llmprune wrote")
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULT", help="pruned folders, or results of eval.sweep"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="picture to write")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def errors_of(folder: Path) -> tuple[str, list[str], list[list[float]]]:
-    """Title, layer kinds, and the errors by kind and block."""
-    from llmprune.report import PruneReport
-
-    report = PruneReport.read(folder)
+def errors_of(path: Path) -> tuple[str, list[str], list[list[float]]]:
+    """Title, layer kinds, and the errors by kind and block, of a result of `eval.sweep` or a pruned folder's report."""
+    result = json.loads((path / "prune_report.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+    errors = result.get("layer_errors") or {layer["name"]: layer["error"] for layer in result["layers"]}
     found: dict[str, dict[int, float]] = {}
-    for layer in report.layers:
-        block, kind = re.findall(r"\.(\d+)\.(.*)$", layer.name)[0]
-        found.setdefault(kind, {})[int(block)] = layer.error
+    for name, error in errors.items():
+        block, kind = re.findall(r"\.(\d+)\.(.*)$", name)[0]
+        found.setdefault(kind.rpartition(".")[2], {})[int(block)] = error
     blocks = 1 + max(max(row) for row in found.values())
     rows = [[row.get(block, float("nan")) for block in range(blocks)] for row in found.values()]
-    title = f"{report.method['name']}, {report.sparsity['pattern']}: mean {report.mean_error:.3f}"
-    return title, [kind.rpartition(".")[2] for kind in found], rows
+    mean = sum(errors.values()) / len(errors)
+    return f"{result['method']['name']}, {result['sparsity']['pattern']}: mean {mean:.3f}", list(found), rows
 
 
 def draw(options: argparse.Namespace) -> int:
@@ -42,7 +44,7 @@ def draw(options: argparse.Namespace) -> int:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [errors_of(folder) for folder in options.dirs]
+    panels = [errors_of(path) for path in options.results]
     top = max(max(row) for _, _, rows in panels for row in rows)
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(9, 0.6 + 1.9 * len(panels)), squeeze=False, layout="constrained", sharex=True

@@ -87,13 +87,14 @@ def run_cell(settings: dict[str, Any], also: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"{' '.join(command)} failed: {done.stderr.strip()}", "see above")
         report = json.loads(done.stdout)
         texts = measure(f"{folder}/out", also["texts"], also["windows"], also["context"]) if also else {}
-    errors = [layer["error"] for layer in report.pop("layers")]
+    errors = {layer["name"]: round(layer["error"], 6) for layer in report.pop("layers")}
     for key in ("out", "command"):
         report.pop(key)
     return {
         "command": " ".join(command),
         "commit": commit(),
-        "mean_layer_error": sum(errors) / len(errors),
+        "mean_layer_error": sum(errors.values()) / len(errors),
+        "layer_errors": errors,
         "texts": texts,
         **report,
     }

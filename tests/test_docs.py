@@ -1,0 +1,50 @@
+"""What the pages say is what was measured, and what can be run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from eval import sweep, tables
+from llmprune.cli import build_parser
+from llmprune.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda path: path.name)
+def test_tables_are_made_from_the_recorded_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- results: " in text
+    assert tables.rewrite(text) == text
+
+
+def test_the_first_commands_of_the_readme_do_everything() -> None:
+    main, tests = re.findall(r"^pip install .*$", README, re.MULTILINE)[:2]
+    assert main.startswith("pip install -c constraints.txt -e . && python -m llmprune --model demo --sparsity 2:4")
+    assert tests == 'pip install -c constraints.txt -e ".[test]" && pytest'
+    build_parser().parse_args(shlex.split(main.partition("llmprune ")[2]))
+
+
+def test_every_command_of_the_readme_parses() -> None:
+    commands = re.findall(r"^llmprune (--[^#\n]*)", README, re.MULTILINE)
+    assert len(commands) > 3
+    for command in commands:
+        build_parser().parse_args(shlex.split(command))
+
+
+def test_the_readme_names_every_method() -> None:
+    assert all(f"| `{name}`" in README for name in METHODS)
+
+
+def test_a_grid_gives_every_combination_and_a_file_name_each() -> None:
+    grid = {"grid": {"method": ["wanda", "sparsegpt"], "sparsity": ["2:4", "50%"]}}
+    found = sweep.cells(grid)
+    assert len({sweep.file_name(settings) for settings in found}) == len(found) == 4
+    assert sweep.flags({"model": "demo", "skip": ["a", "b"], "no_eval": True}) == [
+        *("--model", "demo", "--skip", "a", "--skip", "b", "--no-eval"),
+    ]
