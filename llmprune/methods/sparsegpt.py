@@ -135,6 +135,8 @@ class _Sweep:
         self.is_dead = dead.tolist()
         self.gone = torch.empty_like(columns)
         self.removed = torch.empty_like(columns)
+        # Views of single columns, made once: making them anew costs more than the arithmetic on them.
+        self.column, self.gone_of, self.removed_of = columns.unbind(), self.gone.unbind(), self.removed.unbind()
 
     def run(self) -> Tensor:
         """Mask of the kept weights, `(in, rows)`."""
@@ -169,10 +171,9 @@ class _Sweep:
 
     def _eliminate(self, start: int, stop: int) -> None:
         """Prune a few columns one after the other; `removed` keeps each weight as it was when it went."""
-        columns, removed, gone = self.columns[start:stop], self.removed[start:stop], self.gone[start:stop]
-        unit = self.unit[start:stop, start:stop]
-        torch.mul(columns[0], gone[0], out=removed[0])
-        for at in range(1, stop - start):
-            columns[at:].addcmul_(unit[at - 1, at:, None], removed[at - 1], value=-1)
-            torch.mul(columns[at], gone[at], out=removed[at])
-        columns.sub_(removed)
+        unit = self.unit[start:stop, start:stop].tolist()
+        for at in range(start, stop):
+            removed = torch.mul(self.column[at], self.gone_of[at], out=self.removed_of[at])
+            for later in range(at + 1, stop):
+                self.column[later].sub_(removed, alpha=unit[at - start][later - start])
+        self.columns[start:stop].sub_(self.removed[start:stop])
