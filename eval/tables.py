@@ -46,8 +46,8 @@ def render(name: str) -> str:
 def rewrite(page: str) -> str:
     """A page with all its tables made anew."""
     return re.sub(
-        r"(<!-- results: ([\w-]+) -->\n).*?(\n<!-- end -->)",
-        lambda match: f"{match[1]}{render(match[2])}{match[3]}",
+        r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{render(match[2])}\n{match[3]}",
         page,
         flags=re.DOTALL,
     )

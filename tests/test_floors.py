@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llmprune"
 FLOORS = [
-    {"errors", "pattern", "problem", "progress", "reach", "report"},
+    {"errors", "memory", "pattern", "problem", "progress", "reach", "report"},
     {"linalg", "stats"},
     {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
     {"checkpoint", "demo", "families", "gguf", "job", "source", "tokens"},
