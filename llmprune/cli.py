@@ -231,7 +231,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_args(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
-    return guarded(lambda: command(options, arguments), options.debug)
+    try:
+        return guarded(lambda: command(options, arguments), options.debug)
+    except KeyboardInterrupt:
+        # It can arrive while the first handler is being entered or left.
+        return say_interrupted()
+
+
+def say_interrupted() -> int:
+    """The one line of an interruption, and its exit code."""
+    sys.stderr.write("\ninterrupted; nothing was left at the output folder\n")
+    return 130
 
 
 def guarded(work: Any, debug: bool) -> int:
@@ -240,8 +250,7 @@ def guarded(work: Any, debug: bool) -> int:
     try:
         return int(work())
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; nothing was left at the output folder\n")
-        return 130
+        return say_interrupted()
     except PruneError as error:
         if debug:
             traceback.print_exc()
