@@ -1,5 +1,5 @@
 """`python -m llmprune`."""
 
-from llmprune.cli import main
+from llmprune.cli import entry
 
-raise SystemExit(main())
+raise SystemExit(entry())

@@ -23,6 +23,7 @@ from llmprune.reach import start_probe
 if TYPE_CHECKING:
     from llmprune.job import Job
 
+INTERRUPTED = 130
 EXIT_CODES = """\
 exit codes:
   0    done
@@ -238,10 +239,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return say_interrupted()
 
 
+def entry() -> int:
+    """The process's way in: `main`, but an interruption keeps its exit code.
+
+    Python remembers a KeyboardInterrupt that passed through a C extension's import, handled or not, and would end the
+    process by the signal instead.
+    """
+    code = main()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def say_interrupted() -> int:
     """The one line of an interruption, and its exit code."""
     sys.stderr.write("\ninterrupted; nothing was left at the output folder\n")
-    return 130
+    return INTERRUPTED
 
 
 def guarded(work: Any, debug: bool) -> int:

@@ -41,7 +41,7 @@ def test_types_are_inside(wheel: zipfile.ZipFile) -> None:
 
 def test_the_script_and_the_licence_are_there(wheel: zipfile.ZipFile) -> None:
     info = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert wheel.read(info).decode().split() == ["[console_scripts]", "llmprune", "=", "llmprune.cli:main"]
+    assert wheel.read(info).decode().split() == ["[console_scripts]", "llmprune", "=", "llmprune.cli:entry"]
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
 
 
