@@ -942,7 +942,7 @@ server.server_close()
 found["closed"] = case("org/any")
 tiny, text = sys.argv[1:]
 found["dataset"] = case(tiny, "--calib", "c4", "--eval-context", "32", "--seq-len", "32")
-print(json.dumps(found))
+print(json.dumps(found), flush=True)
 os._exit(0)
 """
 
