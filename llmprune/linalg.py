@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import NumericalError
+from llmprune.problem import InputStats
 
 MAX_RAISES = 3
 TILE = 256
@@ -109,13 +110,21 @@ def output_energy(weight: Tensor, gram: Tensor) -> float:
     return float(2 * square.sum(dtype=torch.float64) - square.diagonal().sum(dtype=torch.float64))
 
 
-def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """Share of the layer's output energy that pruning changed: `tr(D G Dᵀ) / tr(W G Wᵀ)`, `D = pruned − weight`.
+def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
+    """Share of the layer's output energy that is missed: `‖X W̃ᵀ − X_d Wᵀ‖² / ‖X_d Wᵀ‖²`.
+
+    Without a cross Gram the target is `X Wᵀ`, and this is `tr(D G Dᵀ) / tr(W G Wᵀ)`, `D = W̃ − W`. With it, it is
+    `[tr(W̃ G W̃ᵀ) − 2 tr(W̃ C Wᵀ) + tr(W G_d Wᵀ)] / tr(W G_d Wᵀ)`.
 
     Args:
-        weight: the dense weight, `(out, in)`.
-        pruned: the new weight, `(out, in)`.
-        gram: `(in, in)`, per token.
+        weight: W, the dense weight, `(out, in)`.
+        pruned: W̃, the new weight, `(out, in)`.
+        stats: of the layer's inputs.
     """
-    energy = output_energy(weight, gram)
-    return max(output_energy(pruned - weight, gram) / energy, 0.0) if energy > 0 else 0.0
+    if stats.cross is None or stats.dense is None:
+        energy, missed = output_energy(weight, stats.gram), output_energy(pruned - weight, stats.gram)
+    else:
+        energy = output_energy(weight, stats.dense)
+        shared = float((pruned @ stats.cross).mul_(weight).sum(dtype=torch.float64))
+        missed = output_energy(pruned, stats.gram) - 2 * shared + energy
+    return max(missed / energy, 0.0) if energy > 0 else 0.0

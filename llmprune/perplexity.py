@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmprune.errors import InputError
+from llmprune.rehearse import logits
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BlockStream, logits
+from llmprune.stream import BlockStream
 
 CHUNK_ELEMENTS = 2**25
 MAX_LOSS = 700.0  # beyond this, exp leaves the range of floats

@@ -24,10 +24,16 @@ class InputStats:
     Args:
         tokens: number of rows of X; 0 if no calibration token reached the layers.
         gram: `G = XᵀX / tokens`, `(in, in)`, float32. Its diagonal is the mean square of every input.
+        cross: `C = XᵀX_d / tokens` with the inputs X_d of the dense model, None if the target is `X Wᵀ` itself.
+        dense: `X_dᵀX_d / tokens`, None like `cross`.
+        held: `gram` and `cross` of a share of the tokens, to judge on it what was fitted on the rest.
     """
 
     tokens: int
     gram: Tensor
+    cross: Tensor | None = None
+    dense: Tensor | None = None
+    held: InputStats | None = None
 
 
 @dataclass(frozen=True, slots=True)

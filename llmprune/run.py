@@ -127,7 +127,7 @@ def describe(group: Group, solutions: list[LayerSolution], stored: list[Tensor])
             shape=ref.shape,
             pruned=int((~solution.mask).sum()),
             kept_zeros=int(((weight == 0) & solution.mask).sum()),
-            error=relative_error(problem.weight, weight, stats.gram),
+            error=relative_error(problem.weight, weight, stats),
             status=solution.status.value,
             tokens=stats.tokens,
             stats=solution.stats,

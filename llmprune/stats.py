@@ -8,6 +8,8 @@ from torch import Tensor
 from llmprune.linalg import add_gram
 from llmprune.problem import InputStats
 
+HELD_OUT = 0.25
+
 
 class RunningGram:
     """Accumulates `XᵀX` over batches of inputs.
@@ -29,7 +31,57 @@ class RunningGram:
 
     def result(self) -> InputStats:
         """The Gram per token; the sum is used up."""
-        gram = self._sum.tril_()
-        gram += gram.tril(-1).T
-        gram /= max(self.tokens, 1)
-        return InputStats(self.tokens, gram)
+        return InputStats(self.tokens, _whole(self._sum).div_(max(self.tokens, 1)))
+
+
+class RunningPair:
+    """Accumulates the Grams of pruned and dense inputs and the cross Gram between them, a part of the tokens apart.
+
+    The last quarter of every batch is held out: what is fitted on the rest can be judged on it.
+
+    Args:
+        width: number of inputs.
+        device: where the inputs come from.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.fit, self.held = RunningGram(width, device), RunningGram(width, device)
+        self.dense = RunningGram(width, device)
+        self._cross = torch.zeros(2, width, width, device=device)
+        self._matched = True
+
+    def add(self, inputs: Tensor, dense: Tensor | None) -> None:
+        """Take in the inputs `(..., in)` of one batch, and those of the dense model for the very same tokens.
+
+        Where tokens were routed differently there are no such inputs; then the group is fitted to pruned inputs only.
+        """
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        cut = len(rows) - int(HELD_OUT * len(rows))
+        self.fit.add(rows[:cut])
+        self.held.add(rows[cut:])
+        if dense is None or dense.shape != inputs.shape:
+            self._matched = False
+            return
+        targets = dense.reshape(-1, inputs.shape[-1]).float()
+        self.dense.add(targets)
+        self._cross[0].addmm_(rows[:cut].T, targets[:cut])
+        self._cross[1].addmm_(rows[cut:].T, targets[cut:])
+
+    def result(self) -> InputStats:
+        """Statistics per token; the sums are used up."""
+        fit, held = self.fit.result(), self.held.result()
+        tokens = fit.tokens + held.tokens
+        share = held.tokens / max(tokens, 1)
+        gram = torch.lerp(fit.gram, held.gram, share)
+        if not self._matched or not tokens:
+            return InputStats(tokens, gram)
+        cross = self._cross.sum(0).div_(tokens)
+        apart = InputStats(held.tokens, held.gram, self._cross[1].div_(max(held.tokens, 1)))
+        return InputStats(tokens, gram, cross, self.dense.result().gram, apart)
+
+
+def _whole(lower: Tensor) -> Tensor:
+    """A symmetric matrix from its lower triangle, in place."""
+    lower.tril_()
+    lower += lower.tril(-1).T
+    return lower

@@ -9,204 +9,22 @@ Where these exceed the memory budget, the forward is repeated up to every group 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
 from llmprune.memory import give_back_memory, mapped_memory
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
+from llmprune.rehearse import SPENT, Batch, Stop, hidden_of, rehearse
 from llmprune.skeleton import Skeleton
-from llmprune.stats import RunningGram
-
-
-class _Stop(Exception):
-    """Ends a forward early."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The arguments of a block's forward, except the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def split(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-        """Take the hidden states `(batch, tokens, hidden)` out of a block's arguments."""
-        if args:
-            return args[0], cls(args[1:], kwargs)
-        return kwargs["hidden_states"], cls((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Any:
-        """The block's own output for these hidden states."""
-        return block(hidden, *self.args, **self.kwargs)
-
-    def same(self, other: Call) -> bool:
-        """Whether two calls have equal arguments."""
-        return _same(self.args, other.args) and _same(self.kwargs, other.kwargs)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    # A dict may carry state from block to block (shared keys and values), so every batch needs its own.
-    if isinstance(a, dict):
-        return bool(a) and bool(b) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return isinstance(a, bool | int | float | str) and bool(a == b)
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states in a block's output; some blocks return a tuple."""
-    result = output if isinstance(output, Tensor) else output[0]
-    assert isinstance(result, Tensor)
-    return result
-
-
-@dataclass(slots=True)
-class Batch:
-    """A few calibration sequences on their way through the model.
-
-    Args:
-        tokens: `(batch, length)`, int64.
-        hidden: `(batch, length, hidden)`, what the blocks so far made of them.
-        calls: every block's other arguments.
-    """
-
-    tokens: Tensor
-    hidden: Tensor
-    calls: list[Call]
-
-
-@contextmanager
-def _forwards_replaced(blocks: nn.ModuleList, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Replace every block's forward; the modules stay, because models read their attributes."""
-    for index, block in enumerate(blocks):
-        block.forward = make(index)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-@dataclass(frozen=True, slots=True)
-class Rehearsal:
-    """What a run of everything but the blocks found out.
-
-    Args:
-        batches: the tokens, cut into batches, with their first hidden states.
-        wrap: turns hidden states into what the model expects a block to return.
-    """
-
-    batches: list[Batch]
-    wrap: Callable[[Tensor], Any]
-
-
-@torch.no_grad()
-def rehearse(skeleton: Skeleton, tokens: Tensor, batch_size: int) -> Rehearsal:
-    """Run all that comes before the blocks, and record what each block is called with.
-
-    The model runs with the blocks replaced by identities that note their arguments; masks and rotary tables differ
-    from block to block and from model to model, so every block's own are kept (equal ones once).
-
-    Args:
-        skeleton: the model.
-        tokens: `(samples, length)`, int64.
-        batch_size: samples per batch.
-    """
-    batches: list[Batch] = []
-    with skeleton.loaded(skeleton.outside()):
-        wrap = _probe_output(skeleton, tokens[:1])
-        for part in torch.split(tokens, batch_size):
-            hidden, calls = _record(skeleton, part, wrap)
-            known = [batch.calls for batch in batches if batch.tokens.shape == part.shape][:1]
-            for earlier in known:
-                calls = [old if old.same(new) else new for old, new in zip(earlier, calls, strict=True)]
-            batches.append(Batch(part, hidden, calls))
-    return Rehearsal(batches, wrap)
-
-
-def _record(skeleton: Skeleton, tokens: Tensor, wrap: Callable[[Tensor], Any]) -> tuple[Tensor, list[Call]]:
-    calls: list[Call] = []
-    seen: list[Tensor] = []
-    last = len(skeleton.blocks) - 1
-
-    def recorder(index: int) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            hidden, call = Call.split(args, kwargs)
-            seen.append(hidden)
-            calls.append(call)
-            if index == last:
-                raise _Stop
-            return wrap(hidden)
-
-        return record
-
-    with _forwards_replaced(skeleton.blocks, recorder):
-        try:
-            skeleton.model(input_ids=tokens.to(skeleton.device), use_cache=False)
-        except _Stop:
-            pass
-    if len(calls) != len(skeleton.blocks) or any(hidden.data_ptr() != seen[0].data_ptr() for hidden in seen):
-        raise InputError(
-            f"{type(skeleton.model).__name__} does not call its {len(skeleton.blocks)} blocks one after the other",
-            "only models whose blocks form a plain chain can be streamed",
-        )
-    return seen[0].detach().clone().cpu(), calls
-
-
-def _probe_output(skeleton: Skeleton, sample: Tensor) -> Callable[[Tensor], Any]:
-    """How the blocks return their hidden states, learnt by running the first one on one sequence."""
-    outputs: list[Any] = []
-    first = skeleton.blocks[0]
-    forward = first.forward
-
-    def stop_after_first(index: int) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            outputs.append(forward(*args, **kwargs))
-            raise _Stop
-
-        return run
-
-    with skeleton.loaded(skeleton.block_parameters(0)), _forwards_replaced(skeleton.blocks, stop_after_first):
-        try:
-            skeleton.model(input_ids=sample.to(skeleton.device), use_cache=False)
-        except _Stop:
-            pass
-    output = outputs[0]
-    if isinstance(output, Tensor):
-        return lambda hidden: hidden
-    rest = tuple(output[1:])
-    return lambda hidden: (hidden, *rest)
-
-
-@torch.no_grad()
-def logits(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Callable[[Tensor], Any]) -> Tensor:
-    """What the model makes of the last block's output; the outside parameters must be loaded.
-
-    Args:
-        skeleton: the model.
-        tokens: `(batch, length)`.
-        hidden: the last block's output, `(batch, length, hidden)`.
-        wrap: the blocks' return convention.
-    """
-    with _forwards_replaced(skeleton.blocks, lambda _: lambda *args, **kwargs: wrap(hidden)):
-        result = skeleton.model(input_ids=tokens.to(skeleton.device), use_cache=False).logits
-    assert isinstance(result, Tensor)
-    return result
+from llmprune.stats import RunningGram, RunningPair
 
 
 @dataclass(slots=True)
@@ -244,7 +62,14 @@ class Block:
         layers = find_layers(self.module, self.name, skeleton.config)
         self.layers = {layer.local: layer for layer in layers if layer.name in chosen}
         self.changed: dict[str, Tensor] = {}
+        self.dense_weights: dict[str, Tensor] = {}
+        self.notice: Callable[[int, Tensor], None] | None = None
         self.advanced = False
+
+    @property
+    def twin(self) -> bool:
+        """Whether the dense model's activations travel along."""
+        return self.batches[0].dense is not None
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The block's tensors by their names on disk, pruned layers with their new weights."""
@@ -254,24 +79,34 @@ class Block:
     def advance(self) -> None:
         """Let all batches pass through the block."""
         for batch in self.batches:
-            self._leave(batch, self._forward(batch))
+            if self.twin:
+                with self._as_dense():
+                    self.pass_through(batch, dense=True)
+            self.pass_through(batch)
         self.advanced = True
 
-    def _forward(self, batch: Batch) -> Tensor:
-        hidden = batch.hidden.to(self.skeleton.device)
-        return hidden_of(batch.calls[self.index].run(self.module, hidden))
-
-    def _leave(self, batch: Batch, output: Tensor) -> None:
+    def pass_through(self, batch: Batch, dense: bool = False) -> None:
+        """Let one batch pass through the block."""
+        output = self._forward(batch, dense)
         if not bool(torch.isfinite(output).all()):
             raise InputError(
                 f"the output of {self.name!r} holds NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
-        batch.hidden = output.cpu()
+        if dense:
+            batch.dense = output.cpu()
+        else:
+            batch.hidden = output.cpu()
+
+    def _forward(self, batch: Batch, dense: bool = False) -> Tensor:
+        hidden = batch.dense if dense else batch.hidden
+        assert hidden is not None
+        call = (batch.dense_calls if dense else batch.calls)[self.index]
+        return hidden_of(call.run(self.module, hidden.to(self.skeleton.device)))
 
     @torch.no_grad()
     def groups(self, order: list[list[str]]) -> Iterator[Group]:
-        """Yield the groups in call order, each with the Gram of the inputs that the already pruned groups produce.
+        """Yield the groups in call order, each with the statistics of the inputs that the pruned groups before produce.
 
         When the last group is done, the batches have passed the pruned block.
 
@@ -279,9 +114,9 @@ class Block:
             order: local layer names by group, from `call_order`.
         """
         group_of = {layer: number for number, layers in enumerate(order) for layer in layers}
-        observed = self._pausing(group_of) if self.paused else self._repeating(group_of)
-        for number, stats in observed:
-            yield self._group(order[number], stats)
+        with self._watched(group_of):
+            for number, stats in self._pausing(order) if self.paused else self._repeating(order):
+                yield self._group(order[number], stats)
         self.advanced = True
 
     def _group(self, locals_: list[str], stats: InputStats) -> Group:
@@ -305,81 +140,167 @@ class Block:
             raise InputError(
                 f"the pruned weights of {ref.name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
             )
+        if self.twin and not self.paused:
+            self.dense_weights.setdefault(ref.local, self._weight(ref).clone())
         self._weight(ref).copy_(stored)
         self.changed[name] = (stored.T if ref.transposed else stored).contiguous().cpu()
         return stored.float()
 
-    def _pausing(self, group_of: dict[str, int]) -> Iterator[tuple[int, InputStats]]:
-        """One forward per batch, each in a greenlet that pauses where a group begins."""
-        grams: dict[int, RunningGram] = {}
-        hub = getcurrent()
-        done = 0
+    def _pausing(self, order: list[list[str]]) -> Iterator[tuple[int, InputStats]]:
+        """One forward per batch, each in a greenlet that pauses where a group begins.
 
-        def pause(number: int, inputs: Tensor) -> None:
-            if number >= done:
-                self._add(grams, number, inputs)
-                # A forward that pauses inside autocast must not leave it on for the others.
-                with torch.autocast(inputs.device.type, enabled=False):
-                    hub.switch(number)
+        The dense model's forwards go on before the group they have come to is pruned: they never see a pruned weight.
+        """
+        with ExitStack() as stack:
+            pruned = [stack.enter_context(Forward(self, batch)) for batch in self.batches]
+            dense = [stack.enter_context(Forward(self, batch, dense=True)) for batch in self.batches if self.twin]
+            yield from self._in_step(order, pruned, dense)
 
-        def run(batch: Batch) -> None:
-            self._leave(batch, self._forward(batch))
+    def _in_step(
+        self, order: list[list[str]], pruned: list[Forward], dense: list[Forward]
+    ) -> Iterator[tuple[int, InputStats]]:
+        for number, layers in enumerate(order):
+            stats = self._running(layers)
+            for forward, twin in zip_longest(pruned, dense):
+                if forward.at == number:
+                    self._add(stats, forward.batch, forward.inputs, twin.inputs if twin and twin.at == number else None)
+            for forward in dense:
+                forward.leave(number)
+            yield number, self._result(stats, layers)
+            for forward in pruned:
+                forward.leave(number)
 
-        with self._watched(group_of, pause):
-            forwards = [greenlet(partial(run, batch), hub) for batch in self.batches]
-            waiting = [(forward, forward.switch()) for forward in forwards]
-            for number in range(max(group_of.values(), default=-1) + 1):
-                yield number, self._result(grams, number, group_of)
-                done = number + 1
-                waiting = [(f, f.switch() if at == number else at) for f, at in waiting]
-
-    def _repeating(self, group_of: dict[str, int]) -> Iterator[tuple[int, InputStats]]:
+    def _repeating(self, order: list[list[str]]) -> Iterator[tuple[int, InputStats]]:
         """A forward up to every group, and one through the whole block."""
-        for number in range(max(group_of.values(), default=-1) + 1):
-            grams: dict[int, RunningGram] = {}
-
-            def stop(at: int, inputs: Tensor, number: int = number, grams: dict[int, RunningGram] = grams) -> None:
-                if at == number:
-                    self._add(grams, number, inputs)
-                    raise _Stop
-
-            with self._watched(group_of, stop):
-                for batch in self.batches:
-                    try:
-                        self._forward(batch)
-                    except _Stop:
-                        pass
-            yield number, self._result(grams, number, group_of)
+        for number, layers in enumerate(order):
+            stats = self._running(layers)
+            for batch in self.batches:
+                inputs = self._inputs_at(number, batch)
+                if inputs is not None:
+                    self._add(stats, batch, inputs, self._inputs_at(number, batch, dense=True) if self.twin else None)
+            yield number, self._result(stats, layers)
         self.advance()
 
-    def _add(self, grams: dict[int, RunningGram], number: int, inputs: Tensor) -> None:
-        if number not in grams:
-            with mapped_memory():
-                grams[number] = RunningGram(inputs.shape[-1], inputs.device)
-        grams[number].add(inputs)
+    def _inputs_at(self, number: int, batch: Batch, dense: bool = False) -> Tensor | None:
+        """What a group is fed in a forward of its own, None if the forward does not come there."""
+        found: list[Tensor] = []
 
-    def _result(self, grams: dict[int, RunningGram], number: int, group_of: dict[str, int]) -> InputStats:
-        first = next(self.layers[local] for local, at in group_of.items() if at == number)
+        def stop(at: int, inputs: Tensor) -> None:
+            if at == number:
+                found.append(inputs)
+                raise Stop
+
+        self.notice = stop
+        try:
+            with self._as_dense() if dense else nullcontext():
+                self._forward(batch, dense)
+        except Stop:
+            pass
+        finally:
+            self.notice = None
+        return found[0] if found else None
+
+    @contextmanager
+    def _as_dense(self) -> Iterator[None]:
+        """Within, the block computes with its dense weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for local, other in self.dense_weights.items():
+            weight = self._weight(self.layers[local])
+            self.dense_weights[local] = weight.clone()
+            weight.copy_(other)
+
+    def _running(self, layers: list[str]) -> RunningGram | RunningPair:
         with mapped_memory():
-            stats = grams.pop(number, RunningGram(first.shape[1], self.skeleton.device)).result()
+            width = self.layers[layers[0]].shape[1]
+            return (RunningPair if self.twin else RunningGram)(width, self.skeleton.device)
+
+    def _add(self, stats: RunningGram | RunningPair, batch: Batch, inputs: Tensor, dense: Tensor | None) -> None:
+        if isinstance(stats, RunningGram):
+            stats.add(inputs)
+            return
+        # Rows that were picked from the batch (routed tokens) are not the same ones in both models.
+        whole = inputs.numel() // inputs.shape[-1] == batch.tokens.numel()
+        stats.add(inputs, dense if whole else None)
+
+    def _result(self, running: RunningGram | RunningPair, layers: list[str]) -> InputStats:
+        with mapped_memory():
+            stats = running.result()
         if not bool(torch.isfinite(stats.gram).all()):
             raise InputError(
-                f"the inputs of layer {first.name!r} hold NaN or Inf",
+                f"the inputs of layer {self.layers[layers[0]].name!r} hold NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
         return stats
 
     @contextmanager
-    def _watched(self, group_of: dict[str, int], notice: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """Call `notice(group, inputs)` when the first layer of a group is about to run in a forward."""
+    def _watched(self, group_of: dict[str, int]) -> Iterator[None]:
+        """Tell `notice` when the first layer of a group is about to run in a forward."""
+
+        def hook(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.notice is not None:
+                self.notice(number, _inputs(args, kwargs))
+
         with ExitStack() as stack:
             leaders = {number: local for local, number in reversed(group_of.items())}
             for number, local in leaders.items():
-                hook = self.module.get_submodule(local).register_forward_pre_hook(
-                    lambda _, args, kwargs, number=number: notice(number, _inputs(args, kwargs)), with_kwargs=True
+                handle = self.module.get_submodule(local).register_forward_pre_hook(
+                    lambda _, args, kwargs, number=number: hook(number, args, kwargs), with_kwargs=True
                 )
-                stack.callback(hook.remove)
+                stack.callback(handle.remove)
             yield
+
+
+class Forward:
+    """One batch's forward through a block, in a greenlet that pauses where a group begins.
+
+    Args:
+        block: the block.
+        batch: the activations that enter it.
+        dense: whether they are those of the dense model.
+    """
+
+    def __init__(self, block: Block, batch: Batch, dense: bool = False) -> None:
+        self.block, self.batch = block, batch
+        self.at: int | None = None
+        self.inputs = torch.empty(0)
+        self._next = 0
+        self._hub = getcurrent()
+        self._run = greenlet(lambda: block.pass_through(batch, dense), self._hub)
+
+    def __enter__(self) -> Forward:
+        self.go_on()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Its frames refer to itself in ways that the garbage collector cannot see.
+        self._run.throw()
+
+    def go_on(self) -> None:
+        """Run to the next pause, or to the end of the block."""
+        self.at, self.inputs = None, torch.empty(0)
+        self.block.notice = self._pause
+        self._run.switch()
+        self.block.notice = None
+
+    def leave(self, number: int) -> None:
+        """Do not pause at this group any more; go on if that is where this forward stands."""
+        self._next = number + 1
+        if self.at == number:
+            self.go_on()
+
+    def _pause(self, number: int, inputs: Tensor) -> None:
+        if number < self._next:
+            return
+        self.at, self.inputs = number, inputs
+        # A forward that pauses inside autocast must not leave it on for the others.
+        with torch.autocast(inputs.device.type, enabled=False):
+            self._hub.switch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,6 +386,7 @@ class BlockStream:
         batch_tokens: tokens per batch.
         chosen: full names of the layers to be pruned.
         memory: bytes that a block's intermediate activations may take.
+        twin: whether the dense model's activations travel along, for statistics against them.
     """
 
     def __init__(
@@ -475,9 +397,10 @@ class BlockStream:
         batch_tokens: int = 2048,
         chosen: frozenset[str] = frozenset(),
         memory: int = 2 * 2**30,
+        twin: bool = False,
     ) -> None:
         self.skeleton, self.chosen, self.memory = skeleton, chosen, memory
-        self.rehearsal = rehearse(skeleton, tokens, max(1, batch_tokens // tokens.shape[1]))
+        self.rehearsal = rehearse(skeleton, tokens, max(1, batch_tokens // tokens.shape[1]), twin)
         self.uncalled: list[LayerRef] = []
         self._orders: dict[object, CallOrder] = {}
 
@@ -492,7 +415,7 @@ class BlockStream:
                 if not block.advanced:
                     block.advance()
             for batch in self.rehearsal.batches:
-                batch.calls[index] = _SPENT
+                batch.calls[index] = batch.dense_calls[index] = SPENT
             give_back_memory()
 
     def groups(self, block: Block) -> Iterator[Group]:
@@ -503,8 +426,6 @@ class BlockStream:
         order = self._orders[kind]
         self.uncalled += [block.layers[local] for local in order.uncalled]
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
-        block.paused = 2 * order.nbytes * len(self.rehearsal.batches) <= self.memory
+        forwards = len(self.rehearsal.batches) * (2 if block.twin else 1)
+        block.paused = 2 * order.nbytes * forwards <= self.memory
         return block.groups(order.groups)
-
-
-_SPENT = Call((), {})

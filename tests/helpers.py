@@ -20,8 +20,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from llmprune.checkpoint import SafetensorsFolder
 from llmprune.job import Job
+from llmprune.rehearse import logits
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BlockStream, logits
+from llmprune.stream import BlockStream
 from llmprune.tokens import save_tokens, token_batch
 
 transformers.logging.set_verbosity_error()

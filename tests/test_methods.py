@@ -398,8 +398,8 @@ def test_float32_is_enough_for_sparsegpt(pattern: SparsityPattern, width: int) -
     solution = solve("sparsegpt", gram.float(), weight.float(), pattern)
     expected, mask = slow_obs(weight, gram, pattern, DAMPING)
     assert (solution.mask.numpy() != mask).mean() < 1e-3
-    error = relative_error(weight, solution.weight.double(), gram)
-    assert error == pytest.approx(relative_error(weight, torch.from_numpy(expected), gram), rel=1e-3)
+    error = relative_error(weight, solution.weight.double(), InputStats(1, gram))
+    assert error == pytest.approx(relative_error(weight, torch.from_numpy(expected), InputStats(1, gram)), rel=1e-3)
 
 
 def test_sparsegpt_of_unrelated_inputs_is_a_choice_without_compensation() -> None:
@@ -485,7 +485,9 @@ def test_sparsegpt_stays_close_to_the_best_of_all_supports(
 def test_sparsegpt_beats_wanda_beats_magnitude_on_average(pattern: SparsityPattern) -> None:
     def mean_error(name: str) -> float:
         problems = [(gram_of(64, seed).float(), weight_of(32, 64, seed).float()) for seed in range(10)]
-        return float(np.mean([relative_error(w, solve(name, g, w, pattern).weight, g) for g, w in problems]))
+        return float(
+            np.mean([relative_error(w, solve(name, g, w, pattern).weight, InputStats(1, g)) for g, w in problems])
+        )
 
     sparsegpt, wanda, magnitude = map(mean_error, ("sparsegpt", "wanda", "magnitude"))
     assert sparsegpt < wanda < magnitude
