@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune.errors import PruneError
-from llmprune.methods import DEFAULT_METHOD, METHODS
+from llmprune.methods import METHODS
 from llmprune.reach import start_probe
+from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
 
 if TYPE_CHECKING:
     from llmprune.job import Job
@@ -81,6 +82,11 @@ def pair(text: str) -> tuple[str, str]:
     return key, value
 
 
+def epochs(text: str) -> int:
+    """A whole number of at least 0."""
+    return 0 if text == "0" else positive(text)
+
+
 def seed(text: str) -> int:
     """A whole number of at least 0."""
     if not text.isdecimal() or not text.isascii() or int(text) >= 2**63:
@@ -132,8 +138,12 @@ def _add_what(parser: Parser) -> None:
         "--sparsity", required=True, metavar="PATTERN", help="2:4 (any N:M prunes N of every M weights), or 50%% or 0.5"
     )
     what.add_argument(
-        "--method", choices=METHODS, default=DEFAULT_METHOD, metavar="NAME",
-        help=f"{', '.join(METHODS)} (default: {DEFAULT_METHOD})",
+        "--effort", choices=EFFORTS, default=DEFAULT_EFFORT, metavar="HOW",
+        help=f"{', '.join(EFFORTS)}: time for quality (default: {DEFAULT_EFFORT}); --dry-run tells the time of each",
+    )  # fmt: skip
+    what.add_argument(
+        "--method", choices=(AUTO, *METHODS), default=AUTO, metavar="NAME",
+        help=f"{', '.join(METHODS)}, alone unless flags below add to it; or {AUTO}: what --effort stands for (default)",
     )  # fmt: skip
     what.add_argument(
         "--option", type=pair, metavar="KEY=VALUE", action="append", default=[],
@@ -153,8 +163,28 @@ def _add_what(parser: Parser) -> None:
         default=[],
         help="leave matching layers dense, e.g. '*.down_proj'; repeatable",
     )
+    _add_stages(parser)
     what.add_argument("--revision", help="branch, tag or commit of a Hub model")
     what.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _add_stages(parser: Parser) -> None:
+    stages = parser.add_argument_group(
+        "stages around the method (default: those of the effort; none for a method by name)"
+    )
+    stages.add_argument(
+        "--targets", choices=("pruned", "dense"),
+        help="fit a layer to the dense layer's output on the pruned model's inputs, or on the dense model's own",
+    )  # fmt: skip
+    switch = argparse.BooleanOptionalAction
+    stages.add_argument(
+        "--permute", action=switch, default=None, help="reorder channels for N:M where it folds into the layers before"
+    )
+    stages.add_argument("--steps", type=positive, metavar="K", help="reach the sparsity in K nested steps")
+    stages.add_argument("--refit", action=switch, default=None, help="fit the weights exactly on the mask found")
+    stages.add_argument(
+        "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
+    )
 
 
 def _add_data(parser: Parser) -> None:
@@ -320,6 +350,12 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         model=options.model,
         sparsity=options.sparsity,
         method=options.method,
+        effort=options.effort,
+        targets=options.targets,
+        permute=options.permute,
+        steps=options.steps,
+        refit=options.refit,
+        refine=options.refine,
         options=tuple(options.option),
         scope=options.scope,
         calib=options.calib,

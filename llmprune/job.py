@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmprune.methods import DEFAULT_METHOD
 from llmprune.pattern import Scope
+from llmprune.recipe import AUTO, DEFAULT_EFFORT, Recipe, Targets, make_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +16,10 @@ class Job:
     Args:
         model: folder, Hub id, `.gguf` file or `demo`.
         sparsity: `2:4`, `50%`, `0.5`.
-        method: a name of the METHODS table.
+        method: a name of the METHODS table, or `auto` for what `effort` stands for.
+        effort: `fast`, `balanced` or `best`; counts with `auto` only.
         options: the method's own options, as pairs of text such as `("damping", "0.03")`.
+        targets, permute, steps, refit, refine: the fields of a `Recipe`; None for the effort's, or a plain method's.
         scope: where an unstructured count is exact; None for the method's own.
         calib: text file or folder, token file, or data set name; None for `sotu` with the demo model, else `c4`.
         samples: calibration windows; None for 128, or for all of a token file.
@@ -41,8 +43,14 @@ class Job:
 
     model: str
     sparsity: str
-    method: str = DEFAULT_METHOD
+    method: str = AUTO
+    effort: str = DEFAULT_EFFORT
     options: tuple[tuple[str, str], ...] = ()
+    targets: Targets | None = None
+    permute: bool | None = None
+    steps: int | None = None
+    refit: bool | None = None
+    refine: int | None = None
     scope: Scope | None = None
     calib: str | None = None
     samples: int | None = None
@@ -63,6 +71,17 @@ class Job:
     cache_dir: Path | None = None
     trust_remote_code: bool = False
     command: str = ""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is done to every layer and block, defaults applied."""
+        flags = {name: getattr(self, name) for name in ("targets", "permute", "steps", "refit", "refine")}
+        return make_recipe(self.method, self.effort, flags)
+
+    @property
+    def label(self) -> str:
+        """The method, or the effort where that sets it."""
+        return self.effort if self.method == AUTO else self.method
 
     @property
     def calibration_source(self) -> str:

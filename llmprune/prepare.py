@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,12 +13,14 @@ from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
 from llmprune.job import Job
-from llmprune.methods import Method, load_method
-from llmprune.pattern import SparsityPattern, Unstructured, parse_pattern
+from llmprune.methods import load_method
+from llmprune.pattern import NM, SparsityPattern, Unstructured, parse_pattern
 from llmprune.plan import Plan, make_plan
 from llmprune.progress import Progress
+from llmprune.recipe import Recipe
 from llmprune.report import FILE
 from llmprune.skeleton import Skeleton
+from llmprune.solve import Solver
 from llmprune.source import Source, load_tokenizer, open_source
 from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 
@@ -32,7 +34,8 @@ class Prepared:
     job: Job
     source: Source
     pattern: SparsityPattern
-    method: Method
+    recipe: Recipe
+    solver: Solver
     skeleton: Skeleton
     plan: Plan
     calibration: TokenBatch
@@ -52,8 +55,10 @@ def prepare(job: Job, progress: Progress) -> Prepared:
     Raises:
         InputError: with what to do about it.
     """
-    method = load_method(job.method, dict(job.options))
+    recipe = job.recipe
+    method = load_method(recipe.method, dict(job.options))
     pattern = parse_pattern(job.sparsity, job.scope or method.scope)
+    recipe = applicable(recipe, job, pattern)
     cache = job.cache_dir or default_cache()
     if job.scope and not isinstance(pattern, Unstructured):
         raise InputError(
@@ -81,14 +86,25 @@ def prepare(job: Job, progress: Progress) -> Prepared:
     _check_space(out, plan.out_bytes)
     calibration, evaluation = _tokens(job, source, cache, progress)
     overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
-    return Prepared(job, source, pattern, method, skeleton, plan, calibration, evaluation, overlap, out)
+    return Prepared(
+        job, source, pattern, recipe, Solver(method, recipe), skeleton, plan, calibration, evaluation, overlap, out
+    )
+
+
+def applicable(recipe: Recipe, job: Job, pattern: SparsityPattern) -> Recipe:
+    """The recipe without what has no meaning for this pattern; refused if the user asked for it by name."""
+    if isinstance(pattern, NM) or not recipe.permute:
+        return recipe
+    if job.permute:
+        raise InputError(f"--permute does not apply to {pattern.name}", "leave it out: it is for N:M patterns")
+    return replace(recipe, permute=False)
 
 
 def output_folder(job: Job, pattern: SparsityPattern) -> Path:
     """The folder to be made; it must not exist yet, unless it holds a model and `--overwrite` is given."""
     if job.out is None:
         model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
-        out = Path(f"{model or 'model'}-{job.method}-{pattern.name.replace(':', 'of').replace('%', 'pct')}")
+        out = Path(f"{model or 'model'}-{job.label}-{pattern.name.replace(':', 'of').replace('%', 'pct')}")
     else:
         out = job.out
     try:

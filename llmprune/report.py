@@ -26,6 +26,15 @@ class LayerReport:
     stats: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """What a block gained by local refinement; see docs/report.md."""
+
+    block: str
+    before: float
+    after: float
+
+
 @dataclass(slots=True)
 class PruneReport:
     """One run; see docs/report.md."""
@@ -36,10 +45,12 @@ class PruneReport:
     model: dict[str, Any]
     sparsity: dict[str, Any]
     method: dict[str, Any]
+    recipe: dict[str, Any]
     calibration: dict[str, Any]
     evaluation: dict[str, Any] | None
     coverage: dict[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
+    refinements: list[Refinement] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     size: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -56,7 +67,8 @@ class PruneReport:
     def from_json(cls, value: dict[str, Any]) -> PruneReport:
         """The inverse of `to_json`."""
         layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in value["layers"]]
-        return cls(**{**value, "layers": layers})
+        refinements = [Refinement(**refinement) for refinement in value["refinements"]]
+        return cls(**{**value, "layers": layers, "refinements": refinements})
 
     @classmethod
     def read(cls, folder: Path) -> PruneReport:

@@ -26,12 +26,13 @@ from llmprune.hub import model_card
 from llmprune.job import Job
 from llmprune.linalg import relative_error
 from llmprune.memory import mapped_memory
-from llmprune.methods import DEFAULT_METHOD
 from llmprune.perplexity import Perplexity, perplexity
 from llmprune.plan import Plan, estimate
 from llmprune.prepare import Prepared, prepare
 from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
+from llmprune.recipe import AUTO, DEFAULT_EFFORT
+from llmprune.refine import refine
 from llmprune.report import FILE, LayerReport, PruneReport
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BlockStream, Group
@@ -89,7 +90,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     tokens = run.calibration.tokens
     evaluation = run.evaluation.tokens.numel() if run.evaluation else 0
     return {
-        **{key: report[key] for key in ("model", "sparsity", "method", "coverage", "calibration", "out")},
+        **{key: report[key] for key in ("model", "sparsity", "method", "recipe", "coverage", "calibration", "out")},
         "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
         "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
         "estimate": asdict(estimate(run.skeleton, run.plan, tokens.numel(), tokens.shape[1], evaluation)),
@@ -98,7 +99,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
 
 def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock: Clock, progress: Progress) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
-    stream = BlockStream(run.skeleton, run.calibration.tokens, chosen=run.plan.names)
+    stream = BlockStream(run.skeleton, run.calibration.tokens, chosen=run.plan.names, twin=run.recipe.twin)
     writer.write(run.skeleton.export_outside())
     progress.start("pruning", len(stream))
     for block in stream:
@@ -106,10 +107,13 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
         for group in stream.groups(block):
             with mapped_memory():
                 with clock("solve"):
-                    solutions = run.method.solve(group.problem, run.pattern)
+                    solutions = run.solver.solve(group.problem, run.pattern)
                 stored = group.write(solutions)
                 with clock("error"):
                     report.layers += describe(group, solutions, stored)
+        if run.recipe.refine:
+            with clock("refine"):
+                report.refinements.append(refine(block, run.recipe.refine, run.job.seed))
         with clock("write"), mapped_memory():
             writer.write(block.export())
         errors = [layer.error for layer in report.layers[first:]]
@@ -241,7 +245,8 @@ def new_report(run: Prepared) -> PruneReport:
             "fraction": float(run.pattern.fraction),
             "note": run.pattern.speed_note(),
         },
-        method={"name": job.method, "options": asdict(run.method)},  # type: ignore[call-overload]
+        method={"name": run.recipe.method, "options": asdict(run.solver.method)},  # type: ignore[call-overload]
+        recipe={"effort": job.effort if job.method == AUTO else None, **asdict(run.recipe)},
         calibration={**asdict(run.calibration.provenance), "tokens": run.calibration.tokens.numel()},
         evaluation=None,
         coverage=coverage(plan),
@@ -282,7 +287,8 @@ def add_evaluation(run: Prepared, report: PruneReport, dense: Perplexity | None,
 
 def explosion(run: Prepared, dense: Perplexity, pruned: Perplexity) -> str:
     """What happened, and what to try."""
-    tries = [] if run.job.method == DEFAULT_METHOD else [f"--method {DEFAULT_METHOD}"]
+    tries = [] if run.job.method == AUTO else [f"--effort {DEFAULT_EFFORT} instead of --method"]
+    tries += ["--effort best"] if run.recipe.refine == 0 else []
     tries += [
         "more calibration data (--samples, --seq-len)",
         "calibration text closer to the use (--calib)",

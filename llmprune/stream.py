@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
@@ -63,6 +63,7 @@ class Block:
         self.layers = {layer.local: layer for layer in layers if layer.name in chosen}
         self.changed: dict[str, Tensor] = {}
         self.dense_weights: dict[str, Tensor] = {}
+        self.entered = [batch.hidden for batch in batches]
         self.notice: Callable[[int, Tensor], None] | None = None
         self.advanced = False
 
@@ -98,6 +99,28 @@ class Block:
         else:
             batch.hidden = output.cpu()
 
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Let the batches pass once more, from where they entered."""
+        for batch, entered in zip(self.batches, self.entered, strict=True):
+            batch.hidden = entered
+            self.pass_through(batch)
+
+    def writable(self, local: str) -> bool:
+        """Whether a new value of a parameter can be written."""
+        checkpoint, name = self.skeleton.checkpoint, f"{self.name}.{local}"
+        return checkpoint.writable(name) and len(checkpoint.users(checkpoint.disk_names([name])[0])) == 1
+
+    @torch.no_grad()
+    def store(self, values: dict[str, Tensor]) -> None:
+        """Give parameters new values, by local name; the block computes with what the file will hold."""
+        parameters = dict(self.module.named_parameters())
+        for local, value in values.items():
+            name = f"{self.name}.{local}"
+            stored = value.to(self.skeleton.checkpoint.stored_dtype(name))
+            parameters[local].copy_(stored)
+            self.changed[name] = stored.contiguous().cpu()
+
     def _forward(self, batch: Batch, dense: bool = False) -> Tensor:
         hidden = batch.dense if dense else batch.hidden
         assert hidden is not None
@@ -132,6 +155,9 @@ class Block:
     def _weight(self, ref: LayerRef) -> Tensor:
         return weight_of(self.module.get_submodule(ref.local), ref.transposed)
 
+    def _parameter(self, local: str) -> nn.Parameter:
+        return self.module.get_parameter(f"{local}.weight")
+
     def _write(self, ref: LayerRef, solution: LayerSolution) -> Tensor:
         """Store a solution; from now on the block computes with what the file will hold. Returns that, float32."""
         name = f"{ref.name}.weight"
@@ -140,8 +166,8 @@ class Block:
             raise InputError(
                 f"the pruned weights of {ref.name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
             )
-        if self.twin and not self.paused:
-            self.dense_weights.setdefault(ref.local, self._weight(ref).clone())
+        if self.twin:
+            self.dense_weights.setdefault(ref.local, self._parameter(ref.local).data.clone())
         self._weight(ref).copy_(stored)
         self.changed[name] = (stored.T if ref.transposed else stored).contiguous().cpu()
         return stored.float()
@@ -149,7 +175,7 @@ class Block:
     def _pausing(self, order: list[list[str]]) -> Iterator[tuple[int, InputStats]]:
         """One forward per batch, each in a greenlet that pauses where a group begins.
 
-        The dense model's forwards go on before the group they have come to is pruned: they never see a pruned weight.
+        The dense model's forwards go on from a group before it is pruned, with dense weights in the ones before.
         """
         with ExitStack() as stack:
             pruned = [stack.enter_context(Forward(self, batch)) for batch in self.batches]
@@ -164,8 +190,10 @@ class Block:
             for forward, twin in zip_longest(pruned, dense):
                 if forward.at == number:
                     self._add(stats, forward.batch, forward.inputs, twin.inputs if twin and twin.at == number else None)
-            for forward in dense:
-                forward.leave(number)
+            # A member of a group may be called after later groups have begun.
+            with self._as_dense():
+                for forward in dense:
+                    forward.leave(number)
             yield number, self._result(stats, layers)
             for forward in pruned:
                 forward.leave(number)
@@ -211,9 +239,8 @@ class Block:
 
     def _swap(self) -> None:
         for local, other in self.dense_weights.items():
-            weight = self._weight(self.layers[local])
-            self.dense_weights[local] = weight.clone()
-            weight.copy_(other)
+            weight = self._parameter(local)
+            self.dense_weights[local], weight.data = weight.data, other
 
     def _running(self, layers: list[str]) -> RunningGram | RunningPair:
         with mapped_memory():

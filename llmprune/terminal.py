@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from llmprune.progress import Progress
+from llmprune.recipe import Recipe
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -123,7 +124,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         ("sparsity", report.sparsity["meaning"]),
         ("reached", f"{share:.2%} of {weights / 1e6:.1f} M weights in {len(layers)} layers"),
         ("coverage", coverage_text(report.coverage)),
-        ("method", f"{report.method['name']}, mean relative layer error {report.mean_error:.4f}"),
+        ("method", f"{recipe_text(report.recipe)}, mean relative layer error {report.mean_error:.4f}"),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
         ("calibration", calibration_text(report.calibration)),
         ("size", f"{size(report.size['dense'])} dense, {size(report.size['pruned'])} pruned"),
@@ -139,6 +140,12 @@ def _perplexity_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     dense, pruned = (f"{evaluation[key]['value']:.2f} ± {evaluation[key]['error']:.2f}" for key in ("dense", "pruned"))
     text = f"{evaluation['source']}, {evaluation['samples']} windows of {evaluation['seq_len']} tokens"
     return [("perplexity", f"dense {dense}, pruned {pruned}"), ("measured on", text)]
+
+
+def recipe_text(settings: dict[str, Any]) -> str:
+    """What is done to every layer and block."""
+    effort = f" (effort {settings['effort']})" if settings["effort"] else ""
+    return Recipe(**{key: value for key, value in settings.items() if key != "effort"}).describe() + effort
 
 
 def coverage_text(coverage: dict[str, Any]) -> str:
@@ -165,7 +172,7 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("model", f"{model['name']}: {model['class']}, {model['parameters'] / 1e6:.1f} M parameters"),
         ("blocks", f"{model['blocks']}, with {len(facts['layers'])} layers to prune"),
         ("sparsity", facts["sparsity"]["meaning"]),
-        ("method", facts["method"]["name"]),
+        ("method", recipe_text(facts["recipe"])),
         ("coverage", coverage_text(facts["coverage"])),
         ("calibration", calibration_text(facts["calibration"])),
         ("estimate", f"{duration(cost['seconds'])}, {size(cost['memory'])} of memory above the libraries' own"),

@@ -31,7 +31,7 @@ from llmprune.errors import InputError
 from llmprune.families import find_layers
 from llmprune.methods import load_method
 from llmprune.pattern import NM
-from llmprune.problem import LayerSolution, Status
+from llmprune.problem import InputStats, LayerSolution, Status
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BlockStream, Group
 
@@ -51,10 +51,11 @@ def chosen(skeleton: Skeleton) -> frozenset[str]:
     )
 
 
-def stream_of(folder: Path, tokens: Tensor, memory: int = 2**30) -> BlockStream:
+def stream_of(folder: Path, tokens: Tensor, memory: int = 2**30, twin: bool = False) -> BlockStream:
     skeleton = skeleton_of(folder)
     batch_tokens = BATCH * tokens.shape[1]
-    return BlockStream(skeleton, tokens, batch_tokens=batch_tokens, chosen=chosen(skeleton), memory=memory)
+    names = chosen(skeleton)
+    return BlockStream(skeleton, tokens, batch_tokens=batch_tokens, chosen=names, memory=memory, twin=twin)
 
 
 def solve(group: Group) -> list[LayerSolution]:
@@ -460,3 +461,64 @@ def test_a_block_that_replaces_its_parameters_while_it_runs_is_refused(memory: i
     stream = stream_of(toy(tmp_path, "Swapped"), random_tokens(), memory)
     with pytest.raises(InputError, match=r"replaces its own parameter 'layers\.0\.two\.bias'"):
         pruned(stream)
+
+
+@every_mode
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "falcon", "opt"])
+def test_a_twin_stream_pairs_every_input_with_that_of_the_dense_model(
+    model_type: str, memory: int, tmp_path: Path
+) -> None:
+    save_tiny(model_type, tmp_path, tokenizer=False)
+    tokens = random_tokens()
+    dense, plain = reload(tmp_path), reload(tmp_path)
+    stream = stream_of(tmp_path, tokens, memory, twin=True)
+    names = sorted(stream.chosen)
+    with recorded_inputs(dense, names) as wanted:
+        whole_logits(dense, tokens)
+    seen: dict[str, InputStats] = {}
+    for block in stream:
+        for group in stream.groups(block):
+            seen |= {ref.name: group.problem.stats for ref in group.refs}
+            solve(group)
+        for name, tensor in block.changed.items():
+            plain.get_parameter(name).data.copy_(tensor)
+    with recorded_inputs(plain, names) as found:
+        whole_logits(plain, tokens)
+    assert seen.keys() == set(names)
+    for name, stats in seen.items():
+        X, X_d = (torch.cat(inputs[name]).double().flatten(0, -2) for inputs in (found, wanted))
+        assert stats.tokens == len(X)
+        for got, expected in ((stats.gram, X.T @ X), (stats.cross, X.T @ X_d), (stats.dense, X_d.T @ X_d)):
+            assert got is not None
+            scale = float(X.square().mean())
+            assert torch.allclose(got.double(), expected / len(X), rtol=1e-4, atol=1e-4 * scale)
+    assert sum(not torch.allclose(s.cross, s.gram, rtol=1e-3) for s in seen.values() if s.cross is not None) > 3
+
+
+@every_mode
+def test_a_twin_that_nobody_prunes_stays_equal(memory: int, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, tokenizer=False)
+    stream = stream_of(tmp_path, random_tokens(), memory, twin=True)
+    for block in stream:
+        if block.index:
+            for _ in stream.groups(block):
+                pass
+    assert all(torch.equal(batch.hidden, batch.dense) for batch in stream.rehearsal.batches if batch.dense is not None)
+    assert stream.rehearsal.batches[0].dense is not None
+
+
+@every_mode
+def test_tokens_that_are_routed_have_no_pair(memory: int, tmp_path: Path) -> None:
+    stream = stream_of(toy(tmp_path, "Experts"), random_tokens(8), memory, twin=True)
+    for block in stream:
+        for group in stream.groups(block):
+            assert group.problem.stats.cross is None
+            solve(group)
+
+
+def test_pairs_with_twins_prune_as_without_where_they_are_not_used(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, tokenizer=False)
+    alone = pruned(stream_of(tmp_path, random_tokens()))[0]
+    paired = pruned(stream_of(tmp_path, random_tokens(), twin=True))[0]
+    for name, weight in alone.items():
+        assert torch.allclose(weight, paired[name], rtol=1e-3, atol=1e-5)

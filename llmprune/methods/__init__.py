@@ -46,7 +46,6 @@ METHODS = {
         "llmprune.methods.sparsegpt:SparseGPT", "second-order choice, the kept weights make up for the pruned ones"
     ),
 }
-DEFAULT_METHOD = "sparsegpt"
 
 
 def load_method(name: str, options: Mapping[str, str] | None = None) -> Method:

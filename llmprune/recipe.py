@@ -1,0 +1,72 @@
+"""What is done to every layer and block: the settings of one run, and the three efforts that set them for you."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Targets = Literal["pruned", "dense"]
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The stages a model goes through; every field is a flag of the command line.
+
+    Args:
+        method: a name of the METHODS table.
+        targets: what a layer should give: `pruned`, the dense layer's output on the pruned model's inputs; `dense`, its
+            output in the dense model, as far as the calibration data support it.
+        permute: whether input channels of an N:M layer are reordered where that can be folded into the layers before.
+        steps: in how many nested steps the sparsity is reached.
+        refit: whether the weights are fitted once more, exactly, on the mask that was found.
+        refine: epochs in which a pruned block learns to give the dense block's output.
+    """
+
+    method: str
+    targets: Targets = "pruned"
+    permute: bool = False
+    steps: int = 1
+    refit: bool = False
+    refine: int = 0
+
+    @property
+    def twin(self) -> bool:
+        """Whether the dense model's activations are needed."""
+        return self.targets == "dense" or self.refine > 0
+
+    def describe(self) -> str:
+        """The stages in a few words."""
+        stages = [self.method]
+        if self.targets == "dense":
+            stages.append("dense targets")
+        if self.permute:
+            stages.append("permuted channels")
+        if self.steps > 1:
+            stages.append(f"{self.steps} steps")
+        if self.refit:
+            stages.append("refit")
+        if self.refine:
+            stages.append(f"{self.refine} epochs of refinement")
+        return " + ".join(stages)
+
+
+EFFORTS = {
+    "fast": Recipe("sparsegpt"),
+    "balanced": Recipe("admm", targets="dense", permute=True),
+    "best": Recipe("admm", targets="dense", permute=True, refine=8),
+}
+DEFAULT_EFFORT = "balanced"
+
+
+def make_recipe(method: str, effort: str, flags: Mapping[str, Any]) -> Recipe:
+    """The recipe that the user asked for.
+
+    Args:
+        method: a name of the METHODS table, alone unless flags add to it, or `auto` for what `effort` stands for.
+        effort: a name of EFFORTS.
+        flags: fields set by the user; None where nothing was said.
+    """
+    base = EFFORTS[effort] if method == AUTO else Recipe(method)
+    return replace(base, **{key: value for key, value in flags.items() if value is not None})

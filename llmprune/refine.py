@@ -1,0 +1,140 @@
+"""A pruned block learns to give the dense block's output; gradients never leave the block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from llmprune.rehearse import Batch, hidden_of
+from llmprune.report import Refinement
+from llmprune.stream import Block
+
+RATE = 0.01  # of a parameter's root mean square, per step
+WHITENING = 0.5
+WARM_UP = 0.1
+HELD_OUT = 8
+
+
+def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
+    """Train the surviving weights of a pruned block, its norms and biases, to give the dense block's output.
+
+    Adam on float32 masters, batch by batch, with a warm-up and a cosine decay. The step size is a fraction of each
+    parameter's root mean square, so it needs no tuning by model. Masks hold exactly: a pruned weight has no gradient.
+    One batch in eight (at least one) is held out; the epoch that did best on it is kept, or the block as it was.
+
+    Args:
+        block: a block of a stream with a twin, its groups all solved.
+        epochs: passes over the calibration batches.
+        seed: of the order of the batches.
+    """
+    samples = [Sample(batch, entered) for batch, entered in zip(block.batches, block.entered, strict=True)]
+    held = max(1, len(samples) // HELD_OUT)
+    training, held_out = samples[:-held], samples[-held:]
+    values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block).items()}
+    masks = {name: value != 0 for name, value in values.items() if value.dim() == 2}
+    loss = BlockLoss(block, values)
+    before = after = loss.mean(held_out)
+    best: dict[str, Tensor] = {}
+    schedule = Schedule(values, epochs * len(training))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs if training else 0):
+        for index in torch.randperm(len(training), generator=generator).tolist():
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(loss(training[index]), list(values.values()))
+            for (name, value), gradient in zip(values.items(), gradients, strict=True):
+                value.grad = gradient.mul_(masks[name]) if name in masks else gradient
+            schedule.step()
+        if (reached := loss.mean(held_out)) < after:
+            best, after = {name: value.detach().clone() for name, value in values.items()}, reached
+    block.store(best)
+    block.rewind()
+    return Refinement(block.name, before, after)
+
+
+def trainable(block: Block) -> dict[str, nn.Parameter]:
+    """The pruned layers' weights, norms and biases, by their names in the block."""
+    return {
+        name: parameter
+        for name, parameter in block.module.named_parameters()
+        if f"{block.name}.{name}" in block.changed or (parameter.dim() == 1 and block.writable(name))
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A batch, and what entered the block for it."""
+
+    batch: Batch
+    entered: Tensor
+
+
+class BlockLoss:
+    """Relative squared error of a block's output, token by token: `Σ_c v_c (h_c − t_c)² / Σ_c v_c t_c²`.
+
+    t is the dense block's output. A few channels of the residual stream are hundreds of times larger than the others;
+    `v_c = (mean t_c²)^(−WHITENING)` keeps them from being all that counts.
+
+    Args:
+        block: the block.
+        values: float32 parameters to compute with, by their names in the block.
+    """
+
+    def __init__(self, block: Block, values: dict[str, nn.Parameter]) -> None:
+        self.block, self.values = block, values
+        energy = torch.stack([_dense(batch).square().mean((0, 1)) for batch in block.batches]).mean(0)
+        self.weights = (energy / energy.mean()).clamp(min=1e-6).pow(-WHITENING).to(block.skeleton.device)
+
+    def __call__(self, sample: Sample) -> Tensor:
+        """The mean over the tokens of a batch."""
+        skeleton, call = self.block.skeleton, sample.batch.calls[self.block.index]
+        values = {name: value.to(skeleton.compute) for name, value in self.values.items()}
+        arguments = (sample.entered.to(skeleton.device), *call.args)
+        output = hidden_of(functional_call(self.block.module, values, arguments, call.kwargs))
+        target = _dense(sample.batch).to(skeleton.device)
+        missed = ((output.float() - target).square() * self.weights).sum(-1)
+        mean = (missed / (target.square() * self.weights).sum(-1)).mean()
+        assert isinstance(mean, Tensor)
+        return mean
+
+    @torch.no_grad()
+    def mean(self, samples: list[Sample]) -> float:
+        """The mean over batches."""
+        return sum(float(self(sample)) for sample in samples) / len(samples)
+
+
+def _dense(batch: Batch) -> Tensor:
+    assert batch.dense is not None
+    return batch.dense.float()
+
+
+class Schedule:
+    """Adam with a step size that rises linearly, then falls as a cosine.
+
+    Args:
+        values: the parameters.
+        steps: how many steps there will be.
+    """
+
+    def __init__(self, values: dict[str, nn.Parameter], steps: int) -> None:
+        self.steps, self.done = steps, 0
+        self.rates = [RATE * _rms(value) for value in values.values()]
+        groups = [{"params": [value], "lr": rate} for value, rate in zip(values.values(), self.rates, strict=True)]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+
+    def step(self) -> None:
+        """One step along the gradients."""
+        progress = (self.done + 0.5) / self.steps
+        factor = min(progress / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * progress))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        self.done += 1
+
+
+def _rms(value: Tensor) -> float:
+    kept = value[value != 0]
+    return float(kept.detach().square().mean().sqrt()) if kept.numel() else 0.0

@@ -1,0 +1,92 @@
+"""A refined block is nearer to the dense one on unseen batches, or it is the block as it was; masks hold exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import BATCH, random_tokens, reload, save_tiny, whole_logits
+from test_stream import chosen, skeleton_of, solve
+from torch import Tensor
+
+from llmprune import refine as module
+from llmprune.refine import refine
+from llmprune.report import Refinement
+from llmprune.stream import BlockStream
+
+SAMPLES = 16
+
+
+def refined(
+    folder: Path, epochs: int, seed: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Refinement], Tensor]:
+    """Weights before and after refinement, what was gained, and what leaves the last block."""
+    skeleton = skeleton_of(folder)
+    tokens = random_tokens(SAMPLES)
+    stream = BlockStream(
+        skeleton, tokens, batch_tokens=BATCH * tokens.shape[1], chosen=chosen(skeleton), twin=True
+    )
+    before: dict[str, Tensor] = {}
+    after: dict[str, Tensor] = {}
+    gained = []
+    for block in stream:
+        for group in stream.groups(block):
+            solve(group)
+        before |= {name: tensor.clone() for name, tensor in block.changed.items()}
+        gained.append(refine(block, epochs, seed))
+        after |= block.changed
+    return before, after, gained, torch.cat([batch.hidden for batch in stream.rehearsal.batches])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "bloom", "qwen2_moe"])
+def test_refined_blocks_are_nearer_to_the_dense_ones_and_keep_their_zeros(model_type: str, tmp_path: Path) -> None:
+    save_tiny(model_type, tmp_path, tokenizer=False)
+    before, after, gained, hidden = refined(tmp_path, 4)
+    assert all(gain.after <= gain.before for gain in gained)
+    assert sum(gain.after for gain in gained) < 0.97 * sum(gain.before for gain in gained)
+    for name, weight in before.items():
+        assert bool((after[name][weight == 0] == 0).all()), name
+        assert not torch.equal(after[name], weight)
+    norms = set(after) - set(before)
+    assert norms
+    plain = reload(tmp_path)
+    for name, tensor in after.items():
+        plain.get_parameter(name).data.copy_(tensor)
+    expected = whole_logits(plain, random_tokens(SAMPLES))
+    assert torch.isfinite(expected).all()
+    assert torch.isfinite(hidden).all()
+
+
+def test_the_stream_goes_on_with_the_refined_block(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, tokenizer=False)
+    _, after, _, hidden = refined(tmp_path, 1)
+    plain = reload(tmp_path)
+    for name, tensor in after.items():
+        plain.get_parameter(name).data.copy_(tensor)
+    seen: list[Tensor] = []
+    plain.model.layers[-1].register_forward_hook(lambda *args: seen.append(args[2]))
+    whole_logits(plain, random_tokens(SAMPLES))
+    assert torch.allclose(torch.cat(seen), hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_that_gains_nothing_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RATE", 100.0)
+    save_tiny("llama", tmp_path, tokenizer=False)
+    before, after, gained, _ = refined(tmp_path, 1)
+    assert all(gain.after == gain.before for gain in gained)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_same_seed_same_bytes_another_seed_another_order(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, tokenizer=False)
+    first, again, other = (refined(tmp_path, 1, seed)[1] for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_no_epochs_change_nothing(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, tokenizer=False)
+    before, after, _, _ = refined(tmp_path, 0)
+    assert before.keys() == after.keys()
