@@ -85,6 +85,10 @@ class SparsityPattern(ABC):
     def groups(self, score: Tensor) -> tuple[Tensor, int]:
         """`score (out, in)` viewed as `(..., group)` with the number of weights to prune in each group."""
 
+    @abstractmethod
+    def steps(self, count: int) -> list[SparsityPattern]:
+        """Patterns of rising sparsity that end in this one, at most `count`."""
+
     def project(self, score: Tensor) -> Tensor:
         """Keep mask `(out, in)`, True = kept: in every group the lowest scores go, ties by lower index first.
 
@@ -136,6 +140,10 @@ class NM(SparsityPattern):
             "(torch.sparse.to_sparse_semi_structured)"
         )
 
+    def steps(self, count: int) -> list[SparsityPattern]:
+        rising = sorted({-(-self.n * step // count) for step in range(1, count + 1)})
+        return [NM(n, self.m) for n in rising]
+
     def divides(self, rows: int, width: int) -> str:
         return "" if width % self.m == 0 else f"{width} inputs are not divisible by {self.m}"
 
@@ -172,6 +180,9 @@ class Unstructured(SparsityPattern):
     def count(self, size: int) -> int:
         """How many of `size` weights are pruned."""
         return int(self.share * size + Fraction(1, 2))
+
+    def steps(self, count: int) -> list[SparsityPattern]:
+        return [Unstructured(self.share * step / count, self.scope) for step in range(1, count + 1)]
 
     def divides(self, rows: int, width: int) -> str:
         size = width if self.scope == "row" else rows * width

@@ -27,11 +27,11 @@ from llmprune.job import Job
 from llmprune.linalg import relative_error
 from llmprune.memory import mapped_memory
 from llmprune.perplexity import Perplexity, perplexity
-from llmprune.plan import Plan, estimate
+from llmprune.plan import Estimate, Plan, estimate, product_rate
 from llmprune.prepare import Prepared, prepare
 from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
-from llmprune.recipe import AUTO, DEFAULT_EFFORT
+from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe
 from llmprune.refine import refine
 from llmprune.report import FILE, LayerReport, PruneReport
 from llmprune.skeleton import Skeleton
@@ -89,17 +89,30 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     report = new_report(run).to_json()
     tokens = run.calibration.tokens
     evaluation = run.evaluation.tokens.numel() if run.evaluation else 0
+    rate = product_rate()
+
+    def cost(recipe: Recipe) -> Estimate:
+        return estimate(run.skeleton, run.plan, recipe, tokens.numel(), tokens.shape[1], evaluation, rate)
+
     return {
         **{key: report[key] for key in ("model", "sparsity", "method", "recipe", "coverage", "calibration", "out")},
         "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
         "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
-        "estimate": asdict(estimate(run.skeleton, run.plan, tokens.numel(), tokens.shape[1], evaluation)),
+        "estimate": asdict(cost(run.recipe)),
+        "efforts": {name: cost(recipe).seconds for name, recipe in EFFORTS.items()},
     }
 
 
 def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock: Clock, progress: Progress) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
-    stream = BlockStream(run.skeleton, run.calibration.tokens, chosen=run.plan.names, twin=run.recipe.twin)
+    stream = BlockStream(
+        run.skeleton,
+        run.calibration.tokens,
+        batch_tokens=1024 if run.recipe.refine else 2048,
+        chosen=run.plan.names,
+        twin=run.recipe.twin,
+        permute=run.recipe.permute,
+    )
     writer.write(run.skeleton.export_outside())
     progress.start("pruning", len(stream))
     for block in stream:
@@ -107,8 +120,8 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
         for group in stream.groups(block):
             with mapped_memory():
                 with clock("solve"):
-                    solutions = run.solver.solve(group.problem, run.pattern)
-                stored = group.write(solutions)
+                    solutions, order = run.solver.solve(group.problem, run.pattern, group.classes)
+                stored = group.write(solutions, order)
                 with clock("error"):
                     report.layers += describe(group, solutions, stored)
         if run.recipe.refine:

@@ -1,13 +1,17 @@
-"""How a group is solved: the targets, the method, the refit."""
+"""How a group of layers is solved: its targets, the order of its inputs, the method in steps, the refit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from llmprune.methods import Method
-from llmprune.pattern import SparsityPattern
-from llmprune.problem import GroupProblem, LayerSolution
+from llmprune.pattern import NM, SparsityPattern
+from llmprune.permutation import choose
+from llmprune.problem import GroupProblem, InputStats, LayerSolution
 from llmprune.recipe import Recipe
+from llmprune.refit import refit
 from llmprune.targets import toward_dense
 
 
@@ -23,13 +27,55 @@ class Solver:
     method: Method
     recipe: Recipe
 
-    def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
-        """Prune the layers of one group."""
-        goal, strengths = toward_dense(problem) if self.recipe.targets == "dense" else (problem, [])
-        solutions = self.method.solve(goal, pattern)
-        if strengths:
-            solutions = [
-                replace(solution, stats={**solution.stats, "target_strength": strength})
-                for solution, strength in zip(solutions, strengths, strict=True)
-            ]
+    def solve(
+        self, problem: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...] = ()
+    ) -> tuple[list[LayerSolution], Tensor | None]:
+        """Prune the layers of one group.
+
+        Args:
+            problem: the group.
+            pattern: what the weights must hold.
+            classes: which of its inputs may change places, see `permutation.choose`.
+
+        Returns:
+            the solutions, and the order of the inputs in which they hold the pattern; None for the order as it is.
+        """
+        dense = self.recipe.targets == "dense"
+        goal, strengths = toward_dense(problem) if dense else (problem, [])
+        order = self._order(goal, pattern, classes)
+        if order is not None:
+            solutions = [reordered(s, order.argsort()) for s in self._stages(permuted(goal, order), pattern)]
+        else:
+            solutions = self._stages(goal, pattern)
+        for solution, strength in zip(solutions, strengths, strict=False):
+            solution.stats["target_strength"] = strength
+        return solutions, order
+
+    def _order(self, goal: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...]) -> Tensor | None:
+        if not classes or not isinstance(pattern, NM):
+            return None
+        (layer,) = goal.layers
+        return choose(layer.weight.square() * goal.stats.gram.diagonal(), pattern, classes)
+
+    def _stages(self, goal: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
+        """Reach the pattern in nested steps: zeros stay zero, so each step's mask lies within the one before."""
+        solutions: list[LayerSolution] = []
+        current = goal
+        for step in pattern.steps(self.recipe.steps):
+            solutions = self.method.solve(current, step)
+            if self.recipe.refit:
+                solutions = refit(goal, solutions)
+            layers = tuple(replace(old, weight=new.weight) for old, new in zip(goal.layers, solutions, strict=True))
+            current = replace(goal, layers=layers)
         return solutions
+
+
+def permuted(problem: GroupProblem, order: Tensor) -> GroupProblem:
+    """The same problem with its inputs in another order."""
+    layers = tuple(replace(layer, weight=layer.weight[:, order]) for layer in problem.layers)
+    return GroupProblem(layers, InputStats(problem.stats.tokens, problem.stats.gram[order][:, order]))
+
+
+def reordered(solution: LayerSolution, order: Tensor) -> LayerSolution:
+    """The same solution with its inputs in another order."""
+    return replace(solution, weight=solution.weight[:, order], mask=solution.mask[:, order])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -18,13 +19,17 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from llmprune.coupling import Coupling, find_couplings, fold
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
 from llmprune.memory import give_back_memory, mapped_memory
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
-from llmprune.rehearse import SPENT, Batch, Stop, hidden_of, rehearse
+from llmprune.rehearse import SPENT, Batch, Call, Stop, hidden_of, own_state, rehearse
 from llmprune.skeleton import Skeleton
 from llmprune.stats import RunningGram, RunningPair
+
+SHORT = 16
+"""Tokens that are enough to see how the layers of a block hang together."""
 
 
 @dataclass(slots=True)
@@ -33,13 +38,16 @@ class Group:
 
     Args:
         problem: what a method solves.
-        write: puts the solutions into the block (one per layer, in order).
         refs: the layers.
+        classes: which of their inputs may change places, see `Coupling`; none where that cannot be folded away.
+        write: puts the solutions into the block (one per layer, in order), and what `order` their inputs are to have in
+            the file; returns what is stored, in the order as it is.
     """
 
     problem: GroupProblem
     refs: tuple[LayerRef, ...]
-    write: Callable[[list[LayerSolution]], list[Tensor]]
+    classes: tuple[Tensor, ...]
+    write: Callable[[list[LayerSolution], Tensor | None], list[Tensor]]
 
 
 class Block:
@@ -59,11 +67,13 @@ class Block:
         self.skeleton, self.index, self.batches, self.paused = skeleton, index, batches, paused
         self.name = skeleton.block_name(index)
         self.module = skeleton.blocks[index]
-        layers = find_layers(self.module, self.name, skeleton.config)
-        self.layers = {layer.local: layer for layer in layers if layer.name in chosen}
+        self.linear = find_layers(self.module, self.name, skeleton.config)
+        self.layers = {layer.local: layer for layer in self.linear if layer.name in chosen}
         self.changed: dict[str, Tensor] = {}
         self.dense_weights: dict[str, Tensor] = {}
         self.entered = [batch.hidden for batch in batches]
+        self.couplings: dict[str, Coupling] = {}
+        self._moves: list[tuple[Coupling, Tensor]] = []
         self.notice: Callable[[int, Tensor], None] | None = None
         self.advanced = False
 
@@ -73,7 +83,10 @@ class Block:
         return self.batches[0].dense is not None
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
-        """The block's tensors by their names on disk, pruned layers with their new weights."""
+        """The block's tensors by their names on disk, with new weights, in new orders."""
+        for coupling, order in self._moves:
+            self.changed |= fold(coupling, order, self._current(coupling), f"{self.name}.")
+        self._moves.clear()
         return self.skeleton.checkpoint.export(self.skeleton.block_parameters(self.index), self.changed)
 
     @torch.no_grad()
@@ -106,10 +119,20 @@ class Block:
             batch.hidden = entered
             self.pass_through(batch)
 
+    def movable(self, coupling: Coupling) -> bool:
+        """Whether all that a permutation moves can be written."""
+        return all(self.writable(local) for local in coupling.parameters(self.module))
+
     def writable(self, local: str) -> bool:
         """Whether a new value of a parameter can be written."""
         checkpoint, name = self.skeleton.checkpoint, f"{self.name}.{local}"
         return checkpoint.writable(name) and len(checkpoint.users(checkpoint.disk_names([name])[0])) == 1
+
+    def _current(self, coupling: Coupling) -> dict[str, Tensor]:
+        """The tensors that a permutation would move, as they will be stored."""
+        checkpoint = self.skeleton.checkpoint
+        names = [f"{self.name}.{local}" for local in coupling.parameters(self.module)]
+        return {name: self.changed.get(name, checkpoint.stored(checkpoint[name])) for name in names}
 
     @torch.no_grad()
     def store(self, values: dict[str, Tensor]) -> None:
@@ -147,10 +170,14 @@ class Block:
         with mapped_memory():
             problems = tuple(LayerProblem(ref.name, self._weight(ref).to(torch.float32, copy=True)) for ref in refs)
 
-        def write(solutions: list[LayerSolution]) -> list[Tensor]:
+        coupling = self.couplings.get(locals_[0]) if len(locals_) == 1 else None
+
+        def write(solutions: list[LayerSolution], order: Tensor | None = None) -> list[Tensor]:
+            if order is not None and coupling is not None:
+                self._moves.append((coupling, order))
             return [self._write(ref, solution) for ref, solution in zip(refs, solutions, strict=True)]
 
-        return Group(GroupProblem(problems, stats), refs, write)
+        return Group(GroupProblem(problems, stats), refs, coupling.classes if coupling else (), write)
 
     def _weight(self, ref: LayerRef) -> Tensor:
         return weight_of(self.module.get_submodule(ref.local), ref.transposed)
@@ -414,6 +441,7 @@ class BlockStream:
         chosen: full names of the layers to be pruned.
         memory: bytes that a block's intermediate activations may take.
         twin: whether the dense model's activations travel along, for statistics against them.
+        permute: whether to find out which inputs may change places.
     """
 
     def __init__(
@@ -425,11 +453,14 @@ class BlockStream:
         chosen: frozenset[str] = frozenset(),
         memory: int = 2 * 2**30,
         twin: bool = False,
+        permute: bool = False,
     ) -> None:
         self.skeleton, self.chosen, self.memory = skeleton, chosen, memory
+        self._short = rehearse(skeleton, tokens[:1, :SHORT], 1).batches[0] if permute else None
         self.rehearsal = rehearse(skeleton, tokens, max(1, batch_tokens // tokens.shape[1]), twin)
         self.uncalled: list[LayerRef] = []
         self._orders: dict[object, CallOrder] = {}
+        self._couplings: dict[object, list[Coupling]] = {}
 
     def __len__(self) -> int:
         return len(self.skeleton.blocks)
@@ -455,4 +486,16 @@ class BlockStream:
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
         forwards = len(self.rehearsal.batches) * (2 if block.twin else 1)
         block.paused = 2 * order.nbytes * forwards <= self.memory
+        if self._short is not None:
+            if kind not in self._couplings:
+                run = partial(_leaves_behind, self._short.calls[block.index])
+                self._couplings[kind] = find_couplings(block.module, run, self._short.hidden, block.linear)
+            block.couplings = {c.sink: c for c in self._couplings[kind] if block.movable(c)}
         return block.groups(order.groups)
+
+
+def _leaves_behind(call: Call, module: nn.Module, hidden: Tensor) -> tuple[Any, list[Any]]:
+    """A block's output, and what it wrote into the state that goes on to later blocks."""
+    (own,) = own_state([call])
+    output = own.run(module, hidden)
+    return output, [value for value in (*own.args, *own.kwargs.values()) if isinstance(value, dict)]

@@ -681,7 +681,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(run: Callable[..., Outcome]
     result = run(*flags, "--dry-run")
     assert result.code == 0
     assert os.listdir() == []
-    for key in ("model", "sparsity", "method", "coverage", "calibration", "estimate", "size", "would save"):
+    for key in ("model", "sparsity", "method", "coverage", "calibration", "estimate", "efforts", "size", "would save"):
         assert re.search(rf"^{key} ", result.out, re.MULTILINE), key
     assert result.out.endswith("dry run: nothing was written\n")
     plan = json.loads(run(*flags, "--dry-run", "--json").out)

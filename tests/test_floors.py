@@ -11,11 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "llmprune"
 FLOORS = [
     {"errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report"},
-    {"linalg", "stats", "targets"},
+    {"linalg", "permutation", "refit", "stats", "targets"},
     {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
     {"solve"},
     {"checkpoint", "demo", "families", "gguf", "job", "source", "tokens"},
-    {"hub", "perplexity", "plan", "prepare", "refine", "rehearse", "skeleton", "stream", "verify"},
+    {"hub", "perplexity", "plan", "coupling", "prepare", "refine", "rehearse", "skeleton", "stream", "verify"},
     {"run"},
     {"__main__", "cli", "terminal"},
 ]

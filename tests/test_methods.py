@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmprune.linalg import relative_error
-from llmprune.methods import DEFAULT_METHOD, METHODS, load_method
+from llmprune.methods import METHODS, load_method
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.pattern import NM, SparsityPattern, Unstructured
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution, Status
@@ -97,10 +97,6 @@ def assert_lawful(solution: LayerSolution, weight: Tensor) -> None:
     gone = solution.weight[~solution.mask]
     assert not gone.any()
     assert not torch.signbit(gone).any()
-
-
-def test_the_default_method_is_in_the_table() -> None:
-    assert DEFAULT_METHOD in METHODS
 
 
 @every_method

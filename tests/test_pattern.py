@@ -284,3 +284,15 @@ def test_survivors_that_round_to_zero_are_extra_zeros(pattern: SparsityPattern) 
 
 def test_nan_is_not_a_zero() -> None:
     assert NM(2, 4).check(torch.full((1, 4), torch.nan)).violations == 2
+
+
+@pytest.mark.parametrize("spec", ["2:4", "1:4", "5:8", "50%", "70%", "0.1%"])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_steps_rise_to_the_pattern_itself(spec: str, count: int) -> None:
+    pattern = parse_pattern(spec, "row")
+    steps = pattern.steps(count)
+    assert steps[-1] == pattern
+    assert 1 <= len(steps) <= count
+    fractions = [step.fraction for step in steps]
+    assert fractions == sorted(set(fractions))
+    assert all(getattr(step, "scope", "row") == "row" for step in steps)

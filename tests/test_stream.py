@@ -60,7 +60,7 @@ def stream_of(folder: Path, tokens: Tensor, memory: int = 2**30, twin: bool = Fa
 
 def solve(group: Group) -> list[LayerSolution]:
     solutions = load_method("sparsegpt").solve(group.problem, PATTERN)
-    group.write(solutions)
+    group.write(solutions, None)
     return solutions
 
 

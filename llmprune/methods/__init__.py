@@ -31,10 +31,17 @@ class Method(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MethodEntry:
-    """A row of the table: `target` is `module:Class`."""
+    """A row of the table.
+
+    Args:
+        target: `module:Class`.
+        help: one line.
+        products: what a solve takes, in products of the layer's weight by its Gram.
+    """
 
     target: str
     help: str
+    products: int = 0
 
 
 METHODS = {
@@ -43,7 +50,10 @@ METHODS = {
     ),
     "wanda": MethodEntry("llmprune.methods.wanda:Wanda", "smallest |weight| x input norm in each row go"),
     "sparsegpt": MethodEntry(
-        "llmprune.methods.sparsegpt:SparseGPT", "second-order choice, the kept weights make up for the pruned ones"
+        "llmprune.methods.sparsegpt:SparseGPT", "second-order choice, the kept weights make up for the pruned ones", 4
+    ),
+    "admm": MethodEntry(
+        "llmprune.methods.admm:ADMM", "mask and weights sought together, at several times the price", 15
     ),
 }
 

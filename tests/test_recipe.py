@@ -1,0 +1,38 @@
+"""An effort sets all stages; a method by name stands alone; flags win over both."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmprune.methods import METHODS
+from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe, make_recipe
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_auto_is_what_the_effort_stands_for(effort: str) -> None:
+    assert make_recipe(AUTO, effort, {}) == EFFORTS[effort]
+    assert EFFORTS[effort].method in METHODS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_by_name_stands_alone(method: str) -> None:
+    assert make_recipe(method, "best", {"refine": None}) == Recipe(method)
+
+
+def test_flags_win() -> None:
+    assert make_recipe("wanda", "fast", {"refit": True, "targets": None}) == Recipe("wanda", refit=True)
+    assert make_recipe(AUTO, "best", {"refine": 0}).refine == 0
+    assert make_recipe(AUTO, "best", {"refine": 0}).method == EFFORTS["best"].method
+
+
+def test_efforts_rise() -> None:
+    assert list(EFFORTS) == ["fast", "balanced", "best"]
+    assert DEFAULT_EFFORT in EFFORTS
+    assert not EFFORTS["fast"].twin
+    assert EFFORTS["best"].refine > EFFORTS["balanced"].refine == 0
+
+
+def test_a_recipe_says_all_its_stages() -> None:
+    assert Recipe("wanda").describe() == "wanda"
+    everything = Recipe("admm", targets="dense", permute=True, steps=3, refit=True, refine=2).describe()
+    assert everything == "admm + dense targets + permuted channels + 3 steps + refit + 2 epochs of refinement"
