@@ -40,6 +40,7 @@ from llmprune.verify import check_layers
 
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 EXPLODED = 10.0
+BATCH_TOKENS, TRAINING_TOKENS = 2048, 1024
 
 
 def prune(job: Job, progress: Progress | None = None) -> PruneReport:
@@ -105,10 +106,11 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
 
 def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock: Clock, progress: Progress) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
+    tokens = run.calibration.tokens
     stream = BlockStream(
         run.skeleton,
-        run.calibration.tokens,
-        batch_tokens=1024 if run.recipe.refine else 2048,
+        tokens,
+        batch_tokens=min(TRAINING_TOKENS, tokens.numel() // 16) if run.recipe.refine else BATCH_TOKENS,
         chosen=run.plan.names,
         twin=run.recipe.twin,
         permute=run.recipe.permute,
@@ -300,7 +302,7 @@ def add_evaluation(run: Prepared, report: PruneReport, dense: Perplexity | None,
 
 def explosion(run: Prepared, dense: Perplexity, pruned: Perplexity) -> str:
     """What happened, and what to try."""
-    tries = [] if run.job.method == AUTO else [f"--effort {DEFAULT_EFFORT} instead of --method"]
+    tries = [] if run.job.method == AUTO else [f"--effort {DEFAULT_EFFORT} without --method"]
     tries += ["--effort best"] if run.recipe.refine == 0 else []
     tries += [
         "more calibration data (--samples, --seq-len)",

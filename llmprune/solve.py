@@ -45,6 +45,8 @@ class Solver:
         order = self._order(goal, pattern, classes)
         if order is not None:
             solutions = [reordered(s, order.argsort()) for s in self._stages(permuted(goal, order), pattern)]
+            for solution in solutions:
+                solution.stats["permuted"] = 1.0
         else:
             solutions = self._stages(goal, pattern)
         for solution, strength in zip(solutions, strengths, strict=False):

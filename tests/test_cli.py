@@ -646,7 +646,7 @@ def test_text_in_both_calibration_and_evaluation_is_warned_of(run: Callable[...,
     assert "also stands in the calibration text" in run(*job).line("warning: ")
 
 
-@pytest.mark.parametrize(("method", "tries"), [("magnitude", "--method sparsegpt"), ("sparsegpt", "--samples")])
+@pytest.mark.parametrize(("method", "tries"), [("magnitude", "--effort balanced"), ("auto", "--effort best")])
 def test_an_exploding_perplexity_is_warned_of_with_what_to_try(
     run: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch, method: str, tries: str
 ) -> None:
@@ -661,7 +661,7 @@ def test_an_exploding_perplexity_is_warned_of_with_what_to_try(
 def test_json_is_one_document_on_stdout_and_equals_the_report(run: Callable[..., Outcome], flags: list[str]) -> None:
     result = run(*flags, "--json")
     assert result.code == 0
-    assert json.loads(result.out) == json.loads(Path("tiny-sparsegpt-2of4", REPORT).read_text())
+    assert json.loads(result.out) == json.loads(Path("tiny-balanced-2of4", REPORT).read_text())
     assert "perplexity   dense" in result.err
 
 
@@ -705,8 +705,9 @@ def test_a_local_job_opens_no_connection(
 def test_options_of_a_method_are_checked_and_reported(
     run: Callable[..., Outcome], refused: Callable[..., Outcome], flags: list[str]
 ) -> None:
+    flags += ["--method", "sparsegpt"]
     refused(*flags, "--option", "damp=0.1", says="sparsegpt has no option 'damp'", hints="damping")
-    refused(*flags, "--method", "wanda", "--option", "damping=0.1", says="wanda has no option")
+    refused(*flags[:-2], "--method", "wanda", "--option", "damping=0.1", says="wanda has no option")
     for value in ("0", "-1", "x", "nan", "inf"):
         refused(*flags, "--option", f"damping={value}", says=f"damping={value} is no positive")
     assert run(*flags, "--option", "damping=0.5", "--out", "out").code == 0
@@ -718,7 +719,7 @@ def test_without_a_terminal_progress_is_plain_lines(run: Callable[..., Outcome],
     assert "\r" not in result.err
     assert "\x1b" not in result.err
     assert re.search(r"^pruning 1/2  error 0\.\d{4}  \d+ s left$", result.err, re.MULTILINE)
-    assert ".tiny-sparsegpt-2of4.partial" in result.err
+    assert ".tiny-balanced-2of4.partial" in result.err
 
 
 @contextmanager
@@ -882,7 +883,7 @@ def test_module_and_script_are_the_same_program(flags: list[str], tmp_path: Path
         assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
     done = execute([sys.executable, "-m", "llmprune", *flags], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert os.listdir(tmp_path) == ["tiny-sparsegpt-2of4"]
+    assert os.listdir(tmp_path) == ["tiny-balanced-2of4"]
     assert "Warning" not in done.stderr
 
 

@@ -26,7 +26,9 @@ def report(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The report of a small run with some layers left dense."""
     out = tmp_path_factory.mktemp("out") / "tiny-pruned"
     small = {"samples": 4, "seq_len": 32, "eval_windows": 3, "eval_context": 32}
-    job = Job(str(tiny), "2:4", calib=str(text), eval_text=str(text), out=out, skip=("*.v_proj",), **small)  # type: ignore[arg-type]
+    job = Job(
+        str(tiny), "2:4", effort="best", calib=str(text), eval_text=str(text), out=out, skip=("*.v_proj",), **small
+    )  # type: ignore[arg-type]
     return prune(replace(job, command="llmprune --model tiny --sparsity 2:4"))
 
 
