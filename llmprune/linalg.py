@@ -29,6 +29,27 @@ class InverseFactor:
     raises: int
 
 
+def ridge_of(gram: Tensor, damping: float) -> float:
+    """The ridge `λ = damping * mean(diag H)` of a Gram `(in, in)`.
+
+    Raises:
+        NumericalError: the Gram's diagonal is not finite.
+    """
+    if damping <= 0:
+        raise ValueError(f"damping must be positive, not {damping}")
+    mean = float(gram.diagonal().double().mean())
+    if not math.isfinite(mean):
+        raise NumericalError("the input statistics hold NaN or Inf", "check the model on this calibration text")
+    return damping * mean
+
+
+def add_ridge(gram: Tensor, ridge: float) -> Tensor:
+    """`H + λI` as a new matrix `(in, in)`, with 1 added where an input is always zero (`H_jj = 0`)."""
+    matrix = gram.clone()
+    matrix.diagonal().add_(ridge + (gram.diagonal() == 0).to(gram.dtype))
+    return matrix
+
+
 def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
     """Factor the inverse of the damped Gram, `H + λI` with `λ = damping * mean(diag H)`.
 
@@ -44,14 +65,10 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
         NumericalError: the Gram is not finite, or the matrix is not positive definite even after the damping was raised
             tenfold `MAX_RAISES` times.
     """
-    if damping <= 0:
-        raise ValueError(f"damping must be positive, not {damping}")
     diagonal = gram.diagonal()
-    mean = float(diagonal.double().mean())
-    if not math.isfinite(mean):
-        raise NumericalError("the input statistics hold NaN or Inf", "check the model on this calibration text")
+    base = ridge_of(gram, damping)
     for raises in range(MAX_RAISES + 1):
-        ridge = damping * 10**raises * mean
+        ridge = base * 10**raises
         flipped = gram.flip(0, 1)
         flipped.diagonal().add_(ridge + (diagonal == 0).to(gram.dtype).flip(0))
         lower, info = torch.linalg.cholesky_ex(flipped)

@@ -45,6 +45,7 @@ METHODS = {
     "sparsegpt": MethodEntry(
         "llmprune.methods.sparsegpt:SparseGPT", "second-order choice, the kept weights make up for the pruned ones"
     ),
+    "admm": MethodEntry("llmprune.methods.admm:ADMM", "mask and weights sought together, at several times the price"),
 }
 DEFAULT_METHOD = "sparsegpt"
 
