@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
-from test_methods import OPTIMA, SHARES, gram_of, group, keep_largest, refits, slow_case, solve, weight_of
+from test_methods import OPTIMA, SHARES, cut, gram_of, group, keep_largest, quota, refits, slow_case, solve, weight_of
 from torch import Tensor
 
 from llmprune.linalg import relative_error
@@ -44,20 +44,30 @@ def slow_admm(weight: Tensor, gram: Tensor, pattern: SparsityPattern, method: AD
     values, vectors = np.linalg.eigh(A / np.outer(scale, scale))
     target = W * scale
 
+    def score(state: np.ndarray) -> Tensor:
+        size = abs(state)
+        size[:, dead] = -1
+        size[zeros] = -np.inf
+        return torch.from_numpy(size)
+
     def support(state: np.ndarray) -> np.ndarray:
-        score = abs(state)
-        score[:, dead] = -1
-        score[zeros] = -np.inf
-        return keep_largest(torch.from_numpy(score), pattern).numpy() & ~zeros
+        if isinstance(pattern, NM):
+            return keep_largest(score(state), pattern).numpy() & ~zeros
+        sizes = cut(score(state), pattern)
+        for _ in range(3):
+            limit[:] *= quota(pattern, sizes.shape[1]) / np.maximum((sizes <= limit).sum(1, keepdims=True), 1)
+        return (sizes > limit).reshape(W.shape)
 
     X = target.copy()
+    ordered = np.sort(cut(score(X), pattern), axis=1)
+    limit = np.maximum(ordered[:, quota(pattern, ordered.shape[1]) - 1, None], 0)
     for at in range(method.iterations):
         share = (at + 0.5) / method.iterations
         ends = [rho / (values + rho) for rho in (method.start, method.end)]
         pull = vectors @ np.diag((1 - share) * ends[0] + share * ends[1]) @ vectors.T
         Z = X * support(X)
         X = X + 1.4 * (target + (2 * Z - X - target) @ pull - Z)
-    mask = support(X)
+    mask = keep_largest(score(X), pattern).numpy() & ~zeros
     start = np.where(dead, W, X / scale)
     return cg_steps(A, W, start, mask, 2), mask
 
