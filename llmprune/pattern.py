@@ -208,8 +208,7 @@ def lowest(score: Tensor, count: int | Tensor, dim: int = -1) -> Tensor:
         kth = ordered.gather(dim, (count - 1).clamp(min=0)).masked_fill(count == 0, -torch.inf)
         wanted = int(count.sum())
     elif count:
-        short = dim == 0 and count * len(score) <= SHORT
-        kth = _kth_row(score, count) if short else score.kthvalue(count, dim=dim, keepdim=True).values
+        kth = kth_lowest(score, count, dim)
         wanted = count * (score.numel() // score.shape[dim])
     else:
         return torch.zeros_like(score, dtype=torch.bool)
@@ -220,6 +219,13 @@ def lowest(score: Tensor, count: int | Tensor, dim: int = -1) -> Tensor:
     ties = mask & ~below
     room = count - below.sum(dim, keepdim=True)
     return below | (ties & (ties.cumsum(dim) <= room))
+
+
+def kth_lowest(score: Tensor, count: int, dim: int = -1) -> Tensor:
+    """The `count`-th lowest entry along `dim`, which keeps size 1; fast for a short first dimension."""
+    if dim == 0 and count * len(score) <= SHORT:
+        return _kth_row(score, count)
+    return score.kthvalue(count, dim=dim, keepdim=True).values
 
 
 def _kth_row(score: Tensor, count: int) -> Tensor:

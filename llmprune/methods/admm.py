@@ -10,12 +10,13 @@ from torch import Tensor
 
 from llmprune.linalg import add_ridge, inverse_factor
 from llmprune.methods.magnitude import by_magnitude
-from llmprune.pattern import NM, Scope, SparsityPattern, Unstructured, lowest
+from llmprune.pattern import NM, Scope, SparsityPattern, Unstructured, kth_lowest
 from llmprune.problem import GroupProblem, LayerSolution, Status
 from llmprune.refit import polish
 
 RELAXATION = 1.4
 POLISH = 2
+COUNTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,11 @@ class ADMM:
         A = add_ridge(gram, factor.ridge)
         scale = factor.upper.square().sum(0).sqrt()[:, None]
         target = torch.cat([layer.weight.T for layer in problem.layers], dim=1)
-        score = _Score(problem, pattern, target)
-        state = self._iterate(A * scale * scale.T, target / scale, score)
-        support = score.final(state)
+        choice = _Choice(problem, pattern, target)
+        state = self._iterate(A * scale * scale.T, target / scale, choice)
+        support = choice.exact(state)
         weight = state.mul_(scale)
-        weight[score.dead] = target[score.dead]
+        weight[choice.dead] = target[choice.dead]
         weight.mul_(support)
         polish(A, target, weight, support, POLISH)
         status = Status.DAMPING_RAISED if factor.raises else Status.OK
@@ -75,55 +76,88 @@ class ADMM:
             for rows, mask in zip(problem.split(weight.T), problem.split(support.T), strict=True)
         ]
 
-    def _iterate(self, A: Tensor, target: Tensor, score: _Score) -> Tensor:
-        """The state X after all iterations, `(in, rows)`; in coordinates in which D is the identity."""
-        first, last = _resolvent(A, self.start), _resolvent(A, self.end)
-        state, between = target.clone(), torch.empty_like(A)
-        projected, step = torch.empty_like(state), torch.empty_like(state)
+    def _iterate(self, A: Tensor, target: Tensor, choice: _Choice) -> Tensor:
+        """The state X after all iterations, `(in, rows)`, in coordinates in which D is the identity.
+
+        With `R = 2Z − X − W*` and `K = ρ(A + ρI)⁻¹`, `W = W* + KR`, and an iteration with relaxation α is
+        `X = (1 − α/2) X + (α/2) W* + α (K − I/2) R`: few passes over the weights beside the product.
+        """
+        first, last = _half_reflection(A, self.start), _half_reflection(A, self.end)
+        state, between, negated = target.clone(), torch.empty_like(A), torch.empty_like(target)
         for at in range(self.iterations):
             torch.lerp(first, last, (at + 0.5) / self.iterations, out=between)
-            torch.mul(state, score.kept(state), out=projected)
-            torch.sub(projected, state, out=step).add_(projected).sub_(target)
-            state.sub_(projected, alpha=RELAXATION).add_(target, alpha=RELAXATION)
-            state.addmm_(between, step, alpha=RELAXATION)
+            kept = choice.kept(state)
+            torch.add(state, target, out=negated).addcmul_(state, kept, value=-2)
+            state.add_(target, alpha=RELAXATION / (2 - RELAXATION))
+            state.addmm_(between, negated, beta=1 - RELAXATION / 2, alpha=-RELAXATION)
         return state
 
 
-def _resolvent(A: Tensor, rho: float) -> Tensor:
-    """`ρ(A + ρI)⁻¹`."""
+def _half_reflection(A: Tensor, rho: float) -> Tensor:
+    """`ρ(A + ρI)⁻¹ − I/2`."""
     shifted = A.clone()
     shifted.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(rho)
+    matrix = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(rho)
+    matrix.diagonal().sub_(0.5)
+    return matrix
 
 
-class _Score:
+class _Choice:
     """Chooses the weights that stay by the size of a state `(in, rows)`; existing zeros and dead inputs go first."""
 
     def __init__(self, problem: GroupProblem, pattern: SparsityPattern, target: Tensor) -> None:
-        if not isinstance(pattern, NM | Unstructured):
-            raise TypeError(f"admm has no rule for {pattern.name}")
         self.problem, self.pattern = problem, pattern
         self.dead = problem.stats.gram.diagonal() == 0
         zeros = target == 0
         self.zeros = zeros if bool(zeros.any()) else None
         self.score = torch.empty_like(target)
+        self.limit: _Limit | None = None
+
+    def exact(self, state: Tensor) -> Tensor:
+        """Mask of the weights that stay, `(in, rows)`."""
+        kept = [self.pattern.project(rows) for rows in self.problem.split(self._score(state).T)]
+        support = torch.cat([rows.T for rows in kept], dim=1)
+        return support if self.zeros is None else support & ~self.zeros
 
     def kept(self, state: Tensor) -> Tensor:
-        """Mask of the weights that stay, `(in, rows)`."""
-        score, pattern = self._of(state), self.pattern
-        if isinstance(pattern, NM):
-            groups = score.view(-1, pattern.m, score.shape[1]).transpose(0, 1)
-            gone = lowest(groups, pattern.n, dim=0).transpose(0, 1).reshape(score.shape)
-        else:
-            gone = torch.cat([~pattern.project(rows).T for rows in self.problem.split(score.T)], dim=1)
-        return gone.logical_not_() if self.zeros is None else gone.logical_or_(self.zeros).logical_not_()
+        """1 for the weights that stay, 0 for the others, `(in, rows)`; an unstructured count is only nearly right."""
+        score = self._score(state)
+        if isinstance(self.pattern, NM):
+            groups = score.view(-1, self.pattern.m, score.shape[1]).transpose(0, 1)
+            groups.gt_(kth_lowest(groups, self.pattern.n, dim=0))
+            return score
+        if self.limit is None:
+            self.limit = _Limit(self.problem, self.pattern, score)
+        return score.gt_(self.limit.follow(score))
 
-    def final(self, state: Tensor) -> Tensor:
-        """The same, with ties broken as every method breaks them."""
-        kept = torch.cat([self.pattern.project(rows).T for rows in self.problem.split(self._of(state).T)], dim=1)
-        return kept if self.zeros is None else kept & ~self.zeros
-
-    def _of(self, state: Tensor) -> Tensor:
+    def _score(self, state: Tensor) -> Tensor:
         score = torch.abs(state, out=self.score)
         score[self.dead] = -1.0
         return score if self.zeros is None else score.masked_fill_(self.zeros, -torch.inf)
+
+
+class _Limit:
+    """The size up to which weights go, of every row, followed from iteration to iteration by counting.
+
+    A selection costs as much as the iteration's matrix product, a count almost nothing.
+    """
+
+    def __init__(self, problem: GroupProblem, pattern: SparsityPattern, score: Tensor) -> None:
+        if not isinstance(pattern, Unstructured):
+            raise TypeError(f"admm has no rule for {pattern.name}")
+        self.rows = [len(layer.weight) for layer in problem.layers] if pattern.scope == "layer" else None
+        limits, counts = [], []
+        for layer in problem.split(score.T):
+            groups, count = pattern.groups(layer)
+            limits.append(kth_lowest(groups, count)[:, 0].expand(len(layer)))
+            counts.append(torch.full_like(limits[-1], count))
+        self.limit, self.wanted = torch.cat(limits).clamp(min=0.0), torch.cat(counts)
+
+    def follow(self, score: Tensor) -> Tensor:
+        """The limit of every row for a score `(in, rows)`, by steps that are exact where sizes are evenly spread."""
+        for _ in range(COUNTS):
+            found = (score <= self.limit).sum(0)
+            if self.rows:
+                found = torch.cat([layer.sum().expand(len(layer)) for layer in torch.split(found, self.rows)])
+            self.limit = self.limit * (self.wanted / found.clamp(min=1))
+        return self.limit
