@@ -14,7 +14,7 @@ FLOORS = [
     {"linalg", "permutation", "stats"},
     {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
     {"checkpoint", "demo", "families", "gguf", "job", "source", "tokens"},
-    {"hub", "perplexity", "plan", "prepare", "skeleton", "stream", "verify"},
+    {"coupling", "hub", "perplexity", "plan", "prepare", "skeleton", "stream", "verify"},
     {"run"},
     {"__main__", "cli", "terminal"},
 ]
