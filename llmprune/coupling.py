@@ -81,9 +81,11 @@ def fold(
     Raises:
         ValueError: the order moves an input out of its class, or apart from its copies.
     """
+    order = order.cpu()
     moves = [_move(order, slots) for slots in coupling.classes]
-    if not torch.equal(_scatter(coupling.classes, moves, coupling.width).to(order.device), order):
-        raise ValueError("the order moves inputs out of their class or apart from their copies")
+    respected = torch.equal(_scatter(coupling.classes, moves, coupling.width), order)
+    if not respected or len(set(order.tolist())) != coupling.width:
+        raise ValueError("the order moves inputs out of their class or apart from their copies, or loses some")
     changed = {}
     for source in coupling.sources:
         for kind in ("weight", "bias"):
@@ -101,7 +103,7 @@ def fold(
 def _move(order: Tensor, slots: Tensor) -> Tensor:
     """By which column of `slots` every column is replaced."""
     position = torch.zeros_like(order)
-    position[slots[0]] = torch.arange(slots.shape[1], device=order.device)
+    position[slots[0]] = torch.arange(slots.shape[1])
     return position[order[slots[0]]]
 
 

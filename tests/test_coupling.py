@@ -275,18 +275,23 @@ def flat(coupling: Coupling) -> object:
     return coupling.sink, coupling.transposed, [slots.tolist() for slots in coupling.classes], sources
 
 
-@pytest.mark.parametrize(
-    "move", [lambda o: o.roll(1), lambda o: o.flip(0), lambda o: o.view(4, 16).roll(1, 1).flatten()]
-)
-def test_an_order_that_breaks_the_classes_is_refused(move: Callable[[Tensor], Tensor]) -> None:
+BROKEN_ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "into another class": lambda order: order.roll(1),
+    "copies apart": lambda order: torch.cat([order[:16].flip(0), order[16:]]),
+    "copies exchanged": lambda order: order.view(2, 2, 16).flip(1).flatten(),
+    "one twice": lambda order: order.where(order % 16 != 3, order - 1),
+}
+
+
+@pytest.mark.parametrize("change", BROKEN_ORDERS.values(), ids=BROKEN_ORDERS)
+def test_an_order_that_breaks_the_classes_is_refused(change: Callable[[Tensor], Tensor]) -> None:
     slots = torch.arange(64).view(2, 2, 16)
-    coupling = Coupling("sink", False, 64, tuple(slots), (Source("source", False, tuple(slots[:, :1])),))
-    tensors = {"sink.weight": torch.zeros(8, 64), "source.weight": torch.zeros(64, 8)}
-    order = move(torch.arange(64))
-    if torch.equal(order.view(4, 16) // 16, torch.arange(64).view(4, 16) // 16):
-        order[:16] = torch.arange(16)
+    rows = torch.arange(32).view(2, 1, 16)
+    coupling = Coupling("sink", False, 64, tuple(slots), (Source("source", False, tuple(rows)),))
+    tensors = {"sink.weight": torch.rand(8, 64), "source.weight": torch.rand(32, 8)}
+    assert torch.equal(fold(coupling, torch.arange(64), tensors)["sink.weight"], tensors["sink.weight"])
     with pytest.raises(ValueError, match="class"):
-        fold(coupling, order, tensors)
+        fold(coupling, change(torch.arange(64)), tensors)
 
 
 def toy_couplings(kind: str, width: int = 16) -> list[Coupling]:
