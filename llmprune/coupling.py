@@ -61,12 +61,6 @@ class Coupling:
     classes: tuple[Tensor, ...]
     sources: tuple[Source, ...]
 
-    def parameters(self, block: nn.Module) -> list[str]:
-        """Names in the block of the parameters that a permutation moves."""
-        own = {name for name, _ in block.named_parameters()}
-        names = [f"{source.local}.{kind}" for source in self.sources for kind in ("weight", "bias")]
-        return [name for name in [*names, f"{self.sink}.weight"] if name in own]
-
 
 def fold(
     coupling: Coupling, order: Tensor, tensors: Mapping[str, Tensor], prefix: str = "", sink: bool = True
@@ -76,7 +70,8 @@ def fold(
     Args:
         coupling: what moves together.
         order: `(width,)`, int64: position p of the sink gets input `order[p]`. It must respect the classes.
-        tensors: parameters by name, as the modules store them; weights and biases of other layers are not looked at.
+        tensors: at least all parameters of these layers, as the modules store them, by name; a bias that is not there
+            is one that the layer does not have.
         prefix: stands before the local names.
         sink: whether the sink's columns are permuted too.
 
@@ -86,14 +81,16 @@ def fold(
     Raises:
         ValueError: the order moves an input out of its class, or apart from its copies.
     """
+    order = order.cpu()
     moves = [_move(order, slots) for slots in coupling.classes]
-    if not torch.equal(_scatter(coupling.classes, moves, coupling.width).to(order.device), order):
-        raise ValueError("the order moves inputs out of their class or apart from their copies")
+    respected = torch.equal(_scatter(coupling.classes, moves, coupling.width), order)
+    if not respected or len(set(order.tolist())) != coupling.width:
+        raise ValueError("the order moves inputs out of their class or apart from their copies, or loses some")
     changed = {}
     for source in coupling.sources:
         for kind in ("weight", "bias"):
             name = f"{prefix}{source.local}.{kind}"
-            if name in tensors:
+            if kind == "weight" or name in tensors:
                 axis = tensors[name].dim() - 1 if source.transposed else 0
                 rows = _scatter(source.rows, moves, tensors[name].shape[axis])
                 changed[name] = tensors[name].index_select(axis, rows.to(tensors[name].device))
@@ -106,7 +103,7 @@ def fold(
 def _move(order: Tensor, slots: Tensor) -> Tensor:
     """By which column of `slots` every column is replaced."""
     position = torch.zeros_like(order)
-    position[slots[0]] = torch.arange(slots.shape[1], device=order.device)
+    position[slots[0]] = torch.arange(slots.shape[1])
     return position[order[slots[0]]]
 
 
@@ -128,13 +125,15 @@ def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[
     for the others (query and key rows, value rows shared by heads) every input is differentiated.
 
     Nothing is trusted: the copy's rows and columns are permuted, at random within the classes, and all that the run
-    leaves behind must stay the same to `TOLERANCE`.
+    leaves behind must stay the same to `TOLERANCE`. A block that cannot run so (a kernel without float64) has no
+    couplings.
 
     Args:
         block: the block; it is left alone. No hooks of the caller's may be on it.
         run: calls a block with hidden states; returns all that it leaves behind: its output, and whatever state it
             hands to later blocks.
-        hidden: `(batch, tokens, hidden)` for that call; a few tokens are enough. Only shape and device matter.
+        hidden: `(batch, tokens, hidden)` for that call; a few tokens are enough, two at least. Only shape and device
+            matter.
         layers: the linear layers of the block.
 
     Returns:
@@ -143,31 +142,35 @@ def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[
     generator = torch.Generator().manual_seed(0)
     copy = _random_copy(block, hidden.device, generator)
     noise = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.device)
-    with Float64():
-        probe = _Probe(copy, layers, generator)
-        with torch.enable_grad(), probe.watching():
-            run(copy, noise)
-        guesses = [guess for layer in layers if (guess := probe.guess(layer)) is not None]
-        with torch.no_grad():
-            return [guess for guess in guesses if _holds(guess, copy, run, noise, generator)]
+    probe = _Probe(copy, layers, generator)
+    try:
+        probe.watch(run, noise)
+    except RuntimeError:
+        return []
+    guesses = [guess for layer in layers if (guess := probe.guess(layer)) is not None]
+    if not guesses:
+        return []
+    with Float64(), torch.no_grad():
+        dense = _tensors(run(copy, noise))
+        return [guess for guess in guesses if _holds(guess, copy, run, noise, dense, generator)]
 
 
 def _random_copy(block: nn.Module, device: torch.device, generator: torch.Generator) -> nn.Module:
     """The block with other parameters: matrices keep the scale of their inputs, vectors are positive."""
     fresh: dict[int, Any] = {}
     for parameter in block.parameters():
+        value = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
         if parameter.dim() < 2:
-            value = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5
+            value += 0.5
         else:
-            value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            value /= parameter.shape[-1] ** 0.5
+            value.sub_(0.5).mul_((12 / parameter.shape[-1]) ** 0.5)
         fresh[id(parameter)] = nn.Parameter(value.to(device), requires_grad=False)
     # What the memo knows is not copied: the block's own weights are never read.
     copy = deepcopy(block, fresh).double().eval()
     for module in copy.modules():
         # The grouped kernels for fused experts have no float64.
-        config: Any = getattr(module, "config", None)
-        if hasattr(config, "_experts_implementation"):
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"
     return copy
 
@@ -205,17 +208,19 @@ def _double(value: Any) -> Any:
     return {key: _double(item) for key, item in value.items()} if type(value) is dict else value
 
 
-def _holds(guess: Coupling, block: nn.Module, run: Run, hidden: Tensor, generator: torch.Generator) -> bool:
+def _holds(
+    guess: Coupling, block: nn.Module, run: Run, hidden: Tensor, dense: list[Tensor], generator: torch.Generator
+) -> bool:
     """Whether the block computes the same after a random permutation, and does not if only the sources are permuted."""
     moves = [_cycle(slots.shape[1], generator) for slots in guess.classes]
     order = _scatter(guess.classes, moves, guess.width)
     parameters = dict(block.named_parameters())
-    dense = _tensors(run(block, hidden))
-    distances = []
-    for sink in (True, False):
+
+    def distance(sink: bool) -> float:
         with _swapped(parameters, fold(guess, order, parameters, sink=sink)):
-            distances.append(_distance(dense, _tensors(run(block, hidden))))
-    return distances[0] <= TOLERANCE < distances[1]
+            return _distance(dense, _tensors(run(block, hidden)))
+
+    return distance(sink=True) <= TOLERANCE < distance(sink=False)
 
 
 def _cycle(size: int, generator: torch.Generator) -> Tensor:
@@ -275,9 +280,9 @@ class _Probe:
         self.inputs: dict[str, list[Tensor]] = {}
         self.leaves: dict[str, list[Tensor]] = {}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Replace outputs and note inputs."""
+    def watch(self, run: Run, hidden: Tensor) -> None:
+        """Run the block: outputs become leaves, inputs are noted."""
+        self.entry = hidden.clone().requires_grad_()
         with ExitStack() as stack:
             for local, module in self.block.named_modules():
                 if local in self.layers:
@@ -287,7 +292,8 @@ class _Probe:
                 else:
                     continue
                 stack.callback(hook.remove)
-            yield
+            with Float64(), torch.enable_grad():
+                run(self.block, self.entry.clone())
 
     def _cut(self, local: str) -> Callable[..., Tensor]:
         def replace(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -326,26 +332,22 @@ class _Probe:
         return None if feeds is None else _couple(sink, feeds, self.layers)
 
     def _feeds(self, inputs: Tensor) -> list[_Feed] | None:
-        """What feeds the inputs; None if a layer on the way was called more than once."""
+        """What feeds the inputs; None if the block's own input does, or a layer that was called more than once."""
         leaves = [(local, leaf) for local, leaves in self.leaves.items() for leaf in leaves]
         weights = torch.rand(inputs.shape, generator=self.generator, dtype=torch.float64).to(inputs.device) + 0.5
 
-        def touched(wanted: Tensor) -> list[Tensor]:
+        def touched(wanted: Tensor, leaves: list[Tensor]) -> list[Tensor]:
             """For every leaf, which of its rows feed one of the wanted inputs; `wanted (in,)`, 0 or 1."""
-            gradients = torch.autograd.grad(
-                inputs,
-                [leaf for _, leaf in leaves],
-                weights * wanted.to(inputs.device),
-                retain_graph=True,
-                materialize_grads=True,
-            )
+            cotangent = weights * wanted.to(inputs.device)
+            gradients = torch.autograd.grad(inputs, leaves, cotangent, retain_graph=True, materialize_grads=True)
             return [gradient.ne(0).reshape(-1, gradient.shape[-1]).any(0).cpu() for gradient in gradients]
 
-        reach = touched(torch.ones(inputs.shape[-1]))
+        entry, *reach = touched(torch.ones(inputs.shape[-1]), [self.entry, *(leaf for _, leaf in leaves)])
         leaves = [leaf for leaf, rows in zip(leaves, reach, strict=True) if bool(rows.any())]
-        if any(len(self.leaves[local]) > 1 for local, _ in leaves):
+        if bool(entry.any()) or any(len(self.leaves[local]) > 1 for local, _ in leaves):
             return None
-        return _read(inputs.shape[-1], [local for local, _ in leaves], touched)
+        counting = [leaf for _, leaf in leaves]
+        return _read(inputs.shape[-1], [local for local, _ in leaves], lambda wanted: touched(wanted, counting))
 
 
 def _is_scale(module: nn.Module) -> bool:
