@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from llmprune.cli import Parser, guarded, hush_libraries, positive, seed, window
+from llmprune.cli import Parser, hush_libraries, positive, run_command, seed, window
 from llmprune.tokens import DATASETS
 
 
@@ -61,11 +60,7 @@ def freeze(options: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        options = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    return guarded(lambda: freeze(options), options.debug)
+    return run_command(build_parser(), freeze, argv)
 
 
 if __name__ == "__main__":

@@ -15,26 +15,23 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
-import re
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from eval.sweep import ROOT, commit
+from llmprune.cli import Parser, hush_libraries, positive, run_command, seed, window
+from llmprune.errors import InputError, PruneError
 
-REPO = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("llmcompressor_worker.py")
 PEER = "LLM Compressor"
 OURS = "llmprune"
@@ -42,44 +39,9 @@ PEER_VERSION = "0.14.0.1"
 PEER_PACKAGES = (f"llmcompressor=={PEER_VERSION}", "torch==2.13.0")
 OUR_PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "numpy")
 COMPARED = ("whole", "solve", "process", "peak_rss_mib")
-OUR_SECONDS = {"whole": "total", "solve": "solve", "forward": "forward", "gram": "gram", "write": "write"}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 LOG_TAIL = 12
 QUIET = 0.1
-
-
-class StudyError(Exception):
-    """Something the user can put right; the hint says how. `code` is the process's exit status."""
-
-    def __init__(self, message: str, hint: str, code: int = 2) -> None:
-        super().__init__(message)
-        self.hint = hint
-        self.code = code
-
-
-@dataclass(frozen=True, slots=True)
-class Sparsity:
-    """What is asked of both tools: `pruned` of every `group` weights, or with no group a share of each layer."""
-
-    text: str
-    share: float
-    pruned: int = 0
-    group: int = 0
-
-    @property
-    def for_worker(self) -> str:
-        """The spelling the peer's worker reads."""
-        return f"{self.pruned}:{self.group}" if self.group else repr(self.share)
-
-    def holds(self, weight: torch.Tensor) -> bool:
-        """Whether at least the wanted weights are exactly zero: in every group, or in the layer up to 0.1 point."""
-        zeros = weight == 0
-        if not self.group:
-            return float(zeros.float().mean()) >= self.share - 1e-3
-        if weight.shape[1] % self.group:
-            return False
-        counts = zeros.reshape(weight.shape[0], -1, self.group).sum(dim=-1)
-        return bool((counts >= self.pruned).all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,40 +60,47 @@ class Run:
 
     tool: str
     whole: float
-    solve: float | None
-    solves: int | None
+    solve: float
+    solves: int
     process: Usage
     details: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """Perplexity of one folder with its standard error, and how many of its decoder layers hold the pattern."""
-
-    perplexity: float
-    standard_error: float
-    window_losses: list[float]
-    layers: int
-    layers_in_pattern: int
-    sparsity: float
+def existing(text: str) -> Path:
+    """A flag's value that names a file or folder, as an absolute path."""
+    path = Path(text).expanduser().absolute()
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return path
 
 
-def parse_sparsity(text: str) -> Sparsity:
-    """Read "2:4" (prunes 2 of every 4) or "50%"."""
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        pruned, group = int(match[1]), int(match[2])
-        if 0 < pruned < group:
-            return Sparsity(text, pruned / group, pruned, group)
-    elif match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
-        share = float(match[1]) / 100
-        if 0 < share < 1:
-            return Sparsity(text, share)
-    raise StudyError(
-        f"--sparsity {text!r} is no pattern", "use N:M with 0 < N < M, such as 2:4, or a share such as 50%"
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(
+        prog="python -m eval.peers",
+        description="Compare llmprune's SparseGPT with LLM Compressor's on the same tokens, threads and evaluation.",
+        allow_abbrev=False,
     )
-
-
-# -- processes -------------------------------------------------------------------------------------------------------
+    add = parser.add_argument
+    add("--model", type=existing, required=True, help="folder of the dense model")
+    add("--calib", type=existing, required=True, help="text to calibrate on, or a frozen token file (.safetensors)")
+    add("--eval", type=existing, required=True, help="text to measure perplexity on")
+    add("--sparsity", default="2:4", help="2:4 prunes 2 of every 4 weights, 50%% half of each layer (default: 2:4)")
+    add("--samples", type=positive, default=16, help="calibration windows taken from a text (default: 16)")
+    add("--seq-len", type=window, default=512, help="tokens per calibration window (default: 512)")
+    add("--seed", type=seed, default=0, help="choice of windows (default: 0)")
+    add("--threads", type=positive, default=2, help="CPU threads each tool may use (default: 2)")
+    add("--repeats", type=positive, default=1, help="runs of each tool, in turns; medians are reported (default: 1)")
+    add("--eval-context", type=window, default=1024, help="tokens per evaluation window (default: 1024)")
+    add("--eval-windows", type=positive, default=12, help="windows, from the start of the text (default: 12)")
+    add("--tools", choices=("both", "peer", "ours"), default="both", help="which tools to run (default: both)")
+    add("--peer-python", type=existing, help="Python that has LLM Compressor (default: made once in the cache folder)")
+    add("--peer-batch-size", type=positive, default=1, help="windows per forward of the peer (default: 1, its own)")
+    add("--out", type=Path, help="file that receives the whole result as JSON")
+    add("--work", type=Path, help="folder for tokens, logs and pruned models (default: a temporary one)")
+    add("--json", action="store_true", help="the whole result as JSON on stdout instead of the table")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def say(message: str) -> None:
@@ -139,40 +108,29 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def environment(threads: int) -> dict[str, str]:
-    """The variables both tools run under: so many CPU threads, no GPU, no network."""
+# Processes
+
+
+def execute(command: Sequence[object], threads: int, log: Path, hint: str) -> tuple[str, Usage]:
+    """Run a command from the repository root, without GPU or network; returns its stdout and what it used."""
+    words = [str(word) for word in command]
     fixed = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **fixed, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-
-
-def tail(path: Path) -> str:
-    """The end of a log, indented; of a progress bar, which redraws itself after carriage returns, the last state."""
-    lines = path.read_bytes().decode("utf-8", errors="replace").rstrip().split("\n")
-    return "\n".join(f"    {line.rstrip().rsplit(chr(13), 1)[-1]}" for line in lines[-LOG_TAIL:])
-
-
-def run(command: Sequence[str], threads: int, log: Path, hint: str) -> tuple[str, Usage]:
-    """Run a command from the repository root; returns its stdout and what it used."""
+    environment = {**os.environ, **fixed, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
     output = log.with_suffix(".stdout")
     start, busy = time.perf_counter(), busy_seconds()
     with output.open("wb") as stdout, log.open("wb") as stderr:
-        try:
-            process = subprocess.Popen(command, cwd=REPO, env=environment(threads), stdout=stdout, stderr=stderr)
-        except OSError as error:
-            raise StudyError(f"cannot start {command[0]}: {error.strerror}", hint) from error
-        usage = wait(process)
+        usage, code = wait(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr))
     seconds = time.perf_counter() - start
-    if process.returncode:
-        said = f"{shlex.join(command)}\nended with status {process.returncode}; the end of what it said:\n{tail(log)}"
-        raise StudyError(said, hint, code=1)
+    if code:
+        raise PruneError(f"{shlex.join(words)}\nended with status {code}; the end of what it said:\n{tail(log)}", hint)
     own = usage.ru_utime + usage.ru_stime
     others = None if busy is None else max(0.0, (busy_seconds() or 0.0) - busy - own) / seconds
     peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return output.read_text(encoding="utf-8"), Usage(seconds, own, peak, others)
 
 
-def wait(process: subprocess.Popen[bytes]) -> Any:
-    """Wait for a process and return its own resource usage; it does not outlive an interrupted study."""
+def wait(process: subprocess.Popen[bytes]) -> tuple[Any, int]:
+    """A process's own resource usage and its status; it does not outlive an interrupted study."""
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
@@ -180,129 +138,97 @@ def wait(process: subprocess.Popen[bytes]) -> Any:
         process.wait()
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
-    return usage
+    return usage, process.returncode
 
 
 def busy_seconds() -> float | None:
     """CPU seconds this machine has worked since it started, those stolen by a hypervisor too; None off Linux."""
-    try:
-        ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-    except (OSError, ValueError):
+    stat = Path("/proc/stat")
+    if not stat.exists():
         return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.read_text(encoding="ascii").split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-# -- calibration tokens ----------------------------------------------------------------------------------------------
+def tail(log: Path) -> str:
+    """The end of a log, indented; of a progress bar, which redraws itself after carriage returns, the last state."""
+    lines = log.read_bytes().decode("utf-8", errors="replace").rstrip().split("\n")
+    return "\n".join(f"    {line.rstrip().rsplit(chr(13), 1)[-1]}" for line in lines[-LOG_TAIL:])
 
 
-def token_file(arguments: argparse.Namespace, work: Path) -> Path:
+# Tokens
+
+
+def token_file(options: argparse.Namespace, work: Path) -> Path:
     """The frozen token file: the one given, or one made of the given text by `python -m calib`."""
-    if arguments.calib.suffix == ".safetensors":
-        return Path(arguments.calib)
+    given: Path = options.calib
+    if given.suffix == ".safetensors":
+        return given
+    say(f"tokens: {options.samples} windows of {options.seq_len} from {given}")
     out = work / "tokens.safetensors"
-    size = ["--samples", str(arguments.samples), "--seq-len", str(arguments.seq_len), "--seed", str(arguments.seed)]
-    command = [sys.executable, "-m", "calib", str(arguments.calib), "--model", str(arguments.model), *size]
-    say(f"tokens: {arguments.samples} windows of {arguments.seq_len} from {arguments.calib}")
-    hint = "give --calib a frozen token file instead"
-    run([*command, "--out", str(out)], arguments.threads, work / "calib.log", hint)
+    command = [sys.executable, "-m", "calib", given, "--model", options.model, "--out", out]
+    command += ["--samples", options.samples, "--seq-len", options.seq_len, "--seed", options.seed]
+    execute(command, options.threads, work / "calib.log", "give --calib a frozen token file instead")
     return out
 
 
 def describe_tokens(path: Path) -> dict[str, Any]:
-    """Shape, hash and provenance of a token file, read without torch (safetensors: length, JSON header, bytes)."""
-    raw = path.read_bytes()
+    """Shape, hash and provenance of a token file."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        size = int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8 : 8 + size])
-        entry = header["tokens"]
-        samples, length = entry["shape"]
-        begin, end = entry["data_offsets"]
-        dtype = entry["dtype"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{path} is no frozen token file", "make one with `python -m calib`") from error
-    if dtype != "I64":
-        raise StudyError(f"{path} holds {dtype} tokens, not int64", "make one with `python -m calib`")
-    data = raw[8 + size + begin : 8 + size + end]
-    provenance = json.loads(header.get("__metadata__", {}).get("llmprune_tokens", "{}"))
-    return {"samples": samples, "seq_len": length, "sha256": hashlib.sha256(data).hexdigest(), "provenance": provenance}
+        with safe_open(path, framework="np") as file:
+            tokens, metadata = file.get_tensor("tokens").astype("<i8"), file.metadata() or {}
+        samples, length = tokens.shape
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is no frozen token file: {error}", "make one with `python -m calib`") from error
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    provenance = json.loads(metadata.get("llmprune_tokens", "{}"))
+    return {"samples": samples, "seq_len": length, "sha256": digest, "provenance": provenance}
 
 
-# -- the two tools ---------------------------------------------------------------------------------------------------
+# The two tools
 
 
 def peer_python(given: Path | None) -> Path:
     """The Python that has the peer: the one given, or that of an environment made once in the user's cache folder."""
-    if given is not None:
-        return given
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "llmprune" / f"llmcompressor-{PEER_VERSION}"
-    python = folder / "bin" / "python"
-    ready = folder / "ready"
-    if not ready.exists():
+    from llmprune.demo import default_cache
+
+    folder = default_cache() / f"llmcompressor-{PEER_VERSION}"
+    python, ready = given or folder / "bin" / "python", folder / "ready"
+    if given is None and not ready.exists():
         folder.mkdir(parents=True, exist_ok=True)
         log, hint = folder / "install.log", "make the environment yourself and name its Python with --peer-python"
         say(f"installing {' '.join(PEER_PACKAGES)} into {folder} (once)")
-        run([sys.executable, "-m", "venv", str(folder)], 1, log, hint)
-        run([str(python), "-m", "pip", "install", *PEER_PACKAGES], 1, log, hint)
+        execute([sys.executable, "-m", "venv", folder], 1, log, hint)
+        execute([python, "-m", "pip", "install", *PEER_PACKAGES], 1, log, hint)
         ready.touch()
     return python
 
 
-def run_peer(arguments: argparse.Namespace, tokens: Path, work: Path, python: Path) -> Run:
+def run_peer(options: argparse.Namespace, wanted: str, tokens: Path, work: Path, python: Path) -> Run:
     """Prune with the peer, in its environment."""
     report = work / "peer.json"
-    options = {
-        "--model": arguments.model,
-        "--tokens": tokens,
-        "--sparsity": arguments.sparsity.for_worker,
-        "--batch-size": arguments.peer_batch_size,
-        "--threads": arguments.threads,
-        "--out": work / "peer",
-        "--report": report,
-    }
-    command = [str(python), "-I", str(WORKER), *flat(options)]
+    command = [python, "-I", WORKER, "--model", options.model, "--tokens", tokens, "--sparsity", wanted]
+    command += ["--batch-size", options.peer_batch_size, "--threads", options.threads]
+    command += ["--out", work / "peer", "--report", report]
     hint = f"--peer-python must name a Python that has {' and '.join(PEER_PACKAGES)}"
-    _, process = run(command, arguments.threads, work / "peer.log", hint)
+    _, process = execute(command, options.threads, work / "peer.log", hint)
     found = json.loads(report.read_text(encoding="utf-8"))
-    seconds = found["seconds"]
-    return Run(PEER, seconds["oneshot"], seconds["solve"], found["solves"], process, found)
+    return Run(PEER, found["seconds"]["oneshot"], found["seconds"]["solve"], found["solves"], process, found)
 
 
-def run_ours(arguments: argparse.Namespace, tokens: Path, work: Path) -> Run:
+def run_ours(options: argparse.Namespace, wanted: str, tokens: Path, work: Path) -> Run:
     """Prune with llmprune, in the environment this study runs in."""
-    options = {
-        "--model": arguments.model,
-        "--calib": tokens,
-        "--sparsity": arguments.sparsity.text,
-        "--method": "sparsegpt",
-        "--threads": arguments.threads,
-        "--out": work / "ours",
-    }
-    command = [sys.executable, "-m", "llmprune", *flat(options), "--no-eval", "--overwrite", "--json"]
+    command = [sys.executable, "-m", "llmprune", "--model", options.model, "--calib", tokens, "--sparsity", wanted]
+    command += ["--method", "sparsegpt", "--threads", options.threads, "--out", work / "ours"]
+    command += ["--no-eval", "--overwrite", "--json"]
     hint = "see that `python -m llmprune --help` works in this environment"
-    stdout, process = run(command, arguments.threads, work / "ours.log", hint)
-    try:
-        return our_run(json.loads(stdout), process)
-    except (ValueError, KeyError, TypeError) as error:
-        raise StudyError(
-            f"llmprune's --json report reads differently: {error!r}", "adapt eval.peers.our_run", 1
-        ) from error
-
-
-def our_run(report: dict[str, Any], process: Usage) -> Run:
-    """What llmprune's own JSON report says of a run; the one place that knows that report's keys."""
-    reported: dict[str, float] = report["seconds"]
-    seconds = {name: reported[key] for name, key in OUR_SECONDS.items() if key in reported}
-    layers = report.get("layers")
-    solves = len(layers) if layers is not None else None
-    details = {"seconds": reported, "versions": report.get("versions", {})}
-    return Run(OURS, seconds["whole"], seconds.get("solve"), solves, process, details)
-
-
-def flat(options: dict[str, Any]) -> list[str]:
-    """Flags and their values as one argument list."""
-    return [str(word) for pair in options.items() for word in pair]
+    stdout, process = execute(command, options.threads, work / "ours.log", hint)
+    report = json.loads(stdout)
+    details = {"seconds": report["seconds"], "versions": report["versions"]}
+    whole, solve = (report["seconds"][stage] for stage in ("total", "solve"))
+    return Run(OURS, whole, solve, len(report["layers"]), process, details)
 
 
 def take_turns(tools: dict[str, Callable[[], Run]], repeats: int) -> list[Run]:
@@ -313,197 +239,89 @@ def take_turns(tools: dict[str, Callable[[], Run]], repeats: int) -> list[Run]:
             say(f"{name}: run {repeat + 1} of {repeats}")
             done = tool()
             busy = f"others kept {number(done.process.cores_elsewhere)} cores busy meanwhile"
-            say(f"{name}: {done.whole:.1f} s whole, {number(done.solve)} s of them in solves; {busy}")
+            say(f"{name}: {done.whole:.1f} s whole, {done.solve:.1f} s of them in solves; {busy}")
             runs.append(done)
     return runs
 
 
-# -- evaluation, the same few lines for every folder -----------------------------------------------------------------
+# The report
 
 
-def evaluation_windows(arguments: argparse.Namespace) -> torch.Tensor:
-    """The first windows of the text, tokenised once as a whole without special tokens: (windows, context)."""
-    import torch
-    from transformers import AutoTokenizer
-
-    text = arguments.eval.read_text(encoding="utf-8")
-    tokenizer: Any = AutoTokenizer.from_pretrained(arguments.model)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(arguments.eval_windows, len(ids) // arguments.eval_context)
-    if count < 2:
-        hint = "give a longer text or a smaller --eval-context; two windows are the least"
-        raise StudyError(f"{arguments.eval} has {len(ids)} tokens, too few", hint)
-    return torch.tensor(ids[: count * arguments.eval_context]).reshape(count, arguments.eval_context)
-
-
-def load_model(folder: Path) -> Any:
-    """The folder's model in float32, by stock transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
-
-
-def decoder_linears(model: Any) -> dict[str, torch.nn.Linear]:
-    """Every linear layer but the output head."""
-    import torch
-
-    head = model.get_output_embeddings()
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, torch.nn.Linear) and module is not head}
-
-
-def window_losses(model: Any, windows: torch.Tensor) -> list[float]:
-    """Mean next-token cross-entropy of each window, every window read alone."""
-    import torch
-
-    losses = []
-    with torch.inference_mode():
-        for window in windows:
-            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-            losses.append(float(torch.nn.functional.cross_entropy(logits, window[1:])))
-    return losses
-
-
-def judge(model: Any, windows: torch.Tensor, sparsity: Sparsity) -> Quality:
-    """Perplexity, exp of the mean loss; its standard error by the delta method; the pattern of every layer."""
-    losses = window_losses(model, windows)
-    perplexity = math.exp(statistics.fmean(losses))
-    error = perplexity * statistics.stdev(losses) / math.sqrt(len(losses))
-    weights = [layer.weight.detach() for layer in decoder_linears(model).values()]
-    zeros = sum(int((weight == 0).sum()) for weight in weights)
-    held = sum(sparsity.holds(weight) for weight in weights)
-    return Quality(perplexity, error, losses, len(weights), held, zeros / sum(weight.numel() for weight in weights))
-
-
-# -- the floor: arithmetic no implementation avoids ------------------------------------------------------------------
-
-
-def layer_inputs(model: Any) -> tuple[list[tuple[int, int]], list[int]]:
-    """(in, out) of every decoder linear layer, and the width of every distinct tensor that feeds them."""
-    import torch
-
-    inputs: list[torch.Tensor] = []
-    layers = decoder_linears(model).values()
-    hooks = [layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for layer in layers]
-    with torch.inference_mode():
-        model(input_ids=torch.zeros((1, 8), dtype=torch.int64), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    distinct = {id(tensor): tensor.shape[-1] for tensor in inputs}
-    return [(layer.in_features, layer.out_features) for layer in layers], list(distinct.values())
-
-
-def flops(model: Any, samples: int, length: int) -> dict[str, float]:
-    """Of one dense forward through the blocks (attention causal, so half), and of one symmetric Gram an input."""
-    shapes, widths = layer_inputs(model)
-    config = model.config
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pairs = samples * length * (length + 1) / 2
+def study(options: argparse.Namespace, given: Sequence[str], work: Path) -> dict[str, Any]:
+    """The whole comparison: tokens, runs in turns, one evaluation, and what follows from them."""
+    wanted = spelling(options.sparsity)
+    if not (options.model / "config.json").is_file():
+        raise InputError(f"--model {options.model} is no model folder", "name a folder that holds a config.json")
+    path = token_file(options, work)
+    tokens = describe_tokens(path)
+    tools: dict[str, Callable[[], Run]] = {}
+    if options.tools != "ours":
+        python = peer_python(options.peer_python)
+        tools[PEER] = lambda: run_peer(options, wanted, path, work, python)
+    if options.tools != "peer":
+        tools[OURS] = lambda: run_ours(options, wanted, path, work)
+    runs = take_turns(tools, options.repeats)
+    folders = {"dense": options.model} | {name: work / {PEER: "peer", OURS: "ours"}[name] for name in tools}
+    found = evaluate(options, wanted, tokens, folders)
+    middles = {name: medians([one for one in runs if one.tool == name]) for name in tools}
     return {
-        "linear": 2.0 * samples * length * sum(inputs * outputs for inputs, outputs in shapes),
-        "attention": 4.0 * pairs * config.num_hidden_layers * heads * head_size,
-        "gram": float(samples * length * sum(width * (width + 1) for width in widths)),
+        "command": shlex.join(["python", "-m", "eval.peers", *given]),
+        "commit": commit(),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "threads": options.threads,
+        "sparsity": options.sparsity,
+        "versions": {name: version(name) for name in OUR_PACKAGES},
+        "tokens": tokens,
+        "runs": [asdict(one) for one in runs],
+        "medians": middles,
+        "ratios": ratios(middles, found["floor"]["seconds"]),
+        **found,
     }
 
 
-def seconds_of(action: Callable[[], object], repeats: int = 7) -> float:
-    """Median seconds of an action, after one warm-up."""
-    action()
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+def spelling(sparsity: str) -> str:
+    """The pattern as both tools and the judge read it: `2:4`, or a share such as `0.5`."""
+    from llmprune.pattern import parse_pattern
+
+    pattern = parse_pattern(sparsity)
+    return pattern.name if ":" in pattern.name else str(float(pattern.fraction))
 
 
-def matmul_rate(shapes: set[tuple[int, int]], rows: int) -> float:
-    """This machine's float32 FLOP a second: the median over the model's own layer shapes, `rows` tokens at a time."""
+def evaluate(
+    options: argparse.Namespace, wanted: str, tokens: dict[str, Any], folders: dict[str, Path]
+) -> dict[str, Any]:
+    """The floor and the quality of every folder; only now is torch imported."""
     import torch
 
-    rates = []
-    for inputs, outputs in sorted(shapes):
-        left, right = torch.randn(rows, inputs), torch.randn(inputs, outputs)
-        seconds = seconds_of(lambda left=left, right=right: left @ right)  # type: ignore[misc]
-        rates.append(2.0 * rows * inputs * outputs / seconds)
-    return statistics.median(rates)
+    from eval import judge
+
+    torch.set_num_threads(options.threads)
+    text = options.eval.read_text(encoding="utf-8")
+    windows = judge.first_windows(text, options.model, options.eval_windows, options.eval_context)
+    if len(windows) < 2:
+        hint = "give a longer text or a smaller --eval-context; two windows are the least"
+        raise InputError(f"{options.eval} has {len(windows)} windows of {options.eval_context} tokens", hint)
+    say(f"evaluating on {len(windows)} windows of {options.eval_context}")
+    quality = {name: asdict(judge.quality(judge.load_model(path), windows, wanted)) for name, path in folders.items()}
+    floor = judge.floor(judge.load_model(options.model), tokens["samples"], tokens["seq_len"])
+    return {"floor": floor, "quality": quality}
 
 
-def floor(model: Any, tokens: dict[str, Any]) -> dict[str, Any]:
-    """Seconds that this machine's matrix products need for the unavoidable arithmetic."""
-    counts = flops(model, tokens["samples"], tokens["seq_len"])
-    shapes, _ = layer_inputs(model)
-    rate = matmul_rate(set(shapes), min(4096, tokens["samples"] * tokens["seq_len"]))
-    return {"flops": counts, "flops_per_second": rate, "seconds": sum(counts.values()) / rate}
+def medians(runs: list[Run]) -> dict[str, float]:
+    """The middle of each compared number over the runs of one tool."""
+    numbers = [(one.whole, one.solve, one.process.seconds, one.process.peak_rss_mib) for one in runs]
+    return dict(zip(COMPARED, map(statistics.median, zip(*numbers, strict=True)), strict=True))
 
 
-# -- the report ------------------------------------------------------------------------------------------------------
-
-
-def evaluate(arguments: argparse.Namespace, tokens: dict[str, Any], folders: dict[str, Path]) -> dict[str, Any]:
-    """The floor and the quality of every folder, the dense model first; only now is torch imported."""
-    import torch
-    from transformers.utils import logging
-
-    quiet: Any = logging
-    quiet.disable_progress_bar()
-    torch.set_num_threads(arguments.threads)
-    windows = evaluation_windows(arguments)
-    say(f"evaluating on {len(windows)} windows of {arguments.eval_context}")
-    dense = load_model(arguments.model)
-    quality = {"dense": judge(dense, windows, arguments.sparsity)}
-    bound = floor(dense, tokens)
-    del dense
-    for name, folder in folders.items():
-        quality[name] = judge(load_model(folder), windows, arguments.sparsity)
-    return {"floor": bound, "quality": {name: asdict(found) for name, found in quality.items()}}
-
-
-def medians(runs: Sequence[Run], tool: str) -> dict[str, float | None]:
-    """The middle of each number over a tool's runs; None where it is not known of every run."""
-    return {name: middle([measured(one)[name] for one in runs if one.tool == tool]) for name in COMPARED}
-
-
-def measured(one: Run) -> dict[str, float | None]:
-    """The numbers of a run that are compared: seconds reported, seconds of the process, peak memory."""
-    process = one.process
-    numbers = (one.whole, one.solve, process.seconds, process.peak_rss_mib)
-    return dict(zip(COMPARED, numbers, strict=True))
-
-
-def middle(values: Sequence[float | None]) -> float | None:
-    """Median, or None if any value is missing."""
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known and len(known) == len(values) else None
-
-
-def ratios(middles: dict[str, dict[str, float | None]], bound: float) -> dict[str, float | None]:
+def ratios(middles: dict[str, dict[str, float]], floor: float) -> dict[str, float | None]:
     """How many times faster (or smaller) we are than the peer, and how far each tool is above the floor."""
-    peer, ours = middles.get(PEER, {}), middles.get(OURS, {})
-    against = {f"{name}_peer_over_ours": over(peer.get(name), ours.get(name)) for name in COMPARED}
-    floors = {f"{tool}_over_floor": over(mine.get("whole"), bound) for tool, mine in (("peer", peer), ("ours", ours))}
+    peer, ours = middles.get(PEER), middles.get(OURS)
+    against = {f"{name}_peer_over_ours": peer[name] / ours[name] if peer and ours else None for name in COMPARED}
+    floors = {
+        "peer_over_floor": peer["whole"] / floor if peer else None,
+        "ours_over_floor": ours["whole"] / floor if ours else None,
+    }
     return {**against, **floors}
-
-
-def over(top: float | None, bottom: float | None) -> float | None:
-    """A ratio, or None where a part of it is missing."""
-    return top / bottom if top is not None and bottom else None
-
-
-def commit() -> str | None:
-    """The checkout's commit, marked where there are uncommitted changes; None where there is none."""
-
-    def git(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *words], cwd=REPO, capture_output=True, text=True, check=False)
-
-    try:
-        head, changes = git("rev-parse", "--verify", "-q", "HEAD"), git("status", "--porcelain")
-    except OSError:
-        return None
-    return head.stdout.strip() + ("+changes" if changes.stdout else "") if not head.returncode else None
 
 
 def version(package: str) -> str | None:
@@ -512,35 +330,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def study(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """The whole comparison: tokens, runs in turns, one evaluation, and what follows from them."""
-    path = token_file(arguments, work)
-    tokens = describe_tokens(path)
-    tools: dict[str, Callable[[], Run]] = {}
-    if arguments.tools != "ours":
-        python = peer_python(arguments.peer_python)
-        tools[PEER] = lambda: run_peer(arguments, path, work, python)
-    if arguments.tools != "peer":
-        tools[OURS] = lambda: run_ours(arguments, path, work)
-    runs = take_turns(tools, arguments.repeats)
-    folders = {name: work / {PEER: "peer", OURS: "ours"}[name] for name in tools}
-    found = evaluate(arguments, tokens, folders)
-    middles = {name: medians(runs, name) for name in tools}
-    return {
-        "command": shlex.join(["python", "-m", "eval.peers", *arguments.given]),
-        "commit": commit(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "threads": arguments.threads,
-        "sparsity": arguments.sparsity.text,
-        "versions": {name: version(name) for name in OUR_PACKAGES},
-        "tokens": tokens,
-        "runs": [asdict(one) for one in runs],
-        "medians": middles,
-        "ratios": ratios(middles, found["floor"]["seconds"]),
-        **found,
-    }
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -561,12 +350,12 @@ def table(result: dict[str, Any]) -> str:
         perplexity = f"{number(quality['perplexity'], 2)} ± {number(quality['standard_error'], 2)}"
         cells = [name, *times, memory, perplexity, f"{quality['layers_in_pattern']}/{quality['layers']}"]
         lines.append(f"| {' | '.join(cells)} |")
-    ratio, bound = result["ratios"], result["floor"]
+    ratio, floor = result["ratios"], result["floor"]
     lines += [
         "",
-        f"{PEER} over {OURS}: whole run {number(ratio.get('whole_peer_over_ours'), 2)}, "
-        f"solves {number(ratio.get('solve_peer_over_ours'), 2)}.",
-        f"Floor (dense forward and Grams at {bound['flops_per_second'] / 1e9:.0f} GFLOP/s): {bound['seconds']:.1f} s; "
+        f"{PEER} over {OURS}: whole run {number(ratio['whole_peer_over_ours'], 2)}, "
+        f"solves {number(ratio['solve_peer_over_ours'], 2)}.",
+        f"Floor (dense forward and Grams at {floor['flops_per_second'] / 1e9:.0f} GFLOP/s): {floor['seconds']:.1f} s; "
         f"{OURS} {number(ratio['ours_over_floor'], 2)} times that, {PEER} {number(ratio['peer_over_floor'], 2)} times.",
     ]
     busy = max((one["process"]["cores_elsewhere"] or 0.0 for one in result["runs"]), default=0.0)
@@ -577,88 +366,25 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# -- command line ----------------------------------------------------------------------------------------------------
-
-
-def positive(text: str) -> int:
-    """An argument type: a whole number above zero."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value
-
-
-def parser() -> argparse.ArgumentParser:
-    """The study's flags."""
-    flags = argparse.ArgumentParser(
-        prog="python -m eval.peers",
-        description="Compare llmprune's SparseGPT with LLM Compressor's on the same tokens, threads and evaluation.",
-    )
-    add = flags.add_argument
-    add("--model", type=Path, required=True, help="Folder of the dense model in Hugging Face form.")
-    add("--calib", type=Path, required=True, help="Text to calibrate on, or a frozen token file (.safetensors).")
-    add("--eval", type=Path, required=True, help="Text to measure perplexity on.")
-    add("--sparsity", default="2:4", help="Pattern: 2:4 prunes 2 of every 4 weights, 50%% half of each layer.")
-    add("--samples", type=positive, default=16, help="Calibration windows taken from a text.")
-    add("--seq-len", type=positive, default=512, help="Tokens a calibration window.")
-    add("--seed", type=int, default=0, help="Seed that picks the calibration windows.")
-    add("--threads", type=positive, default=2, help="CPU threads each tool may use.")
-    add("--repeats", type=positive, default=1, help="Runs of each tool, taken in turns; medians are reported.")
-    add("--eval-context", type=positive, default=1024, help="Tokens an evaluation window.")
-    add("--eval-windows", type=positive, default=12, help="Evaluation windows, from the start of the text.")
-    add("--tools", choices=("both", "peer", "ours"), default="both", help="Which tools to run.")
-    add("--peer-python", type=Path, help="Python that has LLM Compressor; by default made in your cache folder.")
-    add("--peer-batch-size", type=positive, default=1, help="Windows a forward pass of the peer; 1 is its own default.")
-    add("--out", type=Path, help="File that receives the whole result as JSON.")
-    add("--work", type=Path, help="Folder for the token file, logs and pruned models; by default a temporary one.")
-    add("--json", action="store_true", help="Print the whole result as JSON instead of the table.")
-    return flags
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Everything that can be refused before the first minute is spent; paths become absolute."""
-    arguments.sparsity = parse_sparsity(arguments.sparsity)
-    if not (arguments.model / "config.json").is_file():
-        raise StudyError(f"--model {arguments.model} is no model folder", "name a folder that holds a config.json")
-    for name in ("calib", "eval"):
-        if not getattr(arguments, name).is_file():
-            raise StudyError(f"--{name} {getattr(arguments, name)} does not exist", "name an existing file")
-    if arguments.peer_python is not None and not arguments.peer_python.is_file():
-        raise StudyError(f"--peer-python {arguments.peer_python} does not exist", "name its environment's bin/python")
-    for name in ("model", "calib", "eval", "out", "work", "peer_python"):
-        if (path := getattr(arguments, name)) is not None:
-            setattr(arguments, name, path.absolute())
-
-
-@contextmanager
-def work_folder(given: Path | None) -> Iterator[Path]:
-    """The folder given, or a temporary one that is removed at the end."""
-    if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
-    else:
-        with tempfile.TemporaryDirectory(prefix="llmprune-peers-") as folder:
-            yield Path(folder)
+def compare(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Run the study; write and print its result."""
+    hush_libraries(options.debug)
+    with tempfile.TemporaryDirectory(prefix="llmprune-peers-") as scratch:
+        work = (options.work or Path(scratch)).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        result = study(options, given, work)
+    text = json.dumps(result, indent=2)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n", encoding="utf-8")
+    print(text if options.json else table(result))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the study; returns the exit status: 0, 2 for bad input, 1 for a tool that failed."""
+    """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(given)
-    arguments.given = given
-    try:
-        check(arguments)
-        with work_folder(arguments.work) as work:
-            result = study(arguments, work)
-    except StudyError as error:
-        say(f"error: {error}\nhint: {error.hint}")
-        return error.code
-    text = json.dumps(result, indent=2)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
-    print(text if arguments.json else table(result))
-    return 0
+    return run_command(build_parser(), lambda options: compare(options, given), given)
 
 
 if __name__ == "__main__":

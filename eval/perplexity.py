@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from llmprune.cli import Parser, guarded, hush_libraries, positive, window
+from llmprune.cli import Parser, hush_libraries, positive, run_command, window
 
 
 def build_parser() -> Parser:
@@ -64,11 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        options = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    return guarded(lambda: run(options), options.debug)
+    return run_command(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

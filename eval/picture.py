@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from llmprune.cli import Parser, guarded
+from llmprune.cli import Parser, run_command
 
 
 def build_parser() -> Parser:
@@ -63,11 +62,7 @@ def draw(options: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        options = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    return guarded(lambda: draw(options), options.debug)
+    return run_command(build_parser(), draw, argv)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.perplexity import measure
-from llmprune.cli import Parser, guarded, hush_libraries
+from llmprune.cli import Parser, hush_libraries, run_command
 from llmprune.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,11 +144,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        options = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    return guarded(lambda: run(options), options.debug)
+    return run_command(build_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -255,15 +255,25 @@ def verify_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command, parser = (run_verify, verify_parser()) if arguments[:1] == ["verify"] else (run_prune, build_parser())
-    if command is run_verify:
-        arguments = arguments[1:]
+    if arguments[:1] == ["verify"]:
+        return run_command(verify_parser(), run_verify, arguments[1:])
+    return run_command(build_parser(), lambda options: run_prune(options, arguments), arguments)
+
+
+def run_command(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None) -> int:
+    """Parse the flags and run a command; returns the exit code.
+
+    Args:
+        parser: has a flag `--debug`.
+        command: what to do with the parsed flags.
+        argv: the flags; None for those of the process.
+    """
     try:
-        options = parser.parse_args(arguments)
+        options = parser.parse_args(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        return guarded(lambda: command(options, arguments), options.debug)
+        return guarded(lambda: command(options), options.debug)
     except KeyboardInterrupt:
         # It can arrive while the first handler is being entered or left.
         return say_interrupted()
@@ -289,11 +299,11 @@ def say_interrupted() -> int:
     return INTERRUPTED
 
 
-def guarded(work: Any, debug: bool) -> int:
+def guarded(work: Callable[[], int], debug: bool) -> int:
     """Run `work`; turn what goes wrong into two lines and an exit code."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return int(work())
+        return work()
     except KeyboardInterrupt:
         return say_interrupted()
     except PruneError as error:
@@ -411,7 +421,7 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def run_verify(options: argparse.Namespace, _: Sequence[str]) -> int:
+def run_verify(options: argparse.Namespace) -> int:
     """`llmprune verify`."""
     hush_libraries(options.debug)
     from llmprune.verify import verify_folder

@@ -6,6 +6,8 @@ import hashlib
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ def convert_gguf(file: Path, folder: Path, progress: Progress, card: str = "") -
             )
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             new = Path(temporary) / "model"
-            _convert(file, new)
+            with _bar_replaced(progress):
+                _convert(file, new)
             if card:
                 (new / "README.md").write_text(card, encoding="utf-8")
             replace_folder(new, folder)
@@ -69,6 +72,26 @@ def convert_gguf(file: Path, folder: Path, progress: Progress, card: str = "") -
         raise InputError(
             f"cannot write to the cache folder {folder.parent}: {error}", "choose another --cache-dir"
         ) from error
+
+
+@contextmanager
+def _bar_replaced(progress: Progress) -> Iterator[None]:
+    """Let `progress` tell how far the dequantising is; transformers draws a bar of its own even into plain files."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    def told(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        progress.start("dequantising", len(tensors))
+        for tensor in tensors:
+            yield tensor
+            progress.step()
+        progress.finish()
+
+    bar = reader.tqdm
+    reader.tqdm = told
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 def _convert(file: Path, folder: Path) -> None:

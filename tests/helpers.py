@@ -100,14 +100,12 @@ def shaken(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Words `w3` to `w95`; ids 0 to 2 are special and never put around a text."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+def word_tokenizer(words: int) -> PreTrainedTokenizerFast:
+    """One token a word: `w7` is token 7, everything else token 0."""
+    vocabulary = {"<unk>": 0} | {f"w{number}": number for number in range(1, words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
 def save_tiny(
@@ -149,7 +147,7 @@ def save_tiny(
     for old, new in (rename or {}).items():
         rewrite(folder, lambda tensors, old=old, new=new: {k.replace(old, new): v for k, v in tensors.items()})
     if tokenizer:
-        tiny_tokenizer().save_pretrained(folder)
+        word_tokenizer(model.config.vocab_size).save_pretrained(folder)
     return folder
 
 
@@ -183,12 +181,27 @@ def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def edit_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace one tensor on disk, in its own file."""
+def edit_tensor(folder: Path, name: str, change: Callable[[Tensor], object]) -> None:
+    """Change one tensor on disk, in its own file and in place."""
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         if name in tensors:
-            save_file({**tensors, name: change(tensors[name]).contiguous()}, file, metadata={"format": "pt"})
+            change(tensors[name])
+            save_file(tensors, file, metadata={"format": "pt"})
+
+
+def with_header(header: object, data: bytes) -> bytes:
+    """A safetensors file: the header's length, the header, the tensors' bytes."""
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def with_entry(raw: bytes, name: str, key: str, value: object) -> bytes:
+    """A safetensors file whose header says something else of one tensor."""
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
+    header[name][key] = value
+    return with_header(header, raw[end:])
 
 
 def random_tokens(samples: int = 5, length: int = LENGTH, seed: int = 0) -> Tensor:

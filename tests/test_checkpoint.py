@@ -7,11 +7,21 @@ import random
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import Toy, ToyConfig, on_disk, reload, rewrite, save_tiny, skeleton_of, toy_block
+from helpers import (
+    Toy,
+    ToyConfig,
+    on_disk,
+    reload,
+    rewrite,
+    save_tiny,
+    skeleton_of,
+    toy_block,
+    with_entry,
+    with_header,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -42,22 +52,6 @@ def single(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def header_of(raw: bytes) -> tuple[dict[str, Any], bytes]:
-    length = struct.unpack("<Q", raw[:8])[0]
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
-
-
-def with_header(header: object, data: bytes) -> bytes:
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def changed(raw: bytes, name: str, key: str, value: object) -> bytes:
-    header, data = header_of(raw)
-    header[name][key] = value
-    return with_header(header, data)
-
-
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "zero length": lambda raw: b"",
     "seven bytes": lambda raw: raw[:7],
@@ -76,21 +70,21 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "a number": lambda raw: with_header(3, b""),
     "entry is no object": lambda raw: with_header({"a": 1}, b""),
     "no offsets": lambda raw: with_header({"a": {"dtype": "F32", "shape": [1]}}, b"0000"),
-    "three offsets": lambda raw: changed(raw, "a", "data_offsets", [0, 1, 2]),
-    "text offsets": lambda raw: changed(raw, "a", "data_offsets", ["0", "24"]),
-    "offsets beyond the file": lambda raw: changed(raw, "a", "data_offsets", [0, 10**9]),
-    "shape is text": lambda raw: changed(raw, "a", "shape", "xy"),
-    "shape is null": lambda raw: changed(raw, "a", "shape", None),
+    "three offsets": lambda raw: with_entry(raw, "a", "data_offsets", [0, 1, 2]),
+    "text offsets": lambda raw: with_entry(raw, "a", "data_offsets", ["0", "24"]),
+    "offsets beyond the file": lambda raw: with_entry(raw, "a", "data_offsets", [0, 10**9]),
+    "shape is text": lambda raw: with_entry(raw, "a", "shape", "xy"),
+    "shape is null": lambda raw: with_entry(raw, "a", "shape", None),
     "a web page": lambda raw: b"<!DOCTYPE html><html><body>404</body></html>",
     "an LFS pointer": lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n",
 }
 LYING: dict[str, Callable[[bytes], bytes]] = {
-    "shape disagrees with the size": lambda raw: changed(raw, "a", "shape", [2, 4]),
-    "negative shape": lambda raw: changed(raw, "a", "shape", [-2, -3]),
-    "negative offsets": lambda raw: changed(raw, "a", "data_offsets", [-24, 0]),
-    "offsets swapped": lambda raw: changed(raw, "a", "data_offsets", [24, 0]),
-    "dtype is null": lambda raw: changed(raw, "a", "dtype", None),
-    "unknown dtype": lambda raw: changed(raw, "a", "dtype", "F33"),
+    "shape disagrees with the size": lambda raw: with_entry(raw, "a", "shape", [2, 4]),
+    "negative shape": lambda raw: with_entry(raw, "a", "shape", [-2, -3]),
+    "negative offsets": lambda raw: with_entry(raw, "a", "data_offsets", [-24, 0]),
+    "offsets swapped": lambda raw: with_entry(raw, "a", "data_offsets", [24, 0]),
+    "dtype is null": lambda raw: with_entry(raw, "a", "dtype", None),
+    "unknown dtype": lambda raw: with_entry(raw, "a", "dtype", "F33"),
 }
 
 

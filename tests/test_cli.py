@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from helpers import edit_tensor, save_tiny, with_entry
 from safetensors.torch import load_file, save_file
 
 from llmprune.cli import build_parser, main, verify_parser
@@ -102,12 +102,6 @@ def copy(tiny: Path, tmp_path: Path) -> Path:
 def edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-def edit_weight(folder: Path, name: str, change: Callable[[torch.Tensor], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors[name])
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 # Patterns
@@ -326,39 +320,24 @@ def test_a_truncated_checkpoint_is_refused(refused: Callable[..., Outcome], flag
         refused(*with_value(flags, "--model", copy), says="not a whole safetensors file", hints="download")
 
 
-def damaged_header(raw: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
-    """A safetensors file with another header."""
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    header = change(header) or header
-    new = json.dumps(header).encode()
-    return len(new).to_bytes(8, "little") + new + raw[8 + length :]
-
-
-DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "no object": lambda header: [1],
-    "no offsets": lambda header: header["model.norm.weight"].pop("data_offsets"),
-    "shape": lambda header: header["model.norm.weight"].update(shape=[31]),
-    "negative": lambda header: header["model.norm.weight"].update(shape=[-32]),
-    "dtype": lambda header: header["model.norm.weight"].update(dtype="F33"),
-    "offsets": lambda header: header["model.norm.weight"].update(data_offsets=[0, 128]),
-    "beyond": lambda header: header["model.norm.weight"].update(data_offsets=[10**12, 10**12 + 128]),
-    "backwards": lambda header: header["model.norm.weight"].update(data_offsets=[128, 0]),
-    "words": lambda header: header["model.norm.weight"].update(data_offsets=["a", "b"]),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("shape", [31]),
+        ("shape", [-32]),
+        ("dtype", "F33"),
+        ("data_offsets", [0, 128]),
+        ("data_offsets", [10**12, 10**12 + 128]),
+        ("data_offsets", [128, 0]),
+        ("data_offsets", ["a", "b"]),
+        ("data_offsets", None),
+    ],
+)
 def test_a_corrupt_checkpoint_is_refused(
-    refused: Callable[..., Outcome], flags: list[str], copy: Path, damage: str
+    refused: Callable[..., Outcome], flags: list[str], copy: Path, key: str, value: Any
 ) -> None:
-    (copy / WEIGHTS).write_bytes(damaged_header((copy / WEIGHTS).read_bytes(), lambda h: none(DAMAGES[damage](h))))
+    (copy / WEIGHTS).write_bytes(with_entry((copy / WEIGHTS).read_bytes(), "model.norm.weight", key, value))
     refused(*with_value(flags, "--model", copy))
-
-
-def none(value: Any) -> Any:
-    """What a lambda that edits in place returns is of no interest."""
-    return value if value == [1] else None
 
 
 def test_a_checkpoint_that_misses_tensors_or_has_others_is_refused(
@@ -468,7 +447,7 @@ def test_a_tokenizer_of_another_model_is_refused(refused: Callable[..., Outcome]
 def test_weights_that_are_not_finite_name_the_tensor(
     refused: Callable[..., Outcome], flags: list[str], copy: Path, name: str, bad: float
 ) -> None:
-    edit_weight(copy, name, lambda weight: weight.view(-1)[5:6].fill_(bad))
+    edit_tensor(copy, name, lambda weight: weight.view(-1)[5:6].fill_(bad))
     refused(*with_value(flags, "--model", copy), says=f"{name!r} hold NaN or Inf")
 
 
@@ -477,12 +456,12 @@ def test_activations_that_overflow_name_the_layer(
     refused: Callable[..., Outcome], flags: list[str], copy: Path, evaluation: list[str]
 ) -> None:
     for name in ("gate", "up"):
-        edit_weight(copy, f"model.layers.1.mlp.{name}_proj.weight", lambda weight: weight.mul_(1e25))
+        edit_tensor(copy, f"model.layers.1.mlp.{name}_proj.weight", lambda weight: weight.mul_(1e25))
     refused(*with_value(flags, "--model", copy), *evaluation, says=r"'model\.layers\.1.*' holds? NaN or Inf")
 
 
 def test_logits_that_overflow_name_the_head(refused: Callable[..., Outcome], flags: list[str], copy: Path) -> None:
-    edit_weight(copy, "lm_head.weight", lambda weight: weight.mul_(1e38))
+    edit_tensor(copy, "lm_head.weight", lambda weight: weight.mul_(1e38))
     refused(*with_value(flags, "--model", copy), says="NaN or Inf")
 
 
@@ -532,7 +511,7 @@ def test_a_complete_output_is_refused_then_replaced(
     refused(*flags, "--out", "out", says="exists already", hints="--overwrite")
     # Whatever goes wrong with --overwrite, the old folder stays as it was.
     refused(*with_value(flags, "--samples", 10**6), "--out", "out", "--overwrite")
-    edit_weight(copy, "model.layers.1.mlp.up_proj.weight", lambda weight: weight.mul_(1e38))
+    edit_tensor(copy, "model.layers.1.mlp.up_proj.weight", lambda weight: weight.mul_(1e38))
     refused(*with_value(flags, "--model", copy), "--out", "out", "--overwrite", says="NaN or Inf")
     assert listing(Path("out")) == before
     assert run(*flags, "--method", "wanda", "--out", "out", "--overwrite").code == 0
@@ -815,25 +794,11 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
 
 
 @pytest.fixture(scope="module")
-def slow_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that takes seconds to prune."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=24,
-        num_attention_heads=8,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    sizes = {"vocab_size": 100, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 24}
     folder = tmp_path_factory.mktemp("slow") / "slow"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny / file, folder)
-    return folder
+    return save_tiny("llama", folder, max_position_embeddings=512, num_attention_heads=8, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -1003,7 +968,7 @@ def test_verify_believes_the_files(run: Callable[..., Outcome], pruned: Path) ->
     assert run("verify", pruned, "--sparsity", "2:4").code == 0
     assert run("verify", pruned, "--sparsity", "50%").code == 0
     assert run("verify", pruned, "--sparsity", "50%", "--scope", "row").code == 0
-    edit_weight_anywhere(pruned, "model.layers.1.mlp.up_proj.weight", lambda weight: weight[0, :4].fill_(1.0))
+    edit_tensor(pruned, "model.layers.1.mlp.up_proj.weight", lambda weight: weight[0, :4].fill_(1.0))
     for arguments in ((), ("--sparsity", "2:4")):
         broken = run("verify", pruned, *arguments)
         assert broken.code == 1
@@ -1014,14 +979,6 @@ def test_verify_believes_the_files(run: Callable[..., Outcome], pruned: Path) ->
     assert [layer["name"] for layer in report["layers"] if layer["violations"]] == ["model.layers.1.mlp.up_proj"]
     assert run("verify", pruned, "--skip", "*.1.mlp.up_proj").code == 0
     assert run("verify", pruned, "--only", "*.up_proj").code == 1
-
-
-def edit_weight_anywhere(folder: Path, name: str, change: Callable[[torch.Tensor], Any]) -> None:
-    """Change a tensor of a folder with shards."""
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    tensors = load_file(folder / index[name])
-    change(tensors[name])
-    save_file(tensors, folder / index[name], metadata={"format": "pt"})
 
 
 def test_verify_says_when_the_pattern_is_another(run: Callable[..., Outcome], pruned: Path, tiny: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune import Job, prune
 from llmprune.checkpoint import SafetensorsFolder
+from llmprune.cli import hush_libraries
 from llmprune.demo import (
     CALIBRATION_YEARS,
     EVALUATION_YEARS,
@@ -39,6 +40,7 @@ from llmprune.prepare import output_folder
 from llmprune.progress import Progress
 from llmprune.skeleton import Skeleton
 from llmprune.source import open_source
+from llmprune.terminal import TerminalProgress
 from llmprune.tokens import evaluation_tokens
 from llmprune.verify import verify_folder
 
@@ -292,6 +294,15 @@ def test_a_gguf_file_is_converted_once_and_its_memory_said_first(gguf: Path, tmp
     assert len(notes.notes) == 1
     assert list(tmp_path.iterdir()) == [folder]
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_a_conversion_is_told_by_our_own_progress_alone(
+    gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hush_libraries(debug=False)
+    cached_gguf(gguf, tmp_path, TerminalProgress())
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["converting", "dequantising:"]
 
 
 @torch.no_grad()

@@ -92,13 +92,17 @@ class Experts(nn.Module):
         return x + out
 
 
-@toy_block
-class Fickle(nn.Module):
-    """The order of its layers depends on the text."""
+class Pair(nn.Module):
+    """Two layers as wide as the block."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.one, self.two = nn.Linear(width, width), nn.Linear(width, width)
+
+
+@toy_block
+class Fickle(Pair):
+    """The order of its layers depends on the text."""
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = (self.one, self.two) if float(x.sum()) > 0 else (self.two, self.one)
@@ -106,12 +110,8 @@ class Fickle(nn.Module):
 
 
 @toy_block
-class Twice(nn.Module):
+class Twice(Pair):
     """Calls a layer twice."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.one(self.two(self.one(x)).relu())
@@ -142,12 +142,8 @@ class Uncalled(nn.Module):
 
 
 @toy_block
-class Cast(nn.Module):
+class Cast(Pair):
     """Computes in another dtype by autocast."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -155,12 +151,8 @@ class Cast(nn.Module):
 
 
 @toy_block
-class Swapped(nn.Module):
+class Swapped(Pair):
     """Puts another bias in place while its layer runs, as some state-space models did."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.two.bias.data
@@ -333,8 +325,8 @@ def test_an_uneven_last_batch_counts_all_the_same(samples: int, batch: int, tmp_
 def test_an_overflow_names_its_layer(bad: str, memory: int, tmp_path: Path) -> None:
     """A huge bias in block 1: the inputs of `down` overflow, or the block's output does."""
     toy(tmp_path, "Plain")
-    edit_tensor(tmp_path, f"layers.1.{bad}.weight", lambda t: t.abs() * 1e38)
-    edit_tensor(tmp_path, f"layers.1.{bad}.bias", lambda t: torch.full_like(t, 3e38))
+    edit_tensor(tmp_path, f"layers.1.{bad}.weight", lambda t: t.abs_().mul_(1e38))
+    edit_tensor(tmp_path, f"layers.1.{bad}.bias", lambda t: t.fill_(3e38))
     stream = stream_of(tmp_path, random_tokens(), memory)
     with pytest.raises(InputError) as caught:
         pruned(stream)

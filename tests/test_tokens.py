@@ -13,7 +13,7 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
-from conftest import word_tokenizer
+from helpers import word_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,7 +38,7 @@ CACHE = Path("unused")
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """One token a word: `w7` is token 7."""
-    return word_tokenizer()
+    return word_tokenizer(100)
 
 
 @pytest.fixture
