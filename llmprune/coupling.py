@@ -61,6 +61,12 @@ class Coupling:
     classes: tuple[Tensor, ...]
     sources: tuple[Source, ...]
 
+    def parameters(self, block: nn.Module) -> list[str]:
+        """Names in the block of the parameters that a permutation moves."""
+        own = {name for name, _ in block.named_parameters()}
+        names = [f"{source.local}.{kind}" for source in self.sources for kind in ("weight", "bias")]
+        return [name for name in [*names, f"{self.sink}.weight"] if name in own]
+
 
 def fold(
     coupling: Coupling, order: Tensor, tensors: Mapping[str, Tensor], prefix: str = "", sink: bool = True

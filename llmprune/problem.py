@@ -26,7 +26,9 @@ class InputStats:
         gram: `G = XᵀX / tokens`, `(in, in)`, float32. Its diagonal is the mean square of every input.
         cross: `C = XᵀX_d / tokens` with the inputs X_d of the dense model, None if the target is `X Wᵀ` itself.
         dense: `X_dᵀX_d / tokens`, None like `cross`.
-        held: `gram` and `cross` of a share of the tokens, to judge on it what was fitted on the rest.
+        held: `gram`, `cross` and `missed` of a share of the tokens, to judge on it what was fitted on the rest.
+        missed: `XᵀE / tokens`, `(in, out)`, if the group's only layer adds to the residual stream: E is what that lacks
+            right behind the layer, so what its output should change by to make up for all that went wrong before.
     """
 
     tokens: int
@@ -34,6 +36,7 @@ class InputStats:
     cross: Tensor | None = None
     dense: Tensor | None = None
     held: InputStats | None = None
+    missed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,12 +48,18 @@ class RunningPair:
         self.fit, self.held = RunningGram(width, device), RunningGram(width, device)
         self.dense = RunningGram(width, device)
         self._cross = torch.zeros(2, width, width, device=device)
+        self._missed: Tensor | None = None
         self._matched = True
 
-    def add(self, inputs: Tensor, dense: Tensor | None) -> None:
+    def add(self, inputs: Tensor, dense: Tensor | None, error: Tensor | None = None) -> None:
         """Take in the inputs `(..., in)` of one batch, and those of the dense model for the very same tokens.
 
         Where tokens were routed differently there are no such inputs; then the group is fitted to pruned inputs only.
+
+        Args:
+            inputs: of the pruned model.
+            dense: of the dense model.
+            error: `(..., out)`, what the residual stream behind the layer lacks, where the layer adds to it.
         """
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         cut = len(rows) - int(HELD_OUT * len(rows))
@@ -64,20 +70,35 @@ class RunningPair:
             return
         targets = dense.reshape(-1, inputs.shape[-1]).float()
         self.dense.add(targets)
-        self._cross[0].addmm_(rows[:cut].T, targets[:cut])
-        self._cross[1].addmm_(rows[cut:].T, targets[cut:])
+        _add_products(self._cross, rows, targets, cut)
+        if error is not None:
+            lacks = error.reshape(len(rows), -1).float()
+            if self._missed is None:
+                self._missed = rows.new_zeros(2, rows.shape[1], lacks.shape[1])
+            _add_products(self._missed, rows, lacks, cut)
 
     def result(self) -> InputStats:
         """Statistics per token; the sums are used up."""
         fit, held = self.fit.result(), self.held.result()
         tokens = fit.tokens + held.tokens
-        share = held.tokens / max(tokens, 1)
-        gram = torch.lerp(fit.gram, held.gram, share)
+        gram = torch.lerp(fit.gram, held.gram, held.tokens / max(tokens, 1))
         if not self._matched or not tokens:
             return InputStats(tokens, gram)
-        cross = self._cross.sum(0).div_(tokens)
-        apart = InputStats(held.tokens, held.gram, self._cross[1].div_(max(held.tokens, 1)))
-        return InputStats(tokens, gram, cross, self.dense.result().gram, apart)
+        cross, cross_held = _per_token(self._cross, tokens, held.tokens)
+        missed, missed_held = (None, None) if self._missed is None else _per_token(self._missed, tokens, held.tokens)
+        apart = InputStats(held.tokens, held.gram, cross_held, missed=missed_held)
+        return InputStats(tokens, gram, cross, self.dense.result().gram, apart, missed)
+
+
+def _add_products(sums: Tensor, left: Tensor, right: Tensor, cut: int) -> None:
+    """`leftᵀ right` of the rows before the cut, and of those behind it."""
+    sums[0].addmm_(left[:cut].T, right[:cut])
+    sums[1].addmm_(left[cut:].T, right[cut:])
+
+
+def _per_token(sums: Tensor, tokens: int, held: int) -> tuple[Tensor, Tensor]:
+    """Means over all tokens, and over those held out."""
+    return sums.sum(0).div_(tokens), sums[1].div_(max(held, 1))
 
 
 def _whole(lower: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSoluti
 from llmprune.rehearse import SPENT, Batch, Call, Stop, hidden_of, own_state, rehearse
 from llmprune.skeleton import Skeleton
 from llmprune.stats import RunningGram, RunningPair
+from llmprune.watch import CallOrder, Observer, call_order, find_landing, watched
 
 SHORT = 16
 """Tokens that are enough to see how the layers of a block hang together."""
@@ -74,7 +75,8 @@ class Block:
         self.entered = [batch.hidden for batch in batches]
         self.couplings: dict[str, Coupling] = {}
         self._moves: list[tuple[Coupling, Tensor]] = []
-        self.notice: Callable[[int, Tensor], None] | None = None
+        self.observer: Observer | None = None
+        self.landings: dict[int, str] = {}
         self.advanced = False
 
     @property
@@ -144,6 +146,13 @@ class Block:
             parameters[local].copy_(stored)
             self.changed[name] = stored.contiguous().cpu()
 
+    @torch.no_grad()
+    def try_out(self) -> Tensor:
+        """What the block makes of the first batch, which stays where it is."""
+        batch = self.batches[0]
+        (call,) = own_state([batch.calls[self.index]])
+        return hidden_of(call.run(self.module, batch.hidden.to(self.skeleton.device)))
+
     def _forward(self, batch: Batch, dense: bool = False) -> Tensor:
         hidden = batch.dense if dense else batch.hidden
         assert hidden is not None
@@ -159,8 +168,7 @@ class Block:
         Args:
             order: local layer names by group, from `call_order`.
         """
-        group_of = {layer: number for number, layers in enumerate(order) for layer in layers}
-        with self._watched(group_of):
+        with watched(self.module, order, self.landings, lambda: self.observer):
             for number, stats in self._pausing(order) if self.paused else self._repeating(order):
                 yield self._group(order[number], stats)
         self.advanced = True
@@ -216,44 +224,46 @@ class Block:
             stats = self._running(layers)
             for forward, twin in zip_longest(pruned, dense):
                 if forward.at == number:
-                    self._add(stats, forward.batch, forward.inputs, twin.inputs if twin and twin.at == number else None)
+                    self._add(stats, forward.batch, forward.seen, twin.seen if twin and twin.at == number else None)
             # A member of a group may be called after later groups have begun.
             with self._as_dense():
                 for forward in dense:
                     forward.leave(number)
             yield number, self._result(stats, layers)
             for forward in pruned:
+                if forward.at == number and forward.seen.landed is not None:
+                    self._follow(layers[0], forward.seen)
                 forward.leave(number)
+
+    def _follow(self, local: str, seen: Seen) -> None:
+        """Let the residual stream know what pruning changed in a layer that had run already."""
+        if local in self.dense_weights and seen.landed is not None:
+            change = self._parameter(local).data - self.dense_weights[local]
+            moved = seen.inputs @ (change if self.layers[local].transposed else change.T)
+            seen.landed.add_(moved.view_as(seen.landed))
 
     def _repeating(self, order: list[list[str]]) -> Iterator[tuple[int, InputStats]]:
         """A forward up to every group, and one through the whole block."""
         for number, layers in enumerate(order):
             stats = self._running(layers)
             for batch in self.batches:
-                inputs = self._inputs_at(number, batch)
-                if inputs is not None:
-                    self._add(stats, batch, inputs, self._inputs_at(number, batch, dense=True) if self.twin else None)
+                seen = self._seen_at(number, batch)
+                if seen is not None:
+                    self._add(stats, batch, seen, self._seen_at(number, batch, dense=True) if self.twin else None)
             yield number, self._result(stats, layers)
         self.advance()
 
-    def _inputs_at(self, number: int, batch: Batch, dense: bool = False) -> Tensor | None:
-        """What a group is fed in a forward of its own, None if the forward does not come there."""
-        found: list[Tensor] = []
-
-        def stop(at: int, inputs: Tensor) -> None:
-            if at == number:
-                found.append(inputs)
-                raise Stop
-
-        self.notice = stop
+    def _seen_at(self, number: int, batch: Batch, dense: bool = False) -> Seen | None:
+        """What is seen of a group in a forward of its own, None if the forward does not come there."""
+        self.observer = finder = Finder(number)
         try:
             with self._as_dense() if dense else nullcontext():
                 self._forward(batch, dense)
         except Stop:
             pass
         finally:
-            self.notice = None
-        return found[0] if found else None
+            self.observer = None
+        return finder.seen
 
     @contextmanager
     def _as_dense(self) -> Iterator[None]:
@@ -274,13 +284,16 @@ class Block:
             width = self.layers[layers[0]].shape[1]
             return (RunningPair if self.twin else RunningGram)(width, self.skeleton.device)
 
-    def _add(self, stats: RunningGram | RunningPair, batch: Batch, inputs: Tensor, dense: Tensor | None) -> None:
+    def _add(self, stats: RunningGram | RunningPair, batch: Batch, seen: Seen, dense: Seen | None) -> None:
         if isinstance(stats, RunningGram):
-            stats.add(inputs)
+            stats.add(seen.inputs)
             return
         # Rows that were picked from the batch (routed tokens) are not the same ones in both models.
-        whole = inputs.numel() // inputs.shape[-1] == batch.tokens.numel()
-        stats.add(inputs, dense if whole else None)
+        if dense is None or seen.inputs.numel() // seen.inputs.shape[-1] != batch.tokens.numel():
+            stats.add(seen.inputs, None)
+            return
+        both = seen.landed is not None and dense.landed is not None
+        stats.add(seen.inputs, dense.inputs, dense.landed - seen.landed if both else None)  # type: ignore[operator]
 
     def _result(self, running: RunningGram | RunningPair, layers: list[str]) -> InputStats:
         with mapped_memory():
@@ -292,26 +305,36 @@ class Block:
             )
         return stats
 
-    @contextmanager
-    def _watched(self, group_of: dict[str, int]) -> Iterator[None]:
-        """Tell `notice` when the first layer of a group is about to run in a forward."""
 
-        def hook(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.notice is not None:
-                self.notice(number, _inputs(args, kwargs))
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a forward shows of a group.
 
-        with ExitStack() as stack:
-            leaders = {number: local for local, number in reversed(group_of.items())}
-            for number, local in leaders.items():
-                handle = self.module.get_submodule(local).register_forward_pre_hook(
-                    lambda _, args, kwargs, number=number: hook(number, args, kwargs), with_kwargs=True
-                )
-                stack.callback(handle.remove)
-            yield
+    Args:
+        inputs: of its layers, `(..., in)`.
+        landed: the residual stream right behind its only layer, `(..., out)`, if it adds to that.
+    """
+
+    inputs: Tensor
+    landed: Tensor | None
 
 
-class Forward:
-    """One batch's forward through a block, in a greenlet that pauses where a group begins.
+class Finder(Observer):
+    """Ends a forward where it comes to a group."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.seen: Seen | None = None
+
+    def arrive(self, number: int, inputs: Tensor, landed: Tensor | None) -> None:
+        if number == self.number:
+            self.seen = Seen(inputs, landed)
+            raise Stop
+
+
+class Forward(Observer):
+    """One batch's forward through a block, in a greenlet that pauses where a group begins, or where its output lands.
 
     Args:
         block: the block.
@@ -320,9 +343,10 @@ class Forward:
     """
 
     def __init__(self, block: Block, batch: Batch, dense: bool = False) -> None:
+        super().__init__()
         self.block, self.batch = block, batch
         self.at: int | None = None
-        self.inputs = torch.empty(0)
+        self.seen = NOTHING
         self._next = 0
         self._hub = getcurrent()
         self._run = greenlet(lambda: block.pass_through(batch, dense), self._hub)
@@ -337,10 +361,10 @@ class Forward:
 
     def go_on(self) -> None:
         """Run to the next pause, or to the end of the block."""
-        self.at, self.inputs = None, torch.empty(0)
-        self.block.notice = self._pause
+        self.at, self.seen = None, NOTHING
+        self.block.observer = self
         self._run.switch()
-        self.block.notice = None
+        self.block.observer = None
 
     def leave(self, number: int) -> None:
         """Do not pause at this group any more; go on if that is where this forward stands."""
@@ -348,85 +372,16 @@ class Forward:
         if self.at == number:
             self.go_on()
 
-    def _pause(self, number: int, inputs: Tensor) -> None:
+    def arrive(self, number: int, inputs: Tensor, landed: Tensor | None) -> None:
         if number < self._next:
             return
-        self.at, self.inputs = number, inputs
+        self.at, self.seen = number, Seen(inputs, landed)
         # A forward that pauses inside autocast must not leave it on for the others.
         with torch.autocast(inputs.device.type, enabled=False):
             self._hub.switch()
 
 
-@dataclass(frozen=True, slots=True)
-class CallOrder:
-    """How the layers of a block are called.
-
-    Args:
-        groups: local names in call order, layers fed the very same tensor together.
-        uncalled: layers that are never called although the module that holds them is: their weight is used in some
-            other way, so neither their inputs nor the moment of their use can be seen.
-        nbytes: size of all groups' inputs for one batch.
-    """
-
-    groups: list[list[str]]
-    uncalled: list[str]
-    nbytes: int
-
-
-@torch.no_grad()
-def call_order(block: Block) -> CallOrder:
-    """Find out how the layers of a block are called, by running one batch.
-
-    A layer inside a module that this batch does not reach (an expert nobody chose) forms a group of its own, where its
-    definition stands.
-    """
-    inputs: list[Tensor] = []
-    groups: list[list[str]] = []
-    called: set[str] = set()
-
-    def note(local: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if local in called:
-            return
-        called.add(local)
-        if local not in block.layers:
-            return
-        tensor = _inputs(args, kwargs)
-        for known, members in zip(inputs, groups, strict=True):
-            if _same_memory(known, tensor):
-                members.append(local)
-                return
-        inputs.append(tensor)
-        groups.append([local])
-
-    with ExitStack() as stack:
-        for local, module in block.module.named_modules():
-            hook = module.register_forward_pre_hook(
-                lambda _, args, kwargs, local=local: note(local, args, kwargs), with_kwargs=True
-            )
-            stack.callback(hook.remove)
-        block._forward(block.batches[0])
-    nbytes = sum(tensor.nbytes for tensor in inputs)
-    uncalled, previous = [], -1
-    for local in block.layers:
-        if local in called:
-            previous = next(number for number, members in enumerate(groups) if local in members)
-        elif local.rpartition(".")[0] in called:
-            uncalled.append(local)
-        else:
-            previous += 1
-            groups.insert(previous, [local])
-    return CallOrder(groups, uncalled, nbytes)
-
-
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a linear layer is called with."""
-    found = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(found, Tensor)
-    return found
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]
+NOTHING = Seen(torch.empty(0), None)
 
 
 class BlockStream:
@@ -460,6 +415,7 @@ class BlockStream:
         self.rehearsal = rehearse(skeleton, tokens, max(1, batch_tokens // tokens.shape[1]), twin)
         self.uncalled: list[LayerRef] = []
         self._orders: dict[object, CallOrder] = {}
+        self._landings: dict[object, dict[int, str]] = {}
         self._couplings: dict[object, list[Coupling]] = {}
 
     def __len__(self) -> int:
@@ -480,8 +436,9 @@ class BlockStream:
         """The groups of a block; blocks of one kind share their call order."""
         kind = (type(block.module), tuple((layer.local, layer.shape) for layer in block.layers.values()))
         if kind not in self._orders:
-            self._orders[kind] = call_order(block)
-        order = self._orders[kind]
+            self._orders[kind] = call_order(block.module, block.layers, block.try_out)
+            self._landings[kind] = self._find_landings(block, self._orders[kind].groups) if block.twin else {}
+        order, block.landings = self._orders[kind], self._landings[kind]
         self.uncalled += [block.layers[local] for local in order.uncalled]
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
         forwards = len(self.rehearsal.batches) * (2 if block.twin else 1)
@@ -492,6 +449,13 @@ class BlockStream:
                 self._couplings[kind] = find_couplings(block.module, run, self._short.hidden, block.linear)
             block.couplings = {c.sink: c for c in self._couplings[kind] if block.movable(c)}
         return block.groups(order.groups)
+
+    @staticmethod
+    def _find_landings(block: Block, groups: list[list[str]]) -> dict[int, str]:
+        """Where the groups of a single layer add to the residual stream."""
+        single = {number: layers[0] for number, layers in enumerate(groups) if len(layers) == 1}
+        places = {n: find_landing(block.module, local, block.try_out) for n, local in single.items()}
+        return {number: place for number, place in places.items() if place is not None}
 
 
 def _leaves_behind(call: Call, module: nn.Module, hidden: Tensor) -> tuple[Any, list[Any]]:

@@ -14,11 +14,15 @@ DAMPING = 0.1
 
 
 def toward_dense(problem: GroupProblem, damping: float = DAMPING) -> tuple[GroupProblem, list[float]]:
-    """Replace every weight by that of the regression on dense outputs, `W* = W + α Δ`, `Δ = W (C − H)ᵀ (H + λI)⁻¹`.
+    """Replace every weight by that of the regression on dense outputs, `W* = W + α Δ`, `Δ = M (H + λI)⁻¹`.
+
+    M is what the outputs lack, times the inputs: `M = W (C − H)ᵀ` makes a layer give what it gives in the dense model.
+    A layer that adds to the residual stream does better to make up for the error E that has come together there,
+    `M = EᵀX / tokens`, as far as its inputs can tell.
 
     The full correction (α = 1) over-fits small calibration sets. With Δ fitted on a part of the tokens, the error on
-    the held-out rest, `‖X_v (W + α Δ)ᵀ − X_dv Wᵀ‖²`, is a parabola in α; its minimum, cut to [0, 1], is the strength
-    of the correction, for each layer on its own. Then Δ is fitted on all tokens. Source zeros stay zero.
+    the held-out rest is a parabola in α; its minimum, cut to [0, 1], is the strength of the correction, for each layer
+    on its own. Then Δ is fitted on all tokens. Source zeros stay zero.
 
     Args:
         problem: a group with cross statistics; one without is returned as it is.
@@ -28,12 +32,11 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING) -> tuple[Group
         the problem with the new weights, and every layer's α.
     """
     stats, held = problem.stats, problem.stats.held
-    if stats.cross is None or held is None or held.cross is None:
+    if stats.cross is None or held is None:
         return problem, [0.0] * len(problem.layers)
     rows = torch.cat([layer.weight for layer in problem.layers])
-    away = rows @ (held.cross - held.gram).T
     trial = _correction(rows, _without(stats, held), damping)
-    gain = (trial * away).sum(1, dtype=torch.float64)
+    gain = (trial * _lacking(rows, held)).sum(1, dtype=torch.float64)
     cost = (trial * (trial @ held.gram)).sum(1, dtype=torch.float64)
     sums = zip(problem.split(gain), problem.split(cost), strict=True)
     strengths = [min(max(float(g.sum() / c.sum().clamp(min=1e-30)), 0.0), 1.0) for g, c in sums]
@@ -47,17 +50,27 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING) -> tuple[Group
     return replace(problem, layers=layers), strengths
 
 
-def _correction(rows: Tensor, stats: InputStats, damping: float) -> Tensor:
-    """`Δ = W (C − H)ᵀ (H + λI)⁻¹`."""
+def _lacking(rows: Tensor, stats: InputStats) -> Tensor:
+    """M, `(out, in)`."""
+    if stats.missed is not None:
+        return stats.missed.T
     assert stats.cross is not None
+    return rows @ (stats.cross - stats.gram).T
+
+
+def _correction(rows: Tensor, stats: InputStats, damping: float) -> Tensor:
+    """`Δ = M (H + λI)⁻¹`."""
     upper = inverse_factor(stats.gram, damping).upper
-    return ((rows @ (stats.cross - stats.gram).T) @ upper.T) @ upper
+    return (_lacking(rows, stats) @ upper.T) @ upper
 
 
 def _without(stats: InputStats, held: InputStats) -> InputStats:
     """The statistics of the tokens that are not held out."""
-    assert stats.cross is not None
-    assert held.cross is not None
     tokens = stats.tokens - held.tokens
-    weight = stats.tokens / tokens
-    return InputStats(tokens, torch.lerp(held.gram, stats.gram, weight), torch.lerp(held.cross, stats.cross, weight))
+
+    def rest(every: Tensor | None, apart: Tensor | None) -> Tensor | None:
+        return None if every is None or apart is None else torch.lerp(apart, every, stats.tokens / tokens)
+
+    gram = rest(stats.gram, held.gram)
+    assert gram is not None
+    return InputStats(tokens, gram, rest(stats.cross, held.cross), missed=rest(stats.missed, held.missed))

@@ -15,7 +15,7 @@ FLOORS = [
     {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
     {"solve"},
     {"checkpoint", "demo", "families", "gguf", "job", "source", "tokens"},
-    {"hub", "perplexity", "plan", "coupling", "prepare", "refine", "rehearse", "skeleton", "stream", "verify"},
+    {"hub", "perplexity", "plan", "coupling", "prepare", "refine", "rehearse", "skeleton", "stream", "verify", "watch"},
     {"run"},
     {"__main__", "cli", "terminal"},
 ]

@@ -55,7 +55,6 @@ METHODS = {
     "admm": MethodEntry(
         "llmprune.methods.admm:ADMM", "mask and weights sought together, at several times the price", 15
     ),
-    "admm": MethodEntry("llmprune.methods.admm:ADMM", "mask and weights sought together, at several times the price"),
 }
 
 

@@ -1,0 +1,229 @@
+"""Watching a block run: in which order its layers are called, on what, and where their outputs go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.rehearse import hidden_of
+
+BLOCK = ""
+"""The landing of a layer whose output is added last: the block's own output."""
+SAME = 1e-2
+
+
+class Observer:
+    """Is told what happens in a forward through a block."""
+
+    def __init__(self) -> None:
+        self.passing: dict[int, Tensor] = {}
+
+    def arrive(self, number: int, inputs: Tensor, landed: Tensor | None) -> None:
+        """A group has been reached; `landed` is the residual stream behind it, if it has a landing."""
+        raise NotImplementedError
+
+
+@contextmanager
+def watched(
+    module: nn.Module,
+    order: Sequence[Sequence[str]],
+    landings: Mapping[int, str],
+    observer: Callable[[], Observer | None],
+) -> Iterator[None]:
+    """Tell an observer when the first layer of a group is about to run, or has run and its output has landed.
+
+    Args:
+        module: the block.
+        order: local layer names by group.
+        landings: for some groups, where the output of their layer becomes part of the residual stream.
+        observer: whom to tell.
+    """
+
+    def reach(number: int, inputs: Tensor) -> None:
+        if (told := observer()) is None:
+            return
+        if number in landings:
+            told.passing.setdefault(number, inputs)
+        else:
+            told.arrive(number, inputs, None)
+
+    def land(place: str, stream: Tensor) -> None:
+        for number, landing in sorted(landings.items()):
+            if landing == place and (told := observer()) is not None and number in told.passing:
+                told.arrive(number, told.passing.pop(number), stream)
+
+    with ExitStack() as stack:
+        for number, layers in reversed(list(enumerate(order))):
+            hook = module.get_submodule(layers[0]).register_forward_pre_hook(
+                lambda _, args, kwargs, number=number: reach(number, inputs_of(args, kwargs)), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+        for place in set(landings.values()):
+            if place == BLOCK:
+                hook = module.register_forward_hook(lambda _, args, output: land(BLOCK, hidden_of(output)))
+            else:
+                hook = module.get_submodule(place).register_forward_pre_hook(
+                    lambda _, args, kwargs, place=place: land(place, inputs_of(args, kwargs)), with_kwargs=True
+                )
+            stack.callback(hook.remove)
+        yield
+
+
+@torch.no_grad()
+def find_landing(module: nn.Module, layer: str, run: Callable[[], Tensor]) -> str | None:
+    """Where a layer's output is added to the residual stream: the first module that is fed the sum, or the block's end.
+
+    The layer's output is changed by noise; where exactly this noise is found again, everything else that is there did
+    not depend on the layer. It counts only if adding the noise there, in place, changes the block in the same way.
+
+    Args:
+        module: the block.
+        layer: the layer's local name.
+        run: lets a batch pass through the block; returns its output.
+
+    Returns:
+        A local module name, `BLOCK`, or None if the output goes another way (through a norm, say).
+    """
+    outputs: list[Tensor] = []
+    noise = torch.empty(0)
+
+    def disturb(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        nonlocal noise
+        if noise.shape != output.shape:
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(output.shape, generator=generator).to(output) * output.float().std().to(output)
+        outputs.append(output)
+        return output + noise
+
+    plain = _streams(module, run)
+    handle = module.get_submodule(layer).register_forward_hook(disturb)
+    try:
+        disturbed = _streams(module, run)
+    finally:
+        handle.remove()
+    for place, stream in plain.items() if outputs else ():
+        other = disturbed[place]
+        # Some models run their layers on flattened tokens.
+        if stream.numel() != noise.numel() or other.shape != stream.shape or not _near(other - stream, noise):
+            continue
+        # A dropout or a norm right behind the layer is fed its output alone.
+        if not _near(stream, outputs[0]):
+            return place if place == BLOCK or _same_way(module, place, noise, run, disturbed[BLOCK]) else None
+    return None
+
+
+def _streams(module: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """What every module of a block is fed, in call order, and the block's output."""
+    found: dict[str, Tensor] = {}
+
+    def note(local: str, args: Any, kwargs: Any) -> None:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if local not in found and isinstance(first, Tensor) and first.is_floating_point():
+            found[local] = first.clone()
+
+    with ExitStack() as stack:
+        for local, part in module.named_modules():
+            if local:
+                hook = part.register_forward_pre_hook(
+                    lambda _, args, kwargs, local=local: note(local, args, kwargs), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+        output = run()
+    return {**found, BLOCK: output.clone()}
+
+
+def _same_way(module: nn.Module, place: str, noise: Tensor, run: Callable[[], Tensor], expected: Tensor) -> bool:
+    def add(_: nn.Module, args: Any, kwargs: Any) -> None:
+        (stream := inputs_of(args, kwargs)).add_(noise.view_as(stream))
+
+    handle = module.get_submodule(place).register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        return _near(run(), expected)
+    finally:
+        handle.remove()
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return float((a.float() - b.float().view_as(a)).norm()) <= SAME * float(b.float().norm())
+
+
+@dataclass(frozen=True, slots=True)
+class CallOrder:
+    """How the layers of a block are called.
+
+    Args:
+        groups: local names in call order, layers fed the very same tensor together.
+        uncalled: layers that are never called although the module that holds them is: their weight is used in some
+            other way, so neither their inputs nor the moment of their use can be seen.
+        nbytes: size of all groups' inputs for one batch.
+    """
+
+    groups: list[list[str]]
+    uncalled: list[str]
+    nbytes: int
+
+
+@torch.no_grad()
+def call_order(module: nn.Module, layers: Collection[str], run: Callable[[], Tensor]) -> CallOrder:
+    """Find out how the layers of a block are called, by running it once.
+
+    A layer inside a module that this batch does not reach (an expert nobody chose) forms a group of its own, where its
+    definition stands.
+
+    Args:
+        module: the block.
+        layers: local names of the layers to be pruned, in definition order.
+        run: lets a batch pass through it.
+    """
+    inputs: list[Tensor] = []
+    groups: list[list[str]] = []
+    called: set[str] = set()
+
+    def note(local: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if local in called:
+            return
+        called.add(local)
+        if local not in layers:
+            return
+        tensor = inputs_of(args, kwargs)
+        for known, members in zip(inputs, groups, strict=True):
+            if _same_memory(known, tensor):
+                members.append(local)
+                return
+        inputs.append(tensor)
+        groups.append([local])
+
+    with ExitStack() as stack:
+        for local, part in module.named_modules():
+            hook = part.register_forward_pre_hook(
+                lambda _, args, kwargs, local=local: note(local, args, kwargs), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+        run()
+    nbytes = sum(tensor.nbytes for tensor in inputs)
+    uncalled, previous = [], -1
+    for local in layers:
+        if local in called:
+            previous = next(number for number, members in enumerate(groups) if local in members)
+        elif local.rpartition(".")[0] in called:
+            uncalled.append(local)
+        else:
+            previous += 1
+            groups.insert(previous, [local])
+    return CallOrder(groups, uncalled, nbytes)
+
+
+def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a linear layer is called with."""
+    found = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]

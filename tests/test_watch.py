@@ -1,0 +1,105 @@
+"""Where a layer's output joins the residual stream is found by watching, and only where that is really so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_tokens, save_tiny, skeleton_of
+from test_stream import chosen, solve
+from torch import Tensor
+
+from llmprune.methods import load_method
+from llmprune.pattern import NM
+from llmprune.recipe import Recipe
+from llmprune.solve import Solver
+from llmprune.stream import BlockStream
+from llmprune.watch import BLOCK
+
+
+def twin_stream(folder: Path, memory: int = 2**30, samples: int = 5) -> BlockStream:
+    skeleton = skeleton_of(folder)
+    return BlockStream(
+        skeleton, random_tokens(samples), batch_tokens=48, chosen=chosen(skeleton), memory=memory, twin=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("llama", {"o_proj": "post_attention_layernorm", "down_proj": BLOCK}),
+        ("qwen3", {"o_proj": "post_attention_layernorm", "down_proj": BLOCK}),
+        ("gpt2", {"c_proj": "ln_2 or block"}),
+        ("opt", {"out_proj": "final_layer_norm", "fc2": BLOCK}),
+        ("falcon", {"dense": BLOCK, "dense_4h_to_h": BLOCK}),
+        ("gpt_neox", {"dense": BLOCK, "dense_4h_to_h": BLOCK}),
+        ("gemma3_text", {}),
+        ("olmo2", {}),
+    ],
+)
+def test_landings(model_type: str, expected: dict[str, str], tmp_path: Path) -> None:
+    save_tiny(model_type, tmp_path, tokenizer=False)
+    stream = twin_stream(tmp_path)
+    for block in stream:
+        found = {}
+        for number, group in enumerate(stream.groups(block)):
+            if number in block.landings:
+                found[group.refs[0].local] = block.landings[number]
+        if model_type == "gpt2":
+            assert found == {"attn.c_proj": "ln_2", "mlp.c_proj": BLOCK}
+        else:
+            assert {local.rpartition(".")[2]: place for local, place in found.items()} == expected
+
+
+@pytest.mark.parametrize("memory", [2**30, 0], ids=["pausing", "repeating"])
+@pytest.mark.parametrize("model_type", ["llama", "falcon", "gpt2"])
+def test_what_a_layer_lacks_is_what_the_stream_behind_it_lacks(model_type: str, memory: int, tmp_path: Path) -> None:
+    """With the statistics of a landing, the full correction brings the stream nearer to the dense one than none."""
+    save_tiny(model_type, tmp_path, tokenizer=False)
+
+    def distance(targets: str) -> float:
+        stream = twin_stream(tmp_path, memory, samples=24)
+        solver = Solver(load_method("sparsegpt"), Recipe("sparsegpt", targets=targets))  # type: ignore[arg-type]
+        for block in stream:
+            for group in stream.groups(block):
+                solutions, order = solver.solve(group.problem, NM(2, 4))
+                group.write(solutions, order)
+        missed = [(b.hidden - b.dense).square().sum() for b in stream.rehearsal.batches if b.dense is not None]
+        return float(torch.stack(missed).sum())
+
+    assert distance("dense") < 0.95 * distance("pruned")
+
+
+@pytest.mark.parametrize("memory", [2**30, 0], ids=["pausing", "repeating"])
+def test_statistics_behind_a_layer_are_those_of_the_whole_models(memory: int, tmp_path: Path) -> None:
+    """An independent pair of models, one dense and one with the layers before pruned, gives `XᵀE`."""
+    save_tiny("llama", tmp_path, tokenizer=False)
+    from helpers import recorded_inputs, reload, whole_logits
+
+    stream = twin_stream(tmp_path, memory)
+    dense, plain = reload(tmp_path), reload(tmp_path)
+    tokens = random_tokens(5)
+    checked = 0
+    for block in stream:
+        for number, group in enumerate(stream.groups(block)):
+            stats, name = group.problem.stats, group.refs[0].name
+            if stats.missed is not None:
+                after = "model.norm" if block.index else "model.layers.1.input_layernorm"
+                place = f"{block.name}.{block.landings[number]}" if block.landings[number] else after
+                seen: list[dict[str, list[Tensor]]] = []
+                for model in (dense, plain):
+                    with recorded_inputs(model, [name, place]) as found:
+                        whole_logits(model, tokens)
+                    seen.append(found)
+                X = torch.cat(seen[1][name]).double().flatten(0, -2)
+                E = (torch.cat(seen[0][place]) - torch.cat(seen[1][place])).double().flatten(0, -2)
+                expected = X.T @ E / len(X)
+                assert torch.allclose(
+                    stats.missed.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1e-3)
+                )
+                checked += 1
+            solve(group)
+            for ref in group.refs:
+                plain.get_submodule(ref.name).weight.data.copy_(block.changed[f"{ref.name}.weight"])
+    assert checked == 4
