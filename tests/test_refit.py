@@ -17,7 +17,7 @@ from llmprune.pattern import NM, Unstructured
 from llmprune.problem import GroupProblem, LayerSolution, Status, masked
 from llmprune.refit import refit
 
-DAMPING = 0.03
+DAMPING = 0.01
 HALF = Unstructured(Fraction(1, 2), "row")
 
 
