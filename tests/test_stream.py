@@ -514,12 +514,12 @@ def test_what_leaves_a_twin_stream_is_what_the_pruned_model_computes(model_type:
     save_tiny(model_type, tmp_path, tokenizer=False)
     stream = stream_of(tmp_path, random_tokens(), twin=True)
     stored, _, hidden = pruned(stream)
-    name = stream.skeleton.block_name(len(stream) - 1)
+    last = stream.skeleton.block_name(len(stream) - 1)
     plain = reload(tmp_path)
     for name, weight in stored.items():
         plain.get_parameter(name).data.copy_(weight)
     seen: list[Tensor] = []
-    plain.get_submodule(name).register_forward_hook(
+    plain.get_submodule(last).register_forward_hook(
         lambda _, args, output: seen.append(output if isinstance(output, Tensor) else output[0])
     )
     whole_logits(plain, random_tokens())
