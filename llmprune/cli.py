@@ -37,7 +37,7 @@ examples:
   llmprune --model demo --sparsity 2:4 --samples 32 --seq-len 512
   llmprune --model ./my-llama --sparsity 50% --method wanda --calib notes.txt --eval wikitext2
   llmprune --model org/name --sparsity 4:8 --dry-run
-  llmprune verify demo-sparsegpt-2of4
+  llmprune verify demo-balanced-2of4
 """
 
 

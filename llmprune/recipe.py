@@ -55,7 +55,7 @@ class Recipe:
 EFFORTS = {
     "fast": Recipe("sparsegpt"),
     "balanced": Recipe("admm", targets="dense", permute=True),
-    "best": Recipe("admm", targets="dense", permute=True, refine=8),
+    "best": Recipe("admm", targets="dense", permute=True, refine=4),
 }
 DEFAULT_EFFORT = "balanced"
 
