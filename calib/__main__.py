@@ -53,7 +53,10 @@ def freeze(options: argparse.Namespace) -> int:
         cache=cache,
         progress=progress,
     )
-    save_tokens(batch, options.out)
+    try:
+        save_tokens(batch, options.out)
+    except OSError as error:
+        raise InputError(f"cannot write {options.out}: {error.strerror}", "choose another --out") from error
     print(f"{options.out}: {options.samples} x {options.seq_len} tokens, sha256 {batch.provenance.sha256}")
     return 0
 

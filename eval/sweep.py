@@ -127,7 +127,10 @@ def table(results: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, then print the table."""
     hush_libraries(options.debug)
-    grid = tomllib.loads(options.grid.read_text(encoding="utf-8"))
+    try:
+        grid = tomllib.loads(options.grid.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{options.grid} is no grid: {error}", "name a file such as eval/grids/demo.toml") from error
     out = options.out or ROOT / "eval" / "results" / options.grid.stem
     out.mkdir(parents=True, exist_ok=True)
     results = []

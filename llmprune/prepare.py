@@ -25,6 +25,7 @@ from llmprune.source import Source, load_tokenizer, open_source
 from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
+MOST_THREADS = 1024  # far more make the thread library end the process
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ def prepare(job: Job, progress: Progress) -> Prepared:
     out = output_folder(job, pattern)
     device = pick_device(job.device)
     if job.threads is not None:
+        if job.threads > MOST_THREADS:
+            raise InputError(f"--threads {job.threads} is more than {MOST_THREADS}", "no more than there are CPU cores")
         torch.set_num_threads(job.threads)
     source = open_source(
         job.model, revision=job.revision, cache=cache, trust_remote_code=job.trust_remote_code, progress=progress

@@ -169,6 +169,8 @@ def read_text(source: str, role: str, tokens: int, seed: int, cache: Path, progr
 
 
 def _read_file(path: Path) -> str:
+    if path.is_char_device() or path.is_block_device():
+        raise InputError(f"{path} is a device", "name a plain text file")
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8")
