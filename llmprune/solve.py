@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmprune.methods import Method
 from llmprune.pattern import NM, SparsityPattern
-from llmprune.permutation import choose
+from llmprune.permutation import choose, saliency
 from llmprune.problem import GroupProblem, InputStats, LayerSolution
 from llmprune.recipe import Recipe
 from llmprune.refit import refit
@@ -57,7 +57,7 @@ class Solver:
         if not classes or not isinstance(pattern, NM):
             return None
         (layer,) = goal.layers
-        return choose(layer.weight.square() * goal.stats.gram.diagonal(), pattern, classes)
+        return choose(saliency(layer.weight, goal.stats.gram), pattern, classes)
 
     def _stages(self, goal: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Reach the pattern in nested steps: zeros stay zero, so each step's mask lies within the one before."""

@@ -458,8 +458,7 @@ class BlockStream:
         return {number: place for number, place in places.items() if place is not None}
 
 
-def _leaves_behind(call: Call, module: nn.Module, hidden: Tensor) -> tuple[Any, list[Any]]:
-    """A block's output, and what it wrote into the state that goes on to later blocks."""
+def _leaves_behind(call: Call, module: nn.Module, hidden: Tensor) -> tuple[Any, Any, Any]:
+    """A block's output, and its arguments: some hold state that goes on to later blocks."""
     (own,) = own_state([call])
-    output = own.run(module, hidden)
-    return output, [value for value in (*own.args, *own.kwargs.values()) if isinstance(value, dict)]
+    return own.run(module, hidden), own.args, own.kwargs
