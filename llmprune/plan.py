@@ -174,7 +174,7 @@ def estimate(
     outside = (plan.parameters - plan.block_parameters) * size
     block = plan.block_parameters // blocks * (size + 4)
     largest = max(layer.shape[1] for layer in plan.layers)
-    statistics = 4 * (3 * largest**2 + 3 * max(layer.weights for layer in plan.layers))
+    statistics = 4 * ((9 if recipe.twin else 3) * largest**2 + 3 * max(layer.weights for layer in plan.layers))
     streams = 2 if recipe.twin else 1
     activations = streams * size * tokens * (hidden + 2 * sum(width for _, width in widths) // blocks)
     return Estimate(seconds, max(outside, block + statistics) + activations)

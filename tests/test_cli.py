@@ -145,6 +145,10 @@ def test_a_scope_for_n_of_m_is_refused(refused: Callable[..., Outcome], flags: l
     refused(*flags, "--scope", "row", says="--scope row does not apply to 2:4")
 
 
+def test_a_permutation_for_unstructured_sparsity_is_refused(refused: Callable[..., Outcome], flags: list[str]) -> None:
+    refused(*with_value(flags, "--sparsity", "50%"), "--permute", says="--permute does not apply to 50%")
+
+
 # Flags
 
 VALUED = sorted(
@@ -162,6 +166,10 @@ def test_a_flag_without_its_value_is_named(refused: Callable[..., Outcome], flag
 
 NONSENSE = {
     "--method": ["foo", "", "SparseGPT", "sparse-gpt"],
+    "--effort": ["slow", "", "Best"],
+    "--targets": ["sparse", ""],
+    "--steps": ["0", "-1", "x", "1.5"],
+    "--refine": ["-1", "x", "0.5", ""],
     "--scope": ["column", ""],
     "--samples": ["0", "-1", "1.5", "many", "", "1e3", "99999999999999999999", "١"],
     "--seq-len": ["0", "1", "-8", "8.0", "x"],

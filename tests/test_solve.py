@@ -1,0 +1,122 @@
+"""The stages around a method: nested steps, a refit that never hurts, an order of the inputs that the file undoes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from helpers import random_tokens, reload, save_tiny, skeleton_of, whole_logits
+from test_methods import gram_of, group, weight_of
+from test_stream import chosen
+from torch import Tensor
+
+from llmprune.linalg import relative_error
+from llmprune.methods import load_method
+from llmprune.methods.magnitude import Magnitude
+from llmprune.pattern import NM, Scope, SparsityPattern, parse_pattern
+from llmprune.problem import GroupProblem, InputStats, LayerSolution
+from llmprune.recipe import Recipe
+from llmprune.solve import Solver
+from llmprune.stream import BlockStream
+
+WIDTH = 32
+CLASSES = (torch.arange(WIDTH)[None],)
+
+
+def problem(seed: int = 0) -> GroupProblem:
+    return group(gram_of(WIDTH, seed).float(), weight_of(8, WIDTH, seed).float())
+
+
+def missed(given: GroupProblem, solutions: list[LayerSolution]) -> float:
+    stats = InputStats(1, given.stats.gram)
+    return sum(relative_error(old.weight, new.weight, stats) for old, new in zip(given.layers, solutions, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Spy:
+    """Magnitude, but it remembers its masks."""
+
+    scope: ClassVar[Scope] = "row"
+
+    masks: list[Tensor] = field(default_factory=list)
+
+    def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
+        solutions = Magnitude().solve(problem, pattern)
+        self.masks.append(solutions[0].mask)
+        return solutions
+
+
+@pytest.mark.parametrize("spec", ["2:4", "50%", "6:8"])
+def test_steps_are_nested_and_end_in_the_pattern(spec: str) -> None:
+    pattern, spy = parse_pattern(spec, "row"), Spy()
+    solutions, _ = Solver(spy, Recipe("magnitude", steps=3, refit=True)).solve(problem(), pattern)
+    assert len(spy.masks) == len(pattern.steps(3)) > 1
+    assert all(bool((after <= before).all()) for before, after in zip(spy.masks, spy.masks[1:], strict=False))
+    assert pattern.check(solutions[0].weight).violations == 0
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm"])
+def test_a_refit_never_raises_the_error_and_keeps_the_mask(method: str) -> None:
+    for seed in range(5):
+        given = problem(seed)
+        plain, _ = Solver(load_method(method), Recipe(method)).solve(given, NM(2, 4))
+        fitted, _ = Solver(load_method(method), Recipe(method, refit=True)).solve(given, NM(2, 4))
+        assert torch.equal(plain[0].mask, fitted[0].mask)
+        assert missed(given, fitted) <= missed(given, plain) * (1 + 1e-3) + 1e-6
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+def test_an_order_of_the_inputs_holds_the_pattern_and_lowers_the_error(method: str) -> None:
+    solver, errors = Solver(load_method(method), Recipe(method, permute=True)), []
+    for seed in range(10):
+        given = problem(seed)
+        plain, nothing = solver.solve(given, NM(2, 4))
+        moved, order = solver.solve(given, NM(2, 4), CLASSES)
+        assert nothing is None
+        assert order is not None
+        assert NM(2, 4).check(moved[0].weight[:, order]).violations == 0
+        assert bool((moved[0].weight[~moved[0].mask] == 0).all())
+        errors.append(missed(given, moved) / missed(given, plain))
+    assert sum(errors) / len(errors) < 0.97
+
+
+def test_unstructured_patterns_need_no_order() -> None:
+    solver = Solver(load_method("wanda"), Recipe("wanda", permute=True))
+    assert solver.solve(problem(), parse_pattern("50%", "row"), CLASSES)[1] is None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "opt", "gpt_neox", "falcon", "qwen2"])
+def test_what_is_written_in_a_new_order_computes_what_the_stream_computed(model_type: str, tmp_path: Path) -> None:
+    save_tiny(model_type, tmp_path, tokenizer=False)
+    skeleton, tokens = skeleton_of(tmp_path), random_tokens()
+    stream = BlockStream(skeleton, tokens, batch_tokens=48, chosen=chosen(skeleton), twin=True, permute=True)
+    solver = Solver(load_method("sparsegpt"), Recipe("sparsegpt", targets="dense", permute=True))
+    plain, moved = reload(tmp_path), 0
+    for block in stream:
+        sinks = []
+        for one in stream.groups(block):
+            solutions, order = solver.solve(one.problem, NM(2, 4), one.classes)
+            one.write(solutions, order)
+            if order is not None and not torch.equal(order, torch.arange(len(order))):
+                sinks.append(f"{one.refs[0].name}.weight")
+        before = {name: block.changed[name] for name in sinks}
+        list(block.export())
+        moved += sum(not torch.equal(before[name], block.changed[name]) for name in sinks)
+        for name, tensor in block.changed.items():
+            plain.get_parameter(name).data.copy_(tensor)
+        assert all(
+            NM(2, 4).check(block.changed[f"{ref.name}.weight"].T if ref.transposed else block.changed[f"{ref.name}.weight"])
+            .violations == 0
+            for ref in block.layers.values()
+        )  # fmt: skip
+    assert moved
+    seen: list[Tensor] = []
+    plain.get_submodule(skeleton.block_name(len(stream) - 1)).register_forward_hook(
+        lambda _, args, output: seen.append(output if isinstance(output, Tensor) else output[0])
+    )
+    whole_logits(plain, tokens)
+    hidden = torch.cat([batch.hidden for batch in stream.rehearsal.batches])
+    assert torch.allclose(torch.cat(seen), hidden, rtol=1e-3, atol=1e-4)
