@@ -27,7 +27,7 @@ from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSoluti
 from llmprune.rehearse import SPENT, Batch, Call, Stop, hidden_of, own_state, rehearse
 from llmprune.skeleton import Skeleton
 from llmprune.stats import RunningGram, RunningPair
-from llmprune.watch import CallOrder, Observer, call_order, find_landing, watched
+from llmprune.watch import CallOrder, Observer, call_order, find_landings, watched
 
 SHORT = 16
 """Tokens that are enough to see how the layers of a block hang together."""
@@ -122,8 +122,11 @@ class Block:
             self.pass_through(batch)
 
     def movable(self, coupling: Coupling) -> bool:
-        """Whether all that a permutation moves can be written."""
-        return all(self.writable(local) for local in coupling.parameters(self.module))
+        """Whether all that a permutation moves can be written, and no layer among it is to be left as it is."""
+        left = {layer.local for layer in self.linear} - self.layers.keys()
+        return not left & {source.local for source in coupling.sources} and all(
+            self.writable(local) for local in coupling.parameters(self.module)
+        )
 
     def writable(self, local: str) -> bool:
         """Whether a new value of a parameter can be written."""
@@ -437,7 +440,9 @@ class BlockStream:
         kind = (type(block.module), tuple((layer.local, layer.shape) for layer in block.layers.values()))
         if kind not in self._orders:
             self._orders[kind] = call_order(block.module, block.layers, block.try_out)
-            self._landings[kind] = self._find_landings(block, self._orders[kind].groups) if block.twin else {}
+            self._landings[kind] = (
+                find_landings(block.module, self._orders[kind].groups, block.try_out) if block.twin else {}
+            )
         order, block.landings = self._orders[kind], self._landings[kind]
         self.uncalled += [block.layers[local] for local in order.uncalled]
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
@@ -449,13 +454,6 @@ class BlockStream:
                 self._couplings[kind] = find_couplings(block.module, run, self._short.hidden, block.linear)
             block.couplings = {c.sink: c for c in self._couplings[kind] if block.movable(c)}
         return block.groups(order.groups)
-
-    @staticmethod
-    def _find_landings(block: Block, groups: list[list[str]]) -> dict[int, str]:
-        """Where the groups of a single layer add to the residual stream."""
-        single = {number: layers[0] for number, layers in enumerate(groups) if len(layers) == 1}
-        places = {n: find_landing(block.module, local, block.try_out) for n, local in single.items()}
-        return {number: place for number, place in places.items() if place is not None}
 
 
 def _leaves_behind(call: Call, module: nn.Module, hidden: Tensor) -> tuple[Any, Any, Any]:

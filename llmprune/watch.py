@@ -75,6 +75,30 @@ def watched(
 
 
 @torch.no_grad()
+def find_landings(module: nn.Module, groups: Sequence[Sequence[str]], run: Callable[[], Tensor]) -> dict[int, str]:
+    """Where the groups of a single layer add to the residual stream, if no other group has to be solved before that.
+
+    Args:
+        module: the block.
+        groups: local layer names by group, in call order.
+        run: lets a batch pass through the block; returns its output.
+    """
+    called = list(_streams(module, run))
+    found: dict[int, str] = {}
+    for number in reversed(range(len(groups))):
+        place = find_landing(module, groups[number][0], run) if len(groups[number]) == 1 else None
+        later = range(number + 1, len(groups))
+        if place == BLOCK and all(found.get(other) == BLOCK for other in later):
+            found[number] = BLOCK
+        elif place and all(_comes_first(place, groups[other][0], called) for other in later):
+            found[number] = place
+    return found
+
+
+def _comes_first(place: str, other: str, called: list[str]) -> bool:
+    return other in called and called.index(place) < called.index(other)
+
+
 def find_landing(module: nn.Module, layer: str, run: Callable[[], Tensor]) -> str | None:
     """Where a layer's output is added to the residual stream: the first module that is fed the sum, or the block's end.
 

@@ -63,7 +63,15 @@ def test_every_key_is_documented_and_nothing_else(report: PruneReport) -> None:
 
 
 def test_every_value_has_the_type_that_is_documented(report: PruneReport) -> None:
-    types = {"string": str, "integer": int, "number": (int, float), "list": list, "object": dict, "null": type(None)}
+    types = {
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "list": list,
+        "object": dict,
+        "boolean": bool,
+        "null": type(None),
+    }
 
     def check(value: Any, path: str = "") -> None:
         if isinstance(value, dict):

@@ -508,7 +508,7 @@ def test_tokens_that_are_routed_have_no_pair(memory: int, tmp_path: Path) -> Non
             solve(group)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "falcon", "opt", "gpt_neox", "cohere", "phi"])
 def test_what_leaves_a_twin_stream_is_what_the_pruned_model_computes(model_type: str, tmp_path: Path) -> None:
     """Where a layer ran before it was pruned, the residual stream is told of the change."""
     save_tiny(model_type, tmp_path, tokenizer=False)

@@ -33,7 +33,7 @@ def twin_stream(folder: Path, memory: int = 2**30, samples: int = 5) -> BlockStr
         ("gpt2", {"c_proj": "ln_2 or block"}),
         ("opt", {"out_proj": "final_layer_norm", "fc2": BLOCK}),
         ("falcon", {"dense": BLOCK, "dense_4h_to_h": BLOCK}),
-        ("gpt_neox", {"dense": BLOCK, "dense_4h_to_h": BLOCK}),
+        ("gpt_neox", {"dense_4h_to_h": BLOCK}),
         ("gemma3_text", {}),
         ("olmo2", {}),
     ],
