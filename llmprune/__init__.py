@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llmprune.progress import Progress
     from llmprune.report import PruneReport
     from llmprune.run import prune
+    from llmprune.upload import push
 
 _WHERE = {
     "InputError": "errors",
@@ -19,8 +20,9 @@ _WHERE = {
     "PruneError": "errors",
     "PruneReport": "report",
     "prune": "run",
+    "push": "upload",
 }
-__all__ = ["InputError", "Job", "Progress", "PruneError", "PruneReport", "prune"]
+__all__ = ["InputError", "Job", "Progress", "PruneError", "PruneReport", "prune", "push"]
 
 
 def __getattr__(name: str) -> Any:

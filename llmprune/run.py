@@ -73,8 +73,8 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
             with clock("pruned_evaluation"):
                 pruned = measure(run, run.partial, "pruned perplexity", progress)
             add_evaluation(run, report, dense, pruned)
+            report.seconds = dict(clock.seconds)
             write_companions(run, report)
-            report.seconds = clock.seconds
             replace_folder(run.partial, run.out)
     finish_report(run, report, clock)
     return report

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmprune.demo import CALIBRATION_YEARS, EVALUATION_YEARS, sotu_text
 from llmprune.errors import InputError
 from llmprune.progress import Progress
-from llmprune.reach import hub_reachable
+from llmprune.reach import HUB_SECONDS, hub_reachable, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -187,8 +187,6 @@ def _read_file(path: Path) -> str:
 
 def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) -> str:
     """Stream documents of a Hub data set until there is text enough."""
-    from llmprune.source import HUB_SECONDS, within
-
     entry = DATASETS[name]
     split = entry.calibration if role == "calibration" else entry.evaluation
     try:
