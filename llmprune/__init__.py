@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmprune.bars import ProgressBars
     from llmprune.errors import InputError, PruneError
     from llmprune.job import Job
     from llmprune.progress import Progress
@@ -17,12 +18,13 @@ _WHERE = {
     "InputError": "errors",
     "Job": "job",
     "Progress": "progress",
+    "ProgressBars": "bars",
     "PruneError": "errors",
     "PruneReport": "report",
     "prune": "run",
     "push": "upload",
 }
-__all__ = ["InputError", "Job", "Progress", "PruneError", "PruneReport", "prune", "push"]
+__all__ = ["InputError", "Job", "Progress", "ProgressBars", "PruneError", "PruneReport", "prune", "push"]
 
 
 def __getattr__(name: str) -> Any:

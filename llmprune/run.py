@@ -48,7 +48,7 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
 
     Args:
         job: what to do.
-        progress: told what happens.
+        progress: told what happens; `ProgressBars()` draws it, None is silent.
 
     Raises:
         InputError: the job cannot be done; nothing was written.
