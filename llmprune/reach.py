@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 SECONDS, HUB_SECONDS = 3.5, 4.5
-_HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}
+_HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "aiohttp"}
 T = TypeVar("T")
 
 
