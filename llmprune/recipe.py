@@ -48,7 +48,7 @@ class Recipe:
         if self.refit:
             stages.append("refit")
         if self.refine:
-            stages.append(f"{self.refine} epochs of refinement")
+            stages.append(f"{self.refine} epoch{'s' if self.refine > 1 else ''} of refinement")
         return " + ".join(stages)
 
 

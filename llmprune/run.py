@@ -32,15 +32,14 @@ from llmprune.prepare import Prepared, prepare
 from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe
-from llmprune.refine import refine
+from llmprune.refine import batch_tokens, refine
 from llmprune.report import FILE, LayerReport, PruneReport
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BlockStream, Group
+from llmprune.stream import BATCH_TOKENS, BlockStream, Group
 from llmprune.verify import check_layers
 
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 EXPLODED = 10.0
-BATCH_TOKENS, TRAINING_TOKENS = 2048, 1024
 
 
 def prune(job: Job, progress: Progress | None = None) -> PruneReport:
@@ -110,9 +109,10 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
     stream = BlockStream(
         run.skeleton,
         tokens,
-        batch_tokens=min(TRAINING_TOKENS, tokens.numel() // 16) if run.recipe.refine else BATCH_TOKENS,
+        batch_tokens=batch_tokens(tokens) if run.recipe.refine else BATCH_TOKENS,
         chosen=run.plan.names,
         twin=run.recipe.twin,
+        paired=run.recipe.targets == "dense",
         permute=run.recipe.permute,
     )
     writer.write(run.skeleton.export_outside())

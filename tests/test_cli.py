@@ -203,6 +203,10 @@ def test_a_misspelt_choice_gets_a_suggestion(refused: Callable[..., Outcome], fl
     refused(*flags, "--method", "sparsgpt", says="--method 'sparsgpt' is unknown", hints="did you mean sparsegpt")
 
 
+def test_refinement_needs_a_window_to_hold_out(refused: Callable[..., Outcome], flags: list[str]) -> None:
+    refused(*with_value(flags, "--samples", 1), "--effort", "best", says="there is 1", hints="--refine 0")
+
+
 def test_a_misspelt_flag_gets_a_suggestion(refused: Callable[..., Outcome], flags: list[str]) -> None:
     refused(*flags, "--sample", "4", says="'--sample'", hints="--samples")
 
