@@ -98,8 +98,13 @@ def prepare(job: Job, progress: Progress) -> Prepared:
 
 def applicable(recipe: Recipe, job: Job, pattern: SparsityPattern) -> Recipe:
     """The recipe without what has no meaning for this pattern; refused if the user asked for it by name."""
-    if isinstance(pattern, NM) or not recipe.permute:
-        return recipe
+    if isinstance(pattern, NM):
+        if job.allocate not in {None, "uniform"}:
+            raise InputError(
+                f"--allocate {job.allocate} does not apply to {pattern.name}",
+                "leave it out: N:M prunes the same in every group of every layer",
+            )
+        return replace(recipe, allocate="uniform")
     if job.permute:
         raise InputError(f"--permute does not apply to {pattern.name}", "leave it out: it is for N:M patterns")
     return replace(recipe, permute=False)

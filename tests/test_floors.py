@@ -16,6 +16,7 @@ FLOORS = [
     {"solve"},
     {"checkpoint", "demo", "families", "gguf", "job", "source", "tokens"},
     {"hub", "perplexity", "plan", "coupling", "prepare", "refine", "rehearse", "skeleton", "stream", "verify", "watch"},
+    {"allocate"},
     {"run"},
     {"__main__", "cli", "terminal"},
 ]
