@@ -76,9 +76,10 @@ def caption(result: dict[str, Any], dense: dict[str, Any]) -> str:
         for text, found in measured.items()
     )
     calibration = result["calibration"]
+    size = f"{calibration['samples']} x {calibration['seq_len']} tokens, sha256 {calibration['sha256'][:12]}"
     return (
-        f"Perplexity on {texts}. Calibration on {Path(calibration['source']).name} (first row {calibration['samples']} x "
-        f"{calibration['seq_len']} tokens, sha256 {calibration['sha256'][:12]}); commit {result['commit']}."
+        f"Perplexity on {texts}. Calibration on {Path(calibration['source']).name} (first row {size}); "
+        f"commit {result['commit']}."
     )
 
 
