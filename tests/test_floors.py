@@ -16,7 +16,7 @@ FLOORS = [
     {"solve"},
     {"checkpoint", "demo", "families", "gguf", "job", "source", "tokens"},
     {"hub", "perplexity", "plan", "coupling", "prepare", "refine", "rehearse", "skeleton", "stream", "verify", "watch"},
-    {"upload"},
+    {"allocate", "upload"},
     {"run"},
     {"__main__", "bars", "cli", "terminal"},
 ]
