@@ -186,6 +186,9 @@ def _add_stages(parser: Parser) -> None:
         "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
     )
     stages.add_argument(
+        "--augment", type=epochs, metavar="K", help="add K copies of every calibration window, with random tokens in it"
+    )
+    stages.add_argument(
         "--allocate", choices=("uniform", "error", "owl"),
         help="unstructured: the same share in every block, or less where errors or outliers are larger",
     )  # fmt: skip
@@ -370,6 +373,7 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         steps=options.steps,
         refit=options.refit,
         refine=options.refine,
+        augment=options.augment,
         allocate=options.allocate,
         options=tuple(options.option),
         scope=options.scope,

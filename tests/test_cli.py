@@ -170,6 +170,8 @@ NONSENSE = {
     "--targets": ["sparse", ""],
     "--steps": ["0", "-1", "x", "1.5"],
     "--refine": ["-1", "x", "0.5", ""],
+    "--augment": ["-1", "x", "0.5", ""],
+    "--allocate": ["alike", ""],
     "--scope": ["column", ""],
     "--samples": ["0", "-1", "1.5", "many", "", "1e3", "99999999999999999999", "١"],
     "--seq-len": ["0", "1", "-8", "8.0", "x"],
@@ -231,7 +233,7 @@ def test_a_misspelt_flag_gets_a_suggestion(refused: Callable[..., Outcome], flag
 
 
 def test_an_unknown_flag_or_a_stray_word_is_refused(refused: Callable[..., Outcome], flags: list[str]) -> None:
-    refused(*flags, "--frobnicate", says="'--frobnicate'", hints="--help")
+    refused(*flags, "--xyzzy", says="'--xyzzy'", hints="--help")
     refused(*flags, "tiny", says="'tiny'", hints="--help")
 
 

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "llmprune"
 FLOORS = [
     {"errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report"},
-    {"linalg", "permutation", "refit", "stats", "targets"},
+    {"augment", "linalg", "permutation", "refit", "stats", "targets"},
     {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
     {"solve"},
     {"checkpoint", "demo", "families", "gguf", "job", "source", "tokens"},
