@@ -6,21 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmprune.bars import ProgressBars
     from llmprune.errors import InputError, PruneError
     from llmprune.job import Job
     from llmprune.progress import Progress
     from llmprune.report import PruneReport
     from llmprune.run import prune
+    from llmprune.upload import push
 
 _WHERE = {
     "InputError": "errors",
     "Job": "job",
     "Progress": "progress",
+    "ProgressBars": "bars",
     "PruneError": "errors",
     "PruneReport": "report",
     "prune": "run",
+    "push": "upload",
 }
-__all__ = ["InputError", "Job", "Progress", "PruneError", "PruneReport", "prune"]
+__all__ = ["InputError", "Job", "Progress", "ProgressBars", "PruneError", "PruneReport", "prune", "push"]
 
 
 def __getattr__(name: str) -> Any:

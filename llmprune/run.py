@@ -49,7 +49,7 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
 
     Args:
         job: what to do.
-        progress: told what happens.
+        progress: told what happens; `ProgressBars()` draws it, None is silent.
 
     Raises:
         InputError: the job cannot be done; nothing was written.
@@ -74,8 +74,8 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
             with clock("pruned_evaluation"):
                 pruned = measure(run, run.partial, "pruned perplexity", progress)
             add_evaluation(run, report, dense, pruned)
+            report.seconds = dict(clock.seconds)
             write_companions(run, report)
-            report.seconds = clock.seconds
             replace_folder(run.partial, run.out)
     finish_report(run, report, clock)
     return report
