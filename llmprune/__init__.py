@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmprune.errors import InputError, PruneError
     from llmprune.job import Job
+    from llmprune.packing import load, pack, unpack
     from llmprune.progress import Progress
     from llmprune.report import PruneReport
     from llmprune.run import prune
+    from llmprune.semistructured import accelerate
 
 _WHERE = {
     "InputError": "errors",
@@ -18,9 +20,24 @@ _WHERE = {
     "Progress": "progress",
     "PruneError": "errors",
     "PruneReport": "report",
+    "accelerate": "semistructured",
+    "load": "packing",
+    "pack": "packing",
     "prune": "run",
+    "unpack": "packing",
 }
-__all__ = ["InputError", "Job", "Progress", "PruneError", "PruneReport", "prune"]
+__all__ = [
+    "InputError",
+    "Job",
+    "Progress",
+    "PruneError",
+    "PruneReport",
+    "accelerate",
+    "load",
+    "pack",
+    "prune",
+    "unpack",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from llmprune.demo import default_cache
 from llmprune.errors import InputError
 from llmprune.families import select
 from llmprune.pattern import Scope, SparsityPattern, parse_pattern
-from llmprune.plan import make_plan
+from llmprune.plan import Plan, make_plan
 from llmprune.progress import Progress
 from llmprune.report import PruneReport
 from llmprune.skeleton import Skeleton
@@ -105,7 +105,21 @@ def verify_folder(
     skip: tuple[str, ...],
     trust_remote_code: bool = False,
 ) -> FolderCheck:
-    """Check the pattern of a folder's layers, by its report or by what the user says.
+    """Check the pattern of a folder's layers, by its report or by what the user says; arguments as of `open_pruned`."""
+    skeleton, pattern, plan = open_pruned(folder, sparsity, scope, only, skip, trust_remote_code)
+    layers = [(ref.name, ref.transposed) for ref in plan.layers]
+    return FolderCheck(str(folder), pattern, check_layers(skeleton.checkpoint, layers, pattern))
+
+
+def open_pruned(
+    folder: Path,
+    sparsity: str | None = None,
+    scope: Scope | None = None,
+    only: tuple[str, ...] = (),
+    skip: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
+) -> tuple[Skeleton, SparsityPattern, Plan]:
+    """A model folder with the pattern that its layers should hold, and these layers.
 
     Args:
         folder: a model folder.
@@ -135,6 +149,4 @@ def verify_folder(
     )
     skeleton = Skeleton(source.config, SafetensorsFolder(folder), trust_remote_code=trust_remote_code)
     # A report names layers exactly; one that the model lacks is an error, as a glob that matches nothing is.
-    plan = make_plan(skeleton, pattern, only, () if names else skip)
-    layers = [(ref.name, ref.transposed) for ref in plan.layers]
-    return FolderCheck(str(folder), pattern, check_layers(skeleton.checkpoint, layers, pattern))
+    return skeleton, pattern, make_plan(skeleton, pattern, only, () if names else skip)
