@@ -32,6 +32,9 @@ from llmprune.watch import CallOrder, Observer, call_order, find_landings, watch
 SHORT = 16
 """Tokens that are enough to see how the layers of a block hang together."""
 
+BATCH_TOKENS = 2048
+"""Tokens that pass through a block together."""
+
 
 @dataclass(slots=True)
 class Group:
@@ -59,13 +62,14 @@ class Block:
         index: position of the block.
         batches: the activations that enter it; they leave it when `advance` or `groups` is done.
         chosen: the layers to be pruned, by full name.
-        paused: whether forwards may pause (one forward a block) or are repeated for every group.
+        paired: whether the layers' statistics are taken against the dense model's activations.
     """
 
     def __init__(
-        self, skeleton: Skeleton, index: int, batches: list[Batch], chosen: frozenset[str], paused: bool = True
+        self, skeleton: Skeleton, index: int, batches: list[Batch], chosen: frozenset[str], paired: bool = False
     ) -> None:
-        self.skeleton, self.index, self.batches, self.paused = skeleton, index, batches, paused
+        self.skeleton, self.index, self.batches, self.paired = skeleton, index, batches, paired
+        self.paused = True
         self.name = skeleton.block_name(index)
         self.module = skeleton.blocks[index]
         self.linear = find_layers(self.module, self.name, skeleton.config)
@@ -142,11 +146,14 @@ class Block:
     @torch.no_grad()
     def store(self, values: dict[str, Tensor]) -> None:
         """Give parameters new values, by local name; the block computes with what the file will hold."""
-        parameters = dict(self.module.named_parameters())
         for local, value in values.items():
             name = f"{self.name}.{local}"
             stored = value.to(self.skeleton.checkpoint.stored_dtype(name))
-            parameters[local].copy_(stored)
+            if not bool(torch.isfinite(stored).all()):
+                raise InputError(
+                    f"the pruned weights of {name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
+                )
+            self.module.get_parameter(local).copy_(stored)
             self.changed[name] = stored.contiguous().cpu()
 
     @torch.no_grad()
@@ -198,17 +205,10 @@ class Block:
 
     def _write(self, ref: LayerRef, solution: LayerSolution) -> Tensor:
         """Store a solution; from now on the block computes with what the file will hold. Returns that, float32."""
-        name = f"{ref.name}.weight"
-        stored = solution.weight.to(self.skeleton.checkpoint.stored_dtype(name))
-        if not bool(torch.isfinite(stored).all()):
-            raise InputError(
-                f"the pruned weights of {ref.name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
-            )
         if self.twin:
             self.dense_weights.setdefault(ref.local, self._parameter(ref.local).data.clone())
-        self._weight(ref).copy_(stored)
-        self.changed[name] = (stored.T if ref.transposed else stored).contiguous().cpu()
-        return stored.float()
+        self.store({f"{ref.local}.weight": solution.weight.T if ref.transposed else solution.weight})
+        return solution.weight.to(self.skeleton.checkpoint.stored_dtype(f"{ref.name}.weight")).float()
 
     def _pausing(self, order: list[list[str]]) -> Iterator[tuple[int, InputStats]]:
         """One forward per batch, each in a greenlet that pauses where a group begins.
@@ -252,7 +252,7 @@ class Block:
             for batch in self.batches:
                 seen = self._seen_at(number, batch)
                 if seen is not None:
-                    self._add(stats, batch, seen, self._seen_at(number, batch, dense=True) if self.twin else None)
+                    self._add(stats, batch, seen, self._seen_at(number, batch, dense=True) if self.paired else None)
             yield number, self._result(stats, layers)
         self.advance()
 
@@ -285,7 +285,7 @@ class Block:
     def _running(self, layers: list[str]) -> RunningGram | RunningPair:
         with mapped_memory():
             width = self.layers[layers[0]].shape[1]
-            return (RunningPair if self.twin else RunningGram)(width, self.skeleton.device)
+            return (RunningPair if self.paired else RunningGram)(width, self.skeleton.device)
 
     def _add(self, stats: RunningGram | RunningPair, batch: Batch, seen: Seen, dense: Seen | None) -> None:
         if isinstance(stats, RunningGram):
@@ -398,7 +398,8 @@ class BlockStream:
         batch_tokens: tokens per batch.
         chosen: full names of the layers to be pruned.
         memory: bytes that a block's intermediate activations may take.
-        twin: whether the dense model's activations travel along, for statistics against them.
+        twin: whether the dense model's activations travel along.
+        paired: whether the layers' statistics are taken against them, where there are such.
         permute: whether to find out which inputs may change places.
     """
 
@@ -407,13 +408,15 @@ class BlockStream:
         skeleton: Skeleton,
         tokens: Tensor,
         *,
-        batch_tokens: int = 2048,
+        batch_tokens: int = BATCH_TOKENS,
         chosen: frozenset[str] = frozenset(),
         memory: int = 2 * 2**30,
         twin: bool = False,
+        paired: bool = True,
         permute: bool = False,
     ) -> None:
         self.skeleton, self.chosen, self.memory = skeleton, chosen, memory
+        self.paired = paired and twin
         self._short = rehearse(skeleton, tokens[:1, :SHORT], 1).batches[0] if permute else None
         self.rehearsal = rehearse(skeleton, tokens, max(1, batch_tokens // tokens.shape[1]), twin)
         self.uncalled: list[LayerRef] = []
@@ -427,7 +430,7 @@ class BlockStream:
     def __iter__(self) -> Iterator[Block]:
         for index in range(len(self)):
             with self.skeleton.loaded(self.skeleton.block_parameters(index)):
-                block = Block(self.skeleton, index, self.rehearsal.batches, self.chosen)
+                block = Block(self.skeleton, index, self.rehearsal.batches, self.chosen, paired=self.paired)
                 yield block
                 if not block.advanced:
                     block.advance()
@@ -441,7 +444,7 @@ class BlockStream:
         if kind not in self._orders:
             self._orders[kind] = call_order(block.module, block.layers, block.try_out)
             self._landings[kind] = (
-                find_landings(block.module, self._orders[kind].groups, block.try_out) if block.twin else {}
+                find_landings(block.module, self._orders[kind].groups, block.try_out) if self.paired else {}
             )
         order, block.landings = self._orders[kind], self._landings[kind]
         self.uncalled += [block.layers[local] for local in order.uncalled]

@@ -16,7 +16,7 @@ FLOORS = [
     {"solve"},
     {"checkpoint", "demo", "families", "gguf", "job", "packed", "semistructured", "source", "tokens"},
     {"hub", "perplexity", "plan", "coupling", "prepare", "refine", "rehearse", "skeleton", "stream", "verify", "watch"},
-    {"packing"},
+    {"allocate", "packing"},
     {"run"},
     {"__main__", "cli", "terminal"},
 ]
