@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmprune.errors import InputError, PruneError
+    from llmprune.finetune import KeepZeros, add_lora, merge_lora
     from llmprune.job import Job
     from llmprune.packing import load, pack, unpack
     from llmprune.progress import Progress
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
 _WHERE = {
     "InputError": "errors",
     "Job": "job",
+    "KeepZeros": "finetune",
     "Progress": "progress",
     "PruneError": "errors",
     "PruneReport": "report",
     "accelerate": "semistructured",
+    "add_lora": "finetune",
     "load": "packing",
+    "merge_lora": "finetune",
     "pack": "packing",
     "prune": "run",
     "unpack": "packing",
@@ -29,11 +33,14 @@ _WHERE = {
 __all__ = [
     "InputError",
     "Job",
+    "KeepZeros",
     "Progress",
     "PruneError",
     "PruneReport",
     "accelerate",
+    "add_lora",
     "load",
+    "merge_lora",
     "pack",
     "prune",
     "unpack",

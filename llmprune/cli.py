@@ -115,7 +115,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="llmprune",
         usage="llmprune --model MODEL --sparsity PATTERN [options]\n       llmprune verify DIR [--sparsity PATTERN]\n"
-        "       llmprune pack DIR [--out DIR]\n       llmprune unpack DIR [--out DIR]",
+        "       llmprune pack DIR [--out DIR]\n       llmprune unpack DIR [--out DIR]\n"
+        "       llmprune report DIR [--generate N]",
         description="Prune a Hugging Face language model block by block, after training, on one machine;\n"
         "measure its perplexity before and after; leave a folder that plain transformers loads.",
         epilog=f"methods:\n{methods}\n\n{EXAMPLES}\n{EXIT_CODES}",
@@ -276,6 +277,24 @@ def unpack_parser() -> Parser:
     return parser
 
 
+def report_parser() -> Parser:
+    """Flags of `llmprune report`."""
+    parser = Parser(
+        prog="llmprune report",
+        description="Draw prune_report.html of a pruned folder anew, with generated text if asked for.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a pruned folder")
+    parser.add_argument(
+        "--generate", type=positive, metavar="N",
+        help="let the dense and the pruned model continue a few texts by N tokens; each is loaded whole",
+    )  # fmt: skip
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeatable")
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: what the report names)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def _add_layers(parser: Parser) -> None:
     """Which layers of a folder hold which pattern."""
     parser.add_argument("dir", type=Path, metavar="DIR", help="a model folder")
@@ -299,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verify": (verify_parser, run_verify),
         "pack": (pack_parser, run_pack),
         "unpack": (unpack_parser, run_unpack),
+        "report": (report_parser, run_report),
     }
     if arguments and arguments[0] in commands:
         parser, command = commands[arguments[0]]
@@ -515,4 +535,21 @@ def run_unpack(options: argparse.Namespace) -> int:
 
     out = unpack(options.dir, options.out, progress=terminal.TerminalProgress())
     print(json.dumps({"out": str(out)}, indent=2) if options.json else f"saved to {out}")
+    return 0
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """`llmprune report`."""
+    hush_libraries(options.debug)
+    from llmprune import terminal
+    from llmprune.html_report import PAGE, write_report
+    from llmprune.report import PruneReport
+    from llmprune.samples import PROMPTS, add_samples
+
+    report = PruneReport.read(options.dir)
+    if options.generate:
+        progress = terminal.TerminalProgress()
+        add_samples(report, options.dir, options.generate, options.prompt or PROMPTS, options.dense, progress)
+    write_report(report, options.dir)
+    print(f"saved to {options.dir / PAGE}")
     return 0

@@ -10,13 +10,26 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llmprune"
 FLOORS = [
-    {"errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report"},
+    {"chart", "errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report"},
     {"linalg", "permutation", "positions", "refit", "stats", "targets"},
     {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
     {"solve"},
-    {"checkpoint", "demo", "families", "gguf", "job", "packed", "semistructured", "source", "tokens"},
+    {
+        "checkpoint",
+        "demo",
+        "families",
+        "finetune",
+        "gguf",
+        "html_report",
+        "job",
+        "packed",
+        "semistructured",
+        "source",
+        "tokens",
+    },
     {"hub", "perplexity", "plan", "coupling", "prepare", "refine", "rehearse", "skeleton", "stream", "verify", "watch"},
     {"allocate", "packing"},
+    {"samples"},
     {"run"},
     {"__main__", "cli", "terminal"},
 ]
