@@ -119,7 +119,9 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="llmprune",
         usage="llmprune --model MODEL --sparsity PATTERN [options]\n       llmprune verify DIR [--sparsity PATTERN]\n"
-        "       llmprune push DIR ORG/NAME [--private]",
+        "       llmprune push DIR ORG/NAME [--private]\n"
+        "       llmprune pack DIR [--out DIR]\n       llmprune unpack DIR [--out DIR]\n"
+        "       llmprune report DIR [--generate N]",
         description="Prune a Hugging Face language model block by block, after training, on one machine;\n"
         "measure its perplexity before and after; leave a folder that plain transformers loads.",
         epilog=f"methods:\n{methods}\n\n{EXAMPLES}\n{EXIT_CODES}",
@@ -192,6 +194,9 @@ def _add_stages(parser: Parser) -> None:
         "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
     )
     stages.add_argument(
+        "--augment", type=epochs, metavar="K", help="add K copies of every calibration window, with random tokens in it"
+    )
+    stages.add_argument(
         "--allocate", choices=("uniform", "error", "owl"),
         help="unstructured: the same share in every block, or less where errors or outliers are larger",
     )  # fmt: skip
@@ -261,17 +266,70 @@ def verify_parser() -> Parser:
         description="Re-open a folder's files and check that every pruned layer holds the pattern.",
         allow_abbrev=False,
     )
-    parser.add_argument("dir", metavar="DIR", help="a model folder")
-    parser.add_argument(
-        "--sparsity", metavar="PATTERN", help="pattern to check (default: what its prune_report.json says)"
-    )
+    _add_layers(parser)
     parser.add_argument("--scope", choices=("row", "layer"), help="of an unstructured pattern (default: layer)")
-    parser.add_argument("--only", metavar="GLOB", action="append", default=[], help="check only layers that match")
+    _add_common(parser)
+    return parser
+
+
+def pack_parser() -> Parser:
+    """Flags of `llmprune pack`."""
+    parser = Parser(
+        prog="llmprune pack",
+        description="Write a compact copy of a pruned folder: of N:M layers the kept values and their positions.",
+        allow_abbrev=False,
+    )
+    _add_layers(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR-packed)")
+    _add_common(parser)
+    return parser
+
+
+def unpack_parser() -> Parser:
+    """Flags of `llmprune unpack`."""
+    parser = Parser(
+        prog="llmprune unpack",
+        description="Write the plain folder that was packed, byte for byte.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a packed folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR without -packed)")
+    _add_common(parser)
+    return parser
+
+
+def report_parser() -> Parser:
+    """Flags of `llmprune report`."""
+    parser = Parser(
+        prog="llmprune report",
+        description="Draw prune_report.html of a pruned folder anew, with generated text if asked for.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a pruned folder")
+    parser.add_argument(
+        "--generate", type=positive, metavar="N",
+        help="let the dense and the pruned model continue a few texts by N tokens; each is loaded whole",
+    )  # fmt: skip
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeatable")
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: what the report names)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_layers(parser: Parser) -> None:
+    """Which layers of a folder hold which pattern."""
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a model folder")
+    parser.add_argument(
+        "--sparsity", metavar="PATTERN", help="pattern of its layers (default: what its prune_report.json says)"
+    )
+    parser.add_argument("--only", metavar="GLOB", action="append", default=[], help="take only layers that match")
     parser.add_argument("--skip", metavar="GLOB", action="append", default=[], help="leave out layers that match")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _add_common(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    return parser
 
 
 def push_parser() -> Parser:
@@ -293,10 +351,16 @@ def push_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["verify"]:
-        return run_command(verify_parser(), run_verify, arguments[1:])
-    if arguments[:1] == ["push"]:
-        return run_command(push_parser(), run_push, arguments[1:])
+    commands = {
+        "verify": (verify_parser, run_verify),
+        "push": (push_parser, run_push),
+        "pack": (pack_parser, run_pack),
+        "unpack": (unpack_parser, run_unpack),
+        "report": (report_parser, run_report),
+    }
+    if arguments and arguments[0] in commands:
+        parser, command = commands[arguments[0]]
+        return run_command(parser(), command, arguments[1:])
     return run_command(build_parser(), lambda options: run_prune(options, arguments), arguments)
 
 
@@ -406,6 +470,7 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         steps=options.steps,
         refit=options.refit,
         refine=options.refine,
+        augment=options.augment,
         allocate=options.allocate,
         options=tuple(options.option),
         scope=options.scope,
@@ -530,7 +595,7 @@ def run_verify(options: argparse.Namespace) -> int:
     from llmprune.verify import verify_folder
 
     result = verify_folder(
-        Path(options.dir),
+        options.dir,
         options.sparsity,
         options.scope,
         tuple(options.only),
@@ -542,3 +607,50 @@ def run_verify(options: argparse.Namespace) -> int:
     else:
         print(textwrap.dedent(result.text()).strip())
     return 1 if result.violations else 0
+
+
+def run_pack(options: argparse.Namespace) -> int:
+    """`llmprune pack`."""
+    hush_libraries(options.debug)
+    from llmprune import terminal
+    from llmprune.packing import pack
+
+    report = pack(
+        options.dir,
+        options.out,
+        sparsity=options.sparsity,
+        only=tuple(options.only),
+        skip=tuple(options.skip),
+        trust_remote_code=options.trust_remote_code,
+        progress=terminal.TerminalProgress(),
+    )
+    print(json.dumps(report.to_json(), indent=2) if options.json else report.text())
+    return 0
+
+
+def run_unpack(options: argparse.Namespace) -> int:
+    """`llmprune unpack`."""
+    hush_libraries(options.debug)
+    from llmprune import terminal
+    from llmprune.packing import unpack
+
+    out = unpack(options.dir, options.out, progress=terminal.TerminalProgress())
+    print(json.dumps({"out": str(out)}, indent=2) if options.json else f"saved to {out}")
+    return 0
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """`llmprune report`."""
+    hush_libraries(options.debug)
+    from llmprune import terminal
+    from llmprune.html_report import PAGE, write_report
+    from llmprune.report import PruneReport
+    from llmprune.samples import PROMPTS, add_samples
+
+    report = PruneReport.read(options.dir)
+    if options.generate:
+        progress = terminal.TerminalProgress()
+        add_samples(report, options.dir, options.generate, options.prompt or PROMPTS, options.dense, progress)
+    write_report(report, options.dir)
+    print(f"saved to {options.dir / PAGE}")
+    return 0

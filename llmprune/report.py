@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ from typing import Any
 from llmprune.errors import InputError
 
 FILE = "prune_report.json"
+
+
+def split_name(layer: str) -> tuple[int, str]:
+    """`model.layers.3.mlp.up_proj` -> 3, `mlp.up_proj`."""
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
+    return (int(match[1]), match[2]) if match else (0, layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,24 @@ class Refinement:
     after: float
 
 
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """What a block took; see docs/report.md."""
+
+    name: str
+    seconds: float
+    peak_memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How the dense and the pruned model continue a text; see docs/report.md."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
 @dataclass(slots=True)
 class PruneReport:
     """One run; see docs/report.md."""
@@ -53,6 +78,8 @@ class PruneReport:
     coverage: dict[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
     refinements: list[Refinement] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     size: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -70,7 +97,10 @@ class PruneReport:
         """The inverse of `to_json`."""
         layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in value["layers"]]
         refinements = [Refinement(**refinement) for refinement in value["refinements"]]
-        return cls(**{**value, "layers": layers, "refinements": refinements})
+        blocks = [BlockReport(**block) for block in value.get("blocks", ())]
+        samples = [Sample(**sample) for sample in value.get("samples", ())]
+        lists = {"layers": layers, "refinements": refinements, "blocks": blocks, "samples": samples}
+        return cls(**{**value, **lists})
 
     @classmethod
     def read(cls, folder: Path) -> PruneReport:
@@ -83,7 +113,8 @@ class PruneReport:
             return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{folder / FILE} is no report of llmprune: {error}", "say what to check: --sparsity"
+                f"{folder / FILE} is no report of llmprune: {error}",
+                "name a folder that llmprune wrote, or say what it holds: --sparsity",
             ) from error
 
     @property

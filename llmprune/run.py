@@ -23,6 +23,7 @@ from torch import Tensor
 from llmprune.allocate import allocate
 from llmprune.checkpoint import SafetensorsFolder, ShardWriter, copy_companions, replace_folder, write_json
 from llmprune.errors import CheckError, InputError, PruneError
+from llmprune.html_report import write_report
 from llmprune.hub import model_card
 from llmprune.job import Job
 from llmprune.linalg import relative_error
@@ -35,7 +36,7 @@ from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe
 from llmprune.refine import batch_tokens, refine
-from llmprune.report import FILE, LayerReport, PruneReport
+from llmprune.report import BlockReport, LayerReport, PruneReport
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BATCH_TOKENS, BlockStream, Group
 from llmprune.verify import check_layers, patterns_of
@@ -89,7 +90,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     """
     run = prepare(job, progress or Progress())
     report = new_report(run).to_json()
-    tokens = run.calibration.tokens
+    tokens = run.tokens
     evaluation = run.evaluation.tokens.numel() if run.evaluation else 0
     rate = product_rate()
 
@@ -107,7 +108,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
 
 def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock: Clock, progress: Progress) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
-    tokens = run.calibration.tokens
+    tokens = run.tokens
     patterns = block_patterns(run, clock, progress)
     stream = BlockStream(
         run.skeleton,
@@ -120,6 +121,7 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
     )
     writer.write(run.skeleton.export_outside())
     progress.start("pruning", len(stream))
+    began = time.perf_counter()
     for block in stream:
         first, pattern = len(report.layers), patterns[block.index]
         for group in stream.groups(block):
@@ -134,6 +136,9 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
                 report.refinements.append(refine(block, run.recipe.refine, run.job.seed))
         with clock("write"), mapped_memory():
             writer.write(block.export())
+        now = time.perf_counter()
+        report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory()))
+        began = now
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
@@ -146,7 +151,7 @@ def block_patterns(run: Prepared, clock: Clock, progress: Progress) -> Sequence[
         return [run.pattern] * len(run.skeleton.blocks)
     progress.start("sharing out", len(run.skeleton.blocks))
     with clock("allocate"):
-        stream = BlockStream(run.skeleton, run.calibration.tokens, chosen=run.plan.names)
+        stream = BlockStream(run.skeleton, run.tokens, chosen=run.plan.names)
         patterns = allocate(stream, run.pattern, run.recipe.allocate, progress.step)
     progress.finish()
     return patterns
@@ -280,7 +285,7 @@ def new_report(run: Prepared) -> PruneReport:
         },
         method={"name": run.recipe.method, "options": asdict(run.solver.method)},  # type: ignore[call-overload]
         recipe={"effort": job.effort if job.method == AUTO else None, **asdict(run.recipe)},
-        calibration={**asdict(run.calibration.provenance), "tokens": run.calibration.tokens.numel()},
+        calibration={**asdict(run.calibration.provenance), "tokens": run.tokens.numel()},
         evaluation=None,
         coverage=coverage(plan),
         machine={
@@ -348,14 +353,19 @@ def write_companions(run: Prepared, report: PruneReport) -> None:
         "pruned": sum(path.stat().st_size for path in run.partial.glob("*.safetensors")),
     }
     (run.partial / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
-    write_json(run.partial / FILE, report.to_json())
+    write_report(report, run.partial)
 
 
 def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:
     """The figures that are only known at the end."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    report.peak_memory = peak if sys.platform == "darwin" else peak * 1024
+    report.peak_memory = peak_memory()
     if run.skeleton.device.type == "cuda":
         report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
     report.seconds = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
-    write_json(run.out / FILE, report.to_json())
+    write_report(report, run.out)
+
+
+def peak_memory() -> int:
+    """Largest resident size of the process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -10,13 +10,26 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llmprune"
 FLOORS = [
-    {"errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report"},
-    {"linalg", "permutation", "refit", "stats", "targets"},
+    {"chart", "errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report"},
+    {"augment", "linalg", "permutation", "positions", "refit", "stats", "targets"},
     {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
     {"solve"},
-    {"checkpoint", "demo", "families", "gguf", "job", "source", "tokens"},
+    {
+        "checkpoint",
+        "demo",
+        "families",
+        "finetune",
+        "gguf",
+        "html_report",
+        "job",
+        "packed",
+        "semistructured",
+        "source",
+        "tokens",
+    },
     {"hub", "perplexity", "plan", "coupling", "prepare", "refine", "rehearse", "skeleton", "stream", "verify", "watch"},
-    {"allocate", "upload"},
+    {"allocate", "packing", "upload"},
+    {"samples"},
     {"run"},
     {"__main__", "bars", "cli", "terminal"},
 ]

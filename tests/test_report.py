@@ -21,7 +21,8 @@ from llmprune.report import FILE
 
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
 FREE = ("versions", "method.options", "coverage.skipped", "layers[].stats")
-SOMETIMES = {"machine.device_memory", "seconds.allocate"}
+SAMPLE = {f"samples[].{key}" for key in ("prompt", "dense", "pruned")}
+SOMETIMES = {"machine.device_memory", "seconds.allocate"} | SAMPLE
 
 
 @pytest.fixture(scope="module")
