@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from llmprune.checkpoint import PACKED
 from llmprune.recipe import Recipe
 from llmprune.report import PruneReport
 
@@ -25,8 +27,19 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 The pruned weights are exact zeros in plain safetensors, so every loader reads them. {note}.
 `prune_report.json` has every layer's error; `llmprune verify DIR` checks the pattern."""
+LOAD_PACKED = """\
+```python
+import llmprune
+from huggingface_hub import snapshot_download
+
+model = llmprune.load(snapshot_download("{name}"))
+```
+
+The weights are packed: kept values and their positions, without the zeros. `llmprune unpack DIR` gives the plain folder
+back, byte for byte, which every loader reads."""
 CONTINUE = """\
-An ordinary fine-tune fills the zeros in. To keep them, put them back after every step of the optimiser:
+An ordinary fine-tune fills the zeros in. `Trainer(..., callbacks=[llmprune.KeepZeros()])` keeps them; in a loop of your
+own, put them back after every step of the optimiser:
 
 ```python
 masks = {name: weight != 0 for name, weight in model.named_parameters()}
@@ -68,6 +81,8 @@ def model_card(report: PruneReport, source: Path) -> str:
 def card_for(folder: Path, report: PruneReport, repo: str) -> str:
     """The card of a folder as it is uploaded: what stands in it, but the model goes by the repository's name.
 
+    Of a packed folder it says how that is loaded.
+
     Args:
         folder: as `prune` left it, its card perhaps edited or deleted since.
         report: of the folder.
@@ -75,6 +90,9 @@ def card_for(folder: Path, report: PruneReport, repo: str) -> str:
     """
     path, local = folder / FILE, Path(report.out).name
     text = path.read_text(encoding="utf-8") if path.exists() else model_card(report, folder)
+    if next(folder.glob(f"*{PACKED}"), None):
+        load = f"## Load\n\n{LOAD_PACKED.format(name=repo)}\n"
+        text = re.sub(r"## Load\n.*?(?=\n## |\Z)", lambda _: load, text, count=1, flags=re.DOTALL)
     for form in TITLES:
         text = text.replace(form.format(local), form.format(repo.partition("/")[2]))
     return text.replace(LOADED.format(local), LOADED.format(repo))
