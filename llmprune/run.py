@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
-import shutil
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint import SafetensorsFolder, ShardWriter, copy_companions, replace_folder, write_json
-from llmprune.errors import CheckError, InputError, PruneError
+from llmprune.checkpoint import SafetensorsFolder, copy_companions, replace_folder, write_json
+from llmprune.errors import CheckError
 from llmprune.hub import model_card
 from llmprune.job import Job
 from llmprune.linalg import relative_error
@@ -34,11 +31,11 @@ from llmprune.progress import Progress
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe
 from llmprune.refine import refine
 from llmprune.report import FILE, LayerReport, PruneReport
+from llmprune.resume import Journal, workplace
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BlockStream, Group
 from llmprune.verify import check_layers
 
-LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 EXPLODED = 10.0
 BATCH_TOKENS, TRAINING_TOKENS = 2048, 1024
 
@@ -52,30 +49,29 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
 
     Raises:
         InputError: the job cannot be done; nothing was written.
-        PruneError: the run failed; nothing is left at `job.out`.
+        PruneError: the run failed; nothing is left at `job.out`, but finished blocks are kept for the same job.
     """
     progress = progress or Progress()
     clock = Clock()
     with clock("total"):
         with clock("prepare"):
             run = prepare(job, progress)
-            check_weights(run, progress)
             report = new_report(run)
-        with working_folder(run.partial, progress):
+        with workplace(run, progress) as journal:
+            with clock("prepare"):
+                journal.agree({"the model's weights": check_weights(run, progress)})
             with clock("dense_evaluation"):
-                dense = measure(run, run.source.folder, "dense perplexity", progress)
+                dense = journal.dense() or measure(run, run.source.folder, "dense perplexity", progress)
             with clock("prune"):
-                writer = ShardWriter(run.partial)
-                prune_blocks(run, writer, report, clock, progress)
-                writer.seal()
+                prune_blocks(run, journal, dense, report, clock, progress)
             with clock("verify"):
                 verify_written(run, report, progress)
             with clock("pruned_evaluation"):
-                pruned = measure(run, run.partial, "pruned perplexity", progress)
+                pruned = measure(run, run.unfinished, "pruned perplexity", progress)
             add_evaluation(run, report, dense, pruned)
             write_companions(run, report)
             report.seconds = clock.seconds
-            replace_folder(run.partial, run.out)
+            replace_folder(run.unfinished, run.out)
     finish_report(run, report, clock)
     return report
 
@@ -104,7 +100,9 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     }
 
 
-def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock: Clock, progress: Progress) -> None:
+def prune_blocks(
+    run: Prepared, journal: Journal, dense: Perplexity | None, report: PruneReport, clock: Clock, progress: Progress
+) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
     tokens = run.calibration.tokens
     stream = BlockStream(
@@ -114,9 +112,16 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
         chosen=run.plan.names,
         twin=run.recipe.twin,
         permute=run.recipe.permute,
+        again=run.recipe.refine > 0,
+        folder=run.partial,
+        budget=run.job.activation_memory,
+        saved=journal.state.get("stream"),
     )
-    writer.write(run.skeleton.export_outside())
-    progress.start("pruning", len(stream))
+    journal.fill(report)
+    writer = journal.writer()
+    if not writer.shards:
+        writer.write(run.skeleton.export_outside())
+    progress.start("pruning", len(stream) - stream.done)
     for block in stream:
         first = len(report.layers)
         for group in stream.groups(block):
@@ -131,9 +136,12 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
                 report.refinements.append(refine(block, run.recipe.refine, run.job.seed))
         with clock("write"), mapped_memory():
             writer.write(block.export())
+            block.finish()
+            journal.save(stream, report, writer, dense)
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
+    writer.seal()
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
 
 
@@ -170,32 +178,12 @@ class Clock:
             self.seconds[stage] += time.perf_counter() - start
 
 
-@contextmanager
-def working_folder(partial: Path, progress: Progress) -> Iterator[None]:
-    """A folder for the work in progress; it is gone if the run fails, and renamed if it succeeds."""
-    if partial.exists():
-        progress.note(f"removing {partial}, left by a run that was killed")
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot make {partial}: {error.strerror}", "choose another --out") from error
-    progress.note(f"writing to {partial} until everything is done")
-    try:
-        yield
-    except OSError as error:
-        raise PruneError(
-            f"cannot write {partial}: {error.strerror or error}", "free disk space or choose another --out"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_weights(run: Prepared, progress: Progress) -> None:
-    """Read every weight once: a damaged file is found now, not after hours."""
+def check_weights(run: Prepared, progress: Progress) -> str:
+    """Read every weight once: a damaged file is found now, not after hours. Returns the hash of all."""
     progress.start("checking weights", run.skeleton.checkpoint.folder.nbytes, "B")
-    run.skeleton.checkpoint.check_finite(progress.step)
+    digest = run.skeleton.checkpoint.check_finite(progress.step)
     progress.finish()
+    return digest
 
 
 def measure(run: Prepared, folder: Path, label: str, progress: Progress) -> Perplexity | None:
@@ -229,7 +217,7 @@ def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> No
     pruned = {layer.name for layer in report.layers}
     layers = [(ref.name, ref.transposed) for ref in run.plan.layers if ref.name in pruned]
     progress.start("verifying", len(layers))
-    checks = check_layers(skeleton_of(run, run.partial).checkpoint, layers, run.pattern, progress.step)
+    checks = check_layers(skeleton_of(run, run.unfinished).checkpoint, layers, run.pattern, progress.step)
     progress.finish()
     if bad := [check for check in checks if check.violations]:
         raise CheckError(
@@ -239,12 +227,12 @@ def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> No
 
 def new_report(run: Prepared) -> PruneReport:
     """A report with all that is known before the run."""
-    job, plan = run.job, run.plan
+    job, plan, versions = run.job, run.plan, run.versions
     config = run.source.config
     return PruneReport(
-        llmprune=version("llmprune"),
+        llmprune=versions.pop("llmprune"),
         command=job.command,
-        versions={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        versions=versions,
         model={
             "name": job.model,
             "revision": run.source.revision,
@@ -317,20 +305,20 @@ def explosion(run: Prepared, dense: Perplexity, pruned: Perplexity) -> str:
 
 def write_companions(run: Prepared, report: PruneReport) -> None:
     """Everything in the folder besides the weights."""
-    copy_companions(run.source.folder, run.partial)
+    copy_companions(run.source.folder, run.unfinished)
     config = json.loads((run.source.folder / "config.json").read_text(encoding="utf-8"))
     for leftover in ("quantization_config", "compression_config", "sparsity_config"):
         config.pop(leftover, None)
     if run.job.dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = run.job.dtype
-    write_json(run.partial / "config.json", config)
+    write_json(run.unfinished / "config.json", config)
     report.size = {
         "dense": run.skeleton.checkpoint.folder.nbytes,
-        "pruned": sum(path.stat().st_size for path in run.partial.glob("*.safetensors")),
+        "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
     }
-    (run.partial / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
-    write_json(run.partial / FILE, report.to_json())
+    (run.unfinished / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
+    write_json(run.unfinished / FILE, report.to_json())
 
 
 def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:
