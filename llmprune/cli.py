@@ -194,6 +194,10 @@ def _add_stages(parser: Parser) -> None:
     stages.add_argument(
         "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
     )
+    stages.add_argument(
+        "--allocate", choices=("uniform", "error", "owl"),
+        help="unstructured: the same share in every block, or less where errors or outliers are larger",
+    )  # fmt: skip
 
 
 def _add_data(parser: Parser) -> None:
@@ -382,6 +386,7 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         steps=options.steps,
         refit=options.refit,
         refine=options.refine,
+        allocate=options.allocate,
         options=tuple(options.option),
         scope=options.scope,
         calib=options.calib,

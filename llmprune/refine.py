@@ -16,6 +16,13 @@ RATE = 0.01  # of a parameter's root mean square, per step
 WHITENING = 0.5
 WARM_UP = 0.1
 HELD_OUT = 8
+BATCH_TOKENS = 1024
+LEAST_SAMPLES = 2
+
+
+def batch_tokens(tokens: Tensor) -> int:
+    """Tokens per batch for a calibration set `(samples, length)`: small, because the number of steps counts."""
+    return max(min(BATCH_TOKENS, tokens.numel() // 16), 1)
 
 
 def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
@@ -42,7 +49,7 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     for _ in range(epochs if training else 0):
         for index in torch.randperm(len(training), generator=generator).tolist():
             with torch.enable_grad():
-                gradients = torch.autograd.grad(loss(training[index]), list(values.values()))
+                gradients = gradients_of(loss(training[index]), list(values.values()))
             for (name, value), gradient in zip(values.items(), gradients, strict=True):
                 value.grad = gradient.mul_(masks[name]) if name in masks else gradient
             schedule.step()
@@ -51,6 +58,13 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     block.store(best)
     block.rewind()
     return Refinement(block.name, before, after)
+
+
+def gradients_of(loss: Tensor, values: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    """The gradient of every parameter; zero for one that had no part in the loss (an expert without tokens)."""
+    if loss.requires_grad:
+        return torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+    return tuple(torch.zeros_like(value) for value in values)
 
 
 def trainable(block: Block) -> dict[str, nn.Parameter]:

@@ -18,6 +18,7 @@ class LayerReport:
 
     name: str
     shape: tuple[int, int]
+    pattern: str
     pruned: int
     kept_zeros: int
     error: float

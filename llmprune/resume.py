@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from llmprune.carried import CannotBeSavedError
 from llmprune.checkpoint import Shard, ShardWriter, write_json
 from llmprune.durable import sha256
 from llmprune.errors import InputError, PruneError
+from llmprune.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.perplexity import Perplexity
 from llmprune.prepare import Prepared, output_folder
 from llmprune.progress import Progress
@@ -39,14 +40,21 @@ class Journal:
     Args:
         run: the job; its working folder exists and is locked.
         progress: told what is found.
+
+    Attributes:
+        dense: the perplexity of the source, once it is known.
+        patterns: every block's pattern, once they are known.
     """
 
     def __init__(self, run: Prepared, progress: Progress) -> None:
         self.folder, self.model = run.partial, run.unfinished
         self.facts: dict[str, str] = {}
         self.progress = progress
+        self._scope: Scope = getattr(run.pattern, "scope", "layer")
         self.state: dict[str, Any] = {}
         self.resumed = False
+        self.dense: Perplexity | None = None
+        self.patterns: Sequence[SparsityPattern] = ()
 
     @property
     def blocks(self) -> int:
@@ -70,6 +78,8 @@ class Journal:
             self.progress.warn(f"{bad} is damaged or missing: starting over")
             self.state, self.resumed = {}, False
         if self.resumed:
+            self.dense = Perplexity(**self.state["dense"]) if self.state["dense"] else None
+            self.patterns = [parse_pattern(name, self._scope) for name in self.state["patterns"]]
             self.writer().unseal()
             self._tidy()
             self.progress.note(f"{self.blocks} blocks were finished before, in {self.folder}; going on from there")
@@ -96,17 +106,12 @@ class Journal:
         """Goes on with the shards."""
         return ShardWriter(self.model, [Shard(**shard) for shard in self.state.get("shards", [])])
 
-    def dense(self) -> Perplexity | None:
-        """The perplexity of the source, if it was measured."""
-        found = self.state.get("dense")
-        return Perplexity(**found) if found else None
-
     def fill(self, report: PruneReport) -> None:
         """Put what was reported of the finished blocks into a report."""
         found = PruneReport.from_json({**report.to_json(), **self.state.get("report", {})})
         report.layers, report.refinements = found.layers, found.refinements
 
-    def save(self, stream: BlockStream, report: PruneReport, writer: ShardWriter, dense: Perplexity | None) -> None:
+    def save(self, stream: BlockStream, report: PruneReport, writer: ShardWriter) -> None:
         """Make a finished block durable: the shards are already, now come the hidden states and then the new state."""
         try:
             onward = stream.save()
@@ -117,7 +122,8 @@ class Journal:
         self.state = {
             "run": self.facts,
             "shards": [asdict(shard) for shard in writer.shards],
-            "dense": asdict(dense) if dense else None,
+            "dense": asdict(self.dense) if self.dense else None,
+            "patterns": [pattern.name for pattern in self.patterns],
             "report": {key: whole[key] for key in ("layers", "refinements")},
             "stream": onward,
         }

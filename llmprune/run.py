@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,27 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmprune.allocate import allocate
 from llmprune.checkpoint import SafetensorsFolder, copy_companions, replace_folder, write_json
 from llmprune.errors import CheckError
 from llmprune.hub import model_card
 from llmprune.job import Job
 from llmprune.linalg import relative_error
 from llmprune.memory import mapped_memory
+from llmprune.pattern import SparsityPattern, Unstructured
 from llmprune.perplexity import Perplexity, perplexity
 from llmprune.plan import Estimate, Plan, estimate, product_rate
 from llmprune.prepare import Prepared, prepare
 from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe
-from llmprune.refine import refine
+from llmprune.refine import batch_tokens, refine
 from llmprune.report import FILE, LayerReport, PruneReport
 from llmprune.resume import Journal, workplace
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BlockStream, Group
-from llmprune.verify import check_layers
+from llmprune.stream import BATCH_TOKENS, BlockStream, Group
+from llmprune.verify import check_layers, patterns_of
 
 EXPLODED = 10.0
-BATCH_TOKENS, TRAINING_TOKENS = 2048, 1024
 
 
 def prune(job: Job, progress: Progress | None = None) -> PruneReport:
@@ -61,14 +62,14 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
             with clock("prepare"):
                 journal.agree({"the model's weights": check_weights(run, progress)})
             with clock("dense_evaluation"):
-                dense = journal.dense() or measure(run, run.source.folder, "dense perplexity", progress)
+                journal.dense = journal.dense or measure(run, run.source.folder, "dense perplexity", progress)
             with clock("prune"):
-                prune_blocks(run, journal, dense, report, clock, progress)
+                prune_blocks(run, journal, report, clock, progress)
             with clock("verify"):
                 verify_written(run, report, progress)
             with clock("pruned_evaluation"):
                 pruned = measure(run, run.unfinished, "pruned perplexity", progress)
-            add_evaluation(run, report, dense, pruned)
+            add_evaluation(run, report, journal.dense, pruned)
             write_companions(run, report)
             report.seconds = clock.seconds
             replace_folder(run.unfinished, run.out)
@@ -100,17 +101,17 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     }
 
 
-def prune_blocks(
-    run: Prepared, journal: Journal, dense: Perplexity | None, report: PruneReport, clock: Clock, progress: Progress
-) -> None:
+def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Clock, progress: Progress) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
     tokens = run.calibration.tokens
+    patterns = journal.patterns = journal.patterns or block_patterns(run, clock, progress)
     stream = BlockStream(
         run.skeleton,
         tokens,
-        batch_tokens=min(TRAINING_TOKENS, tokens.numel() // 16) if run.recipe.refine else BATCH_TOKENS,
+        batch_tokens=batch_tokens(tokens) if run.recipe.refine else BATCH_TOKENS,
         chosen=run.plan.names,
         twin=run.recipe.twin,
+        paired=run.recipe.targets == "dense",
         permute=run.recipe.permute,
         again=run.recipe.refine > 0,
         folder=run.partial,
@@ -123,21 +124,21 @@ def prune_blocks(
         writer.write(run.skeleton.export_outside())
     progress.start("pruning", len(stream) - stream.done)
     for block in stream:
-        first = len(report.layers)
+        first, pattern = len(report.layers), patterns[block.index]
         for group in stream.groups(block):
             with mapped_memory():
                 with clock("solve"):
-                    solutions, order = run.solver.solve(group.problem, run.pattern, group.classes)
+                    solutions, order = run.solver.solve(group.problem, pattern, group.classes)
                 stored = group.write(solutions, order)
                 with clock("error"):
-                    report.layers += describe(group, solutions, stored)
+                    report.layers += describe(group, pattern, solutions, stored)
         if run.recipe.refine:
             with clock("refine"):
                 report.refinements.append(refine(block, run.recipe.refine, run.job.seed))
         with clock("write"), mapped_memory():
             writer.write(block.export())
             block.finish()
-            journal.save(stream, report, writer, dense)
+            journal.save(stream, report, writer)
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
@@ -145,13 +146,28 @@ def prune_blocks(
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
 
 
-def describe(group: Group, solutions: list[LayerSolution], stored: list[Tensor]) -> list[LayerReport]:
+def block_patterns(run: Prepared, clock: Clock, progress: Progress) -> Sequence[SparsityPattern]:
+    """Every block's pattern: the one asked for, or its own share of it, from a first pass over the dense model."""
+    if run.recipe.allocate == "uniform" or not isinstance(run.pattern, Unstructured):
+        return [run.pattern] * len(run.skeleton.blocks)
+    progress.start("sharing out", len(run.skeleton.blocks))
+    with clock("allocate"):
+        stream = BlockStream(run.skeleton, run.calibration.tokens, chosen=run.plan.names)
+        patterns = allocate(stream, run.pattern, run.recipe.allocate, progress.step)
+    progress.finish()
+    return patterns
+
+
+def describe(
+    group: Group, pattern: SparsityPattern, solutions: list[LayerSolution], stored: list[Tensor]
+) -> list[LayerReport]:
     """Report the layers of a group; the error is that of the weights as they are stored."""
     stats = group.problem.stats
     return [
         LayerReport(
             name=problem.name,
             shape=ref.shape,
+            pattern=pattern.name,
             pruned=int((~solution.mask).sum()),
             kept_zeros=int(((weight == 0) & solution.mask).sum()),
             error=relative_error(problem.weight, weight, stats),
@@ -214,10 +230,10 @@ def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> No
     Raises:
         CheckError: a layer misses zeros.
     """
-    pruned = {layer.name for layer in report.layers}
-    layers = [(ref.name, ref.transposed) for ref in run.plan.layers if ref.name in pruned]
+    patterns = patterns_of(report)
+    layers = [(ref, patterns[ref.name]) for ref in run.plan.layers if ref.name in patterns]
     progress.start("verifying", len(layers))
-    checks = check_layers(skeleton_of(run, run.unfinished).checkpoint, layers, run.pattern, progress.step)
+    checks = check_layers(skeleton_of(run, run.unfinished).checkpoint, layers, progress.step)
     progress.finish()
     if bad := [check for check in checks if check.violations]:
         raise CheckError(

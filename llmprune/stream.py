@@ -35,6 +35,9 @@ from llmprune.watch import Observer, watched
 SHORT = 16
 """Tokens that are enough to see how the layers of a block hang together."""
 
+BATCH_TOKENS = 2048
+"""Tokens that pass through a block together."""
+
 
 @dataclass(slots=True)
 class Group:
@@ -62,13 +65,14 @@ class Block:
         index: position of the block.
         batches: the activations that enter it; they leave it when `advance` or `groups` is done.
         chosen: the layers to be pruned, by full name.
-        paused: whether forwards may pause (one forward a block) or are repeated for every group.
+        paired: whether the layers' statistics are taken against the dense model's activations.
     """
 
     def __init__(
-        self, skeleton: Skeleton, index: int, batches: list[Batch], chosen: frozenset[str], paused: bool = True
+        self, skeleton: Skeleton, index: int, batches: list[Batch], chosen: frozenset[str], paired: bool = False
     ) -> None:
-        self.skeleton, self.index, self.batches, self.paused = skeleton, index, batches, paused
+        self.skeleton, self.index, self.batches, self.paired = skeleton, index, batches, paired
+        self.paused = True
         self.name = skeleton.block_name(index)
         self.module = skeleton.blocks[index]
         self.linear = find_layers(self.module, self.name, skeleton.config)
@@ -145,11 +149,14 @@ class Block:
     @torch.no_grad()
     def store(self, values: dict[str, Tensor]) -> None:
         """Give parameters new values, by local name; the block computes with what the file will hold."""
-        parameters = dict(self.module.named_parameters())
         for local, value in values.items():
             name = f"{self.name}.{local}"
             stored = value.to(self.skeleton.checkpoint.stored_dtype(name))
-            parameters[local].copy_(stored)
+            if not bool(torch.isfinite(stored).all()):
+                raise InputError(
+                    f"the pruned weights of {name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
+                )
+            self.module.get_parameter(local).copy_(stored)
             self.changed[name] = stored.contiguous().cpu()
 
     @torch.no_grad()
@@ -200,17 +207,10 @@ class Block:
 
     def _write(self, ref: LayerRef, solution: LayerSolution) -> Tensor:
         """Store a solution; from now on the block computes with what the file will hold. Returns that, float32."""
-        name = f"{ref.name}.weight"
-        stored = solution.weight.to(self.skeleton.checkpoint.stored_dtype(name))
-        if not bool(torch.isfinite(stored).all()):
-            raise InputError(
-                f"the pruned weights of {ref.name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
-            )
         if self.twin:
             self.dense_weights.setdefault(ref.local, self._parameter(ref.local).data.clone())
-        self._weight(ref).copy_(stored)
-        self.changed[name] = (stored.T if ref.transposed else stored).contiguous().cpu()
-        return stored.float()
+        self.store({f"{ref.local}.weight": solution.weight.T if ref.transposed else solution.weight})
+        return solution.weight.to(self.skeleton.checkpoint.stored_dtype(f"{ref.name}.weight")).float()
 
     def _pausing(self, order: list[list[str]]) -> Iterator[tuple[int, InputStats]]:
         """One forward per batch, each in a greenlet that pauses where a group begins.
@@ -254,7 +254,7 @@ class Block:
             for batch in self.batches:
                 seen = self._seen_at(number, batch)
                 if seen is not None:
-                    self._add(stats, batch, seen, self._seen_at(number, batch, dense=True) if self.twin else None)
+                    self._add(stats, batch, seen, self._seen_at(number, batch, dense=True) if self.paired else None)
             yield number, self._result(stats, layers)
         self.advance()
 
@@ -287,7 +287,7 @@ class Block:
     def _running(self, layers: list[str]) -> RunningGram | RunningPair:
         with mapped_memory():
             width = self.layers[layers[0]].shape[1]
-            return (RunningPair if self.twin else RunningGram)(width, self.skeleton.device)
+            return (RunningPair if self.paired else RunningGram)(width, self.skeleton.device)
 
     def _add(self, stats: RunningGram | RunningPair, batch: Batch, seen: Seen, dense: Seen | None) -> None:
         if isinstance(stats, RunningGram):
@@ -400,7 +400,8 @@ class BlockStream:
         batch_tokens: tokens per batch.
         chosen: full names of the layers to be pruned.
         memory: bytes that a block's intermediate activations may take.
-        twin: whether the dense model's activations travel along, for statistics against them.
+        twin: whether the dense model's activations travel along.
+        paired: whether the layers' statistics are taken against them, where there are such.
         permute: whether to find out which inputs may change places.
         again: whether blocks will be passed more than once, see `Block.rewind`.
         folder: where hidden states rest that exceed the budget, and what `save` writes; None for neither.
@@ -413,10 +414,11 @@ class BlockStream:
         skeleton: Skeleton,
         tokens: Tensor,
         *,
-        batch_tokens: int = 2048,
+        batch_tokens: int = BATCH_TOKENS,
         chosen: frozenset[str] = frozenset(),
         memory: int = 2 * 2**30,
         twin: bool = False,
+        paired: bool = True,
         permute: bool = False,
         again: bool = False,
         folder: Path | None = None,
@@ -424,6 +426,7 @@ class BlockStream:
         saved: dict[str, Any] | None = None,
     ) -> None:
         self.skeleton, self.chosen, self.memory, self.folder = skeleton, chosen, memory, folder
+        self.paired = paired and twin
         # What enters a block and what leaves it are there at once.
         limit = budget // (4 if twin else 2)
         self._pruned = Activations("pruned", folder, limit, keep=again)
@@ -446,7 +449,7 @@ class BlockStream:
     def __iter__(self) -> Iterator[Block]:
         for index in range(self.done, len(self)):
             with self.skeleton.loaded(self.skeleton.block_parameters(index)):
-                block = Block(self.skeleton, index, self.rehearsal.batches, self.chosen)
+                block = Block(self.skeleton, index, self.rehearsal.batches, self.chosen, paired=self.paired)
                 yield block
                 block.finish()
             self.done = index + 1
@@ -459,7 +462,7 @@ class BlockStream:
     def groups(self, block: Block) -> Iterator[Group]:
         """The groups of a block; blocks of one kind share their call order."""
         order = self.kinds.order(block.index, list(block.layers), block.try_out)
-        block.landings = self.kinds.landings(block.index, block.try_out) if block.twin else {}
+        block.landings = self.kinds.landings(block.index, block.try_out) if self.paired else {}
         self.uncalled += [block.layers[local].name for local in order.uncalled]
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
         forwards = len(self.rehearsal.batches) * (2 if block.twin else 1)

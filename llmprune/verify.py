@@ -12,7 +12,7 @@ from torch import Tensor
 from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
-from llmprune.families import select
+from llmprune.families import LayerRef, select
 from llmprune.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.plan import make_plan
 from llmprune.progress import Progress
@@ -42,25 +42,29 @@ class LayerCheck:
 
 def check_layers(
     tensors: Mapping[str, Tensor],
-    layers: Iterable[tuple[str, bool]],
-    pattern: SparsityPattern,
+    layers: Iterable[tuple[LayerRef, SparsityPattern]],
     step: Callable[[], None] = lambda: None,
 ) -> list[LayerCheck]:
     """Check the pattern of every layer.
 
     Args:
         tensors: parameters by module name.
-        layers: module name, and whether the weight is stored as `(in, out)`.
-        pattern: what every weight must hold.
+        layers: with the pattern that each must hold.
         step: called after every layer.
     """
     checks = []
-    for name, transposed in layers:
-        weight = tensors[f"{name}.weight"]
-        found = pattern.check(weight.T if transposed else weight)
-        checks.append(LayerCheck(name, found.weights, found.zeros, found.extra_zeros, found.violations))
+    for ref, pattern in layers:
+        weight = tensors[f"{ref.name}.weight"]
+        found = pattern.check(weight.T if ref.transposed else weight)
+        checks.append(LayerCheck(ref.name, found.weights, found.zeros, found.extra_zeros, found.violations))
         step()
     return checks
+
+
+def patterns_of(report: PruneReport, scope: Scope | None = None) -> dict[str, SparsityPattern]:
+    """Every pruned layer's pattern, by module name; in the report's scope, or another one."""
+    scope = scope or report.sparsity["scope"]
+    return {layer.name: parse_pattern(layer.pattern, scope) for layer in report.layers}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +124,12 @@ def verify_folder(
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}", "name a model folder")
     names: tuple[str, ...] = ()
+    own: dict[str, SparsityPattern] = {}
     if sparsity is None:
         report = PruneReport.read(folder)
         sparsity, scope = report.sparsity["pattern"], scope or report.sparsity["scope"]
-        names = tuple(layer.name for layer in report.layers)
+        own = patterns_of(report, scope)
+        names = tuple(own)
         only = tuple(name for name in names if not select(name, only, skip))
         if not only:
             raise InputError(
@@ -136,5 +142,5 @@ def verify_folder(
     skeleton = Skeleton(source.config, SafetensorsFolder(folder), trust_remote_code=trust_remote_code)
     # A report names layers exactly; one that the model lacks is an error, as a glob that matches nothing is.
     plan = make_plan(skeleton, pattern, only, () if names else skip)
-    layers = [(ref.name, ref.transposed) for ref in plan.layers]
-    return FolderCheck(str(folder), pattern, check_layers(skeleton.checkpoint, layers, pattern))
+    layers = [(ref, own.get(ref.name, pattern)) for ref in plan.layers]
+    return FolderCheck(str(folder), pattern, check_layers(skeleton.checkpoint, layers))

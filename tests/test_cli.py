@@ -203,6 +203,29 @@ def test_a_misspelt_choice_gets_a_suggestion(refused: Callable[..., Outcome], fl
     refused(*flags, "--method", "sparsgpt", says="--method 'sparsgpt' is unknown", hints="did you mean sparsegpt")
 
 
+def test_refinement_needs_a_window_to_hold_out(refused: Callable[..., Outcome], flags: list[str]) -> None:
+    refused(*with_value(flags, "--samples", 1), "--effort", "best", says="there is 1", hints="--refine 0")
+
+
+@pytest.mark.parametrize("kind", ["error", "owl"])
+def test_shares_of_blocks_add_up_and_verify_knows(run: Callable[..., Outcome], flags: list[str], kind: str) -> None:
+    sparse = with_value(flags, "--sparsity", "70%")
+    assert run(*sparse, "--method", "wanda", "--allocate", kind, "--out", "out", "--no-eval").code == 0
+    report = json.loads(Path("out", REPORT).read_text())
+    weights = {layer["name"]: layer["shape"][0] * layer["shape"][1] for layer in report["layers"]}
+    pruned = sum(layer["pruned"] for layer in report["layers"])
+    assert pruned == pytest.approx(0.7 * sum(weights.values()), abs=len(weights) * 64)
+    assert len({layer["pattern"] for layer in report["layers"]}) > 1
+    assert run("verify", "out").code == 0
+    lowest = min((layer["pattern"] for layer in report["layers"]), key=lambda text: float(text.rstrip("%")))
+    assert run("verify", "out", "--sparsity", lowest, "--scope", "row").code == 0
+    assert run("verify", "out", "--sparsity", "70%", "--scope", "row").code == 1
+
+
+def test_shares_of_blocks_are_for_unstructured_patterns(refused: Callable[..., Outcome], flags: list[str]) -> None:
+    refused(*flags, "--allocate", "error", says="--allocate error does not apply to 2:4", hints="every group")
+
+
 def test_a_misspelt_flag_gets_a_suggestion(refused: Callable[..., Outcome], flags: list[str]) -> None:
     refused(*flags, "--sample", "4", says="'--sample'", hints="--samples")
 

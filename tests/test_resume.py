@@ -101,6 +101,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt"},
     "balanced": {"method": "auto", "effort": "balanced"},
     "best": {"method": "auto", "effort": "best"},
+    "shares": {"sparsity": "50%", "allocate": "error"},
 }
 
 
