@@ -278,6 +278,17 @@ def test_what_would_fail_later_is_refused_at_once(
     assert not any("commit" in request for request in hub.requests)
 
 
+def test_a_dry_run_checks_the_destination_and_sends_nothing(
+    hub: Hub, run: Callable[..., Outcome], tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    flags = ["--model", tiny, "--sparsity", "2:4", "--calib", text, "--no-eval", "--samples", "4", "--seq-len", "32"]
+    out = ["--out", tmp_path / "out", "--dry-run"]
+    assert run(*flags, *out, "--push-to-hub", REPO).code == 0
+    assert run(*flags, *out, "--push-to-hub", "google/x").code == 2
+    assert hub.repos == {}
+    assert all(request.startswith("GET ") for request in hub.requests)
+
+
 def test_flags_of_a_push_need_a_push(run: Callable[..., Outcome], tiny: Path) -> None:
     for flags in (["--private"], ["--hub-revision", "x"]):
         result = run("--model", tiny, "--sparsity", "2:4", *flags)
