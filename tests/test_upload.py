@@ -19,7 +19,7 @@ from helpers import random_tokens, reload
 from hub_server import Hub
 from huggingface_hub import ModelCard, constants
 
-from llmprune import Job, PruneError, load, pack, prune, push, reach
+from llmprune import Job, PruneError, prune, push, reach
 from llmprune.cli import main
 from llmprune.errors import InputError
 from llmprune.upload import Destination
@@ -141,24 +141,19 @@ def test_an_edited_card_is_uploaded_as_edited_and_hidden_files_stay_at_home(
     assert ModelCard(hub.files(REPO)["README.md"].decode()).data.eval_results
 
 
-def test_a_packed_folder_says_how_it_is_loaded_and_replaces_the_plain_one(
-    hub: Hub, pruned: Path, tmp_path: Path
-) -> None:
-    push(pruned, REPO)
-    pack(pruned, tmp_path / "packed")
-    push(tmp_path / "packed", REPO)
-    weights = [name for name in hub.files(REPO) if name.endswith(".safetensors")]
-    assert weights
-    assert all(name.endswith(".packed.safetensors") for name in weights)
-    card = hub.files(REPO)["README.md"].decode()
-    assert f'llmprune.load(snapshot_download("{REPO}"))' in card
-    assert "AutoModel" not in card
-    assert "## How it was made" in card
-    for name, data in hub.files(REPO).items():
+def test_the_card_tells_the_speed_that_was_measured(hub: Hub, pruned: Path, tmp_path: Path) -> None:
+    for name, data in contents(pruned).items():
         (tmp_path / name).write_bytes(data)
-    found = load(tmp_path)
-    tokens = random_tokens(1, 8)
-    assert torch.equal(found(input_ids=tokens).logits, reload(pruned)(input_ids=tokens).logits)
+    ratio = {"median": 1.5, "low": 1.4, "high": 1.6}
+    found = {"dense": {"prefill": 100.0}, "pruned": {"prefill": 150.0}, "speedup": {"prefill": ratio}}
+    (tmp_path / "speed.json").write_text(json.dumps({**found, "settings": {"prompt": 512, "threads": None}}))
+    push(tmp_path, REPO)
+    card = hub.files(REPO)["README.md"].decode()
+    assert "| prefill, tokens/s | 100.0 | 150.0 | 1.50 (1.40 to 1.60) |" in card
+    assert "Measured side by side: prompt 512." in card
+    (tmp_path / "speed.json").write_text("[]")
+    with pytest.raises(PruneError, match=r"no result of eval\.speed"):
+        push(tmp_path, REPO)
 
 
 def test_the_same_upload_again_changes_nothing(hub: Hub, pruned: Path) -> None:
