@@ -19,7 +19,7 @@ from llmprune.checkpoint import PACKED
 from llmprune.errors import InputError, PruneError
 from llmprune.hub import card_for
 from llmprune.progress import Progress
-from llmprune.reach import HUB_SECONDS, hub_reachable, is_unreachable, within
+from llmprune.reach import HUB_SECONDS, hub_reachable, is_unreachable, start_probe, within
 from llmprune.report import PruneReport
 
 CARD = "README.md"
@@ -70,6 +70,7 @@ def push(
     """
     where = Destination(repo, private, revision)
     report = check_folder(folder)
+    start_probe()  # what an earlier call found may be over
     check_destination(where, report.model["name"])
     return upload(folder, where, progress or Progress())
 
@@ -237,7 +238,10 @@ def check_folder(folder: Path) -> PruneReport:
 
 
 def _unreachable() -> tuple[str, str]:
-    return f"the Hugging Face Hub cannot be reached at {constants.ENDPOINT}", "check the network, or push later"
+    return (
+        f"the Hugging Face Hub cannot be reached at {constants.ENDPOINT}",
+        "check the network and HF_HUB_OFFLINE, or push later",
+    )
 
 
 def _reason(error: Exception) -> str:
