@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmprune.bars import ProgressBars
     from llmprune.errors import InputError, PruneError
     from llmprune.finetune import KeepZeros, add_lora, merge_lora
     from llmprune.job import Job
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
     from llmprune.report import PruneReport
     from llmprune.run import prune
     from llmprune.semistructured import accelerate
+    from llmprune.upload import push
 
 _WHERE = {
     "InputError": "errors",
     "Job": "job",
     "KeepZeros": "finetune",
     "Progress": "progress",
+    "ProgressBars": "bars",
     "PruneError": "errors",
     "PruneReport": "report",
     "accelerate": "semistructured",
@@ -28,6 +31,7 @@ _WHERE = {
     "merge_lora": "finetune",
     "pack": "packing",
     "prune": "run",
+    "push": "upload",
     "unpack": "packing",
 }
 __all__ = [
@@ -35,6 +39,7 @@ __all__ = [
     "Job",
     "KeepZeros",
     "Progress",
+    "ProgressBars",
     "PruneError",
     "PruneReport",
     "accelerate",
@@ -43,6 +48,7 @@ __all__ = [
     "merge_lora",
     "pack",
     "prune",
+    "push",
     "unpack",
 ]
 

@@ -16,19 +16,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llmprune.errors import PruneError
+from llmprune.errors import InputError, PruneError
 from llmprune.methods import METHODS
 from llmprune.reach import start_probe
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
 
 if TYPE_CHECKING:
     from llmprune.job import Job
+    from llmprune.terminal import TerminalProgress
+    from llmprune.upload import Destination
 
 INTERRUPTED = 130
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    the run failed, or `verify` found a violation; nothing is left at --out
+  1    the run failed and nothing is left at --out; or `verify` found a violation; or the
+       upload failed: the pruned folder is whole, and `llmprune push` repeats the upload
   2    bad input; found before anything was written
   130  interrupted; nothing is left at --out
 """
@@ -38,6 +41,7 @@ examples:
   llmprune --model ./my-llama --sparsity 50% --method wanda --calib notes.txt --eval wikitext2
   llmprune --model org/name --sparsity 4:8 --dry-run
   llmprune verify demo-balanced-2of4
+  llmprune push demo-balanced-2of4 you/demo-2of4 --private
 """
 
 
@@ -115,6 +119,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="llmprune",
         usage="llmprune --model MODEL --sparsity PATTERN [options]\n       llmprune verify DIR [--sparsity PATTERN]\n"
+        "       llmprune push DIR ORG/NAME [--private]\n"
         "       llmprune pack DIR [--out DIR]\n       llmprune unpack DIR [--out DIR]\n"
         "       llmprune report DIR [--generate N]",
         description="Prune a Hugging Face language model block by block, after training, on one machine;\n"
@@ -127,6 +132,7 @@ def build_parser() -> Parser:
     _add_what(parser)
     _add_data(parser)
     _add_output(parser)
+    _add_hub(parser.add_argument_group("Hugging Face Hub"))
     _add_machine(parser)
     return parser
 
@@ -188,6 +194,9 @@ def _add_stages(parser: Parser) -> None:
         "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
     )
     stages.add_argument(
+        "--augment", type=epochs, metavar="K", help="add K copies of every calibration window, with random tokens in it"
+    )
+    stages.add_argument(
         "--allocate", choices=("uniform", "error", "owl"),
         help="unstructured: the same share in every block, or less where errors or outliers are larger",
     )  # fmt: skip
@@ -224,6 +233,18 @@ def _add_output(parser: Parser) -> None:
     )
     output.add_argument("--json", action="store_true", help="the result as JSON on stdout; words go to stderr")
     output.add_argument("--quiet", action="store_true", help="only warnings and errors")
+
+
+def _add_hub(hub: argparse._ArgumentGroup) -> None:
+    hub.add_argument(
+        "--push-to-hub", metavar="ORG/NAME", help="upload the result; checked before the run (needs `hf auth login`)"
+    )
+    _add_destination(hub)
+
+
+def _add_destination(hub: argparse._ActionsContainer) -> None:
+    hub.add_argument("--private", action="store_true", help="make a repository that only its owners see")
+    hub.add_argument("--hub-revision", metavar="BRANCH", help="branch to upload to (default: main)")
 
 
 def _add_machine(parser: Parser) -> None:
@@ -311,11 +332,28 @@ def _add_common(parser: Parser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def push_parser() -> Parser:
+    """Flags of `llmprune push`."""
+    parser = Parser(
+        prog="llmprune push",
+        description="Upload a folder that llmprune wrote to the Hugging Face Hub; the folder stays as it is.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a pruned folder")
+    parser.add_argument("repo", metavar="ORG/NAME", help="repository; made if it is not there")
+    _add_destination(parser)
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {
         "verify": (verify_parser, run_verify),
+        "push": (push_parser, run_push),
         "pack": (pack_parser, run_pack),
         "unpack": (unpack_parser, run_unpack),
         "report": (report_parser, run_report),
@@ -432,6 +470,7 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         steps=options.steps,
         refit=options.refit,
         refine=options.refine,
+        augment=options.augment,
         allocate=options.allocate,
         options=tuple(options.option),
         scope=options.scope,
@@ -462,12 +501,17 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from llmprune import terminal
 
     job = make_job(options, arguments)
+    where = destination(options)
     words = sys.stderr if options.json else sys.stdout
     progress = terminal.TerminalProgress(quiet=options.quiet)
     if not (options.model == "demo" or options.model.endswith(".gguf") or Path(options.model).expanduser().exists()):
         start_probe()
     progress.note("loading libraries")
     hush_libraries(options.debug)
+    if where:
+        from llmprune.upload import check_destination
+
+        check_destination(where, job.model)
     if options.dry_run:
         from llmprune.run import dry_run
 
@@ -484,7 +528,64 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if not options.quiet:
         words.write(text)
     if options.json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(facts, indent=2), flush=True)
+    if where and not options.dry_run:
+        words.write(f"pushed to    {send(Path(facts['out']), where, progress)}\n")
+    return 0
+
+
+def destination(options: argparse.Namespace) -> Destination | None:
+    """Where the result is to be uploaded, if anywhere.
+
+    Raises:
+        InputError: a flag that means nothing without `--push-to-hub`.
+    """
+    if options.push_to_hub is None:
+        flag = "--private" if options.private else "--hub-revision" if options.hub_revision else ""
+        if flag:
+            raise InputError(f"{flag} means nothing without --push-to-hub", "add --push-to-hub ORG/NAME")
+        return None
+    from llmprune.upload import Destination
+
+    return Destination(options.push_to_hub, options.private, options.hub_revision)
+
+
+def send(folder: Path, where: Destination, progress: TerminalProgress) -> str:
+    """Upload a finished folder; even an interruption says how to repeat that."""
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
+
+    from llmprune.upload import upload
+
+    if not progress.quiet:
+        enable_progress_bars()
+    try:
+        return upload(folder, where, progress)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            "interrupted while uploading", f"nothing is lost; to repeat it: {where.command(folder)}"
+        ) from stop
+
+
+class Interrupted(PruneError):
+    """The user stopped what can be repeated."""
+
+    exit_code = INTERRUPTED
+
+
+def run_push(options: argparse.Namespace) -> int:
+    """`llmprune push`."""
+    from llmprune.terminal import TerminalProgress
+    from llmprune.upload import Destination, check_destination, check_folder
+
+    start_probe()
+    hush_libraries(options.debug)
+    where = Destination(options.repo, options.private, options.hub_revision)
+    check_destination(where, check_folder(options.dir).model["name"])
+    address = send(options.dir, where, TerminalProgress(quiet=options.quiet))
+    if options.json:
+        print(json.dumps({"repo": where.repo, "revision": where.revision or "main", "commit": address}, indent=2))
+    elif not options.quiet:
+        print(f"pushed to    {address}")
     return 0
 
 

@@ -167,9 +167,13 @@ def estimate(
     stream = tokens * ((2 * forward + 5 * gram) if recipe.twin else forward + gram)
     train = recipe.refine * tokens * 3 * forward
     products = recipe.steps * METHODS[recipe.method].products + (10 if recipe.refit else 0)
+    factors = 1
     if recipe.targets == "dense":
-        products, factor = products + 8, 3 * factor
-    seconds = (stream + train + (products + 2) * product + factor + evaluate) / rate
+        products, factors = products + 8, 3
+    if recipe.allocate != "uniform":
+        stream += tokens * (forward + gram)
+        products, factors = products + 2 * METHODS["sparsegpt"].products, factors + 2
+    seconds = (stream + train + (products + 2) * product + factors * factor + evaluate) / rate
     size = 4 if skeleton.compute == torch.float32 else 2
     outside = (plan.parameters - plan.block_parameters) * size
     block = plan.block_parameters // blocks * (size + 4)

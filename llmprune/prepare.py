@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from llmprune.augment import with_noisy_copies
 from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
@@ -44,6 +46,12 @@ class Prepared:
     evaluation: TokenBatch | None
     overlap: float
     out: Path
+
+    @property
+    def tokens(self) -> Tensor:
+        """The calibration windows with their noisy copies, `(samples, length)`."""
+        vocabulary = self.source.config.get_text_config().vocab_size
+        return with_noisy_copies(self.calibration.tokens, self.recipe.augment, vocabulary, self.job.seed)
 
     @property
     def partial(self) -> Path:
@@ -112,7 +120,7 @@ def applicable(recipe: Recipe, job: Job, pattern: SparsityPattern) -> Recipe:
 
 def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:
     """A block is judged on batches that it was not trained on, so one window is too few."""
-    windows = len(calibration.tokens)
+    windows = len(calibration.tokens) * (recipe.augment + 1)
     if recipe.refine and windows < LEAST_SAMPLES:
         raise InputError(
             f"refinement holds out some of the calibration windows: it needs {LEAST_SAMPLES}, there is {windows}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from dataclasses import asdict, dataclass, field
@@ -120,3 +121,16 @@ class PruneReport:
     def mean_error(self) -> float:
         """Mean relative output error of the pruned layers (fraction)."""
         return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the figures that matter, the layers left out."""
+        rows = {"sparsity": self.sparsity["meaning"], "method": self.method["name"]}
+        for key in ("dense", "pruned") if self.evaluation else ():
+            found = self.evaluation[key]  # type: ignore[index]
+            rows[f"perplexity, {key}"] = f"{found['value']:.2f} ± {found['error']:.2f}"
+        rows["mean relative layer error"] = f"{self.mean_error:.4f}"
+        rows["time"] = f"{self.seconds.get('total', 0):.0f} s"
+        rows |= {f"warning {number}": text for number, text in enumerate(self.warnings, 1)}
+        rows["saved to"] = self.out
+        cells = (f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items())
+        return f"<table>{''.join(cells)}</table>"

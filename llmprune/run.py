@@ -50,7 +50,7 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
 
     Args:
         job: what to do.
-        progress: told what happens.
+        progress: told what happens; `ProgressBars()` draws it, None is silent.
 
     Raises:
         InputError: the job cannot be done; nothing was written.
@@ -75,8 +75,8 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
             with clock("pruned_evaluation"):
                 pruned = measure(run, run.partial, "pruned perplexity", progress)
             add_evaluation(run, report, dense, pruned)
+            report.seconds = dict(clock.seconds)
             write_companions(run, report)
-            report.seconds = clock.seconds
             replace_folder(run.partial, run.out)
     finish_report(run, report, clock)
     return report
@@ -90,7 +90,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     """
     run = prepare(job, progress or Progress())
     report = new_report(run).to_json()
-    tokens = run.calibration.tokens
+    tokens = run.tokens
     evaluation = run.evaluation.tokens.numel() if run.evaluation else 0
     rate = product_rate()
 
@@ -108,7 +108,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
 
 def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock: Clock, progress: Progress) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
-    tokens = run.calibration.tokens
+    tokens = run.tokens
     patterns = block_patterns(run, clock, progress)
     stream = BlockStream(
         run.skeleton,
@@ -151,7 +151,7 @@ def block_patterns(run: Prepared, clock: Clock, progress: Progress) -> Sequence[
         return [run.pattern] * len(run.skeleton.blocks)
     progress.start("sharing out", len(run.skeleton.blocks))
     with clock("allocate"):
-        stream = BlockStream(run.skeleton, run.calibration.tokens, chosen=run.plan.names)
+        stream = BlockStream(run.skeleton, run.tokens, chosen=run.plan.names)
         patterns = allocate(stream, run.pattern, run.recipe.allocate, progress.step)
     progress.finish()
     return patterns
@@ -285,7 +285,7 @@ def new_report(run: Prepared) -> PruneReport:
         },
         method={"name": run.recipe.method, "options": asdict(run.solver.method)},  # type: ignore[call-overload]
         recipe={"effort": job.effort if job.method == AUTO else None, **asdict(run.recipe)},
-        calibration={**asdict(run.calibration.provenance), "tokens": run.calibration.tokens.numel()},
+        calibration={**asdict(run.calibration.provenance), "tokens": run.tokens.numel()},
         evaluation=None,
         coverage=coverage(plan),
         machine={
