@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from llmprune.checkpoint import PACKED
 from llmprune.errors import InputError, PruneError
 from llmprune.hub import card_for
 from llmprune.progress import Progress
@@ -230,6 +231,8 @@ def check_folder(folder: Path) -> PruneReport:
     for wanted in ("config.json", "*.safetensors"):
         if not any(folder.glob(wanted)):
             raise InputError(f"{folder} has no {wanted}", "the folder is incomplete; prune again")
+    if any(folder.glob(f"*{PACKED}")):
+        raise InputError(f"{folder} is packed, which stock loaders cannot read", f"llmprune unpack {folder}")
     return report
 
 
