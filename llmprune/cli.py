@@ -30,10 +30,11 @@ INTERRUPTED = 130
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    the run failed and nothing is left at --out; or `verify` found a violation; or the
-       upload failed: the pruned folder is whole, and `llmprune push` repeats the upload
-  2    bad input; found before anything was written
-  130  interrupted; nothing is left at --out
+  1    the run failed, or `verify` found a violation; --out is as it was. Or the upload
+       failed: the pruned folder is whole, and `llmprune push` repeats the upload
+  2    bad input; --out is as it was
+  130  interrupted; --out is as it was
+After 1 and 130, finished blocks are kept: the same command goes on from there.
 """
 EXAMPLES = """\
 examples:
@@ -89,6 +90,14 @@ def pair(text: str) -> tuple[str, str]:
 def epochs(text: str) -> int:
     """A whole number of at least 0."""
     return 0 if text == "0" else positive(text)
+
+
+def size(text: str) -> int:
+    """A number of bytes: `512MiB`, `2GiB`, `1.5GB`, `0`."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?", text, re.ASCII | re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512MiB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def seed(text: str) -> int:
@@ -226,6 +235,9 @@ def _add_output(parser: Parser) -> None:
     )
     output.add_argument("--overwrite", action="store_true", help="replace a pruned folder once the new one is complete")
     output.add_argument(
+        "--restart", action="store_true", help="drop the finished blocks of a stopped run instead of going on from them"
+    )
+    output.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="stored type (default: the source's)"
     )
     output.add_argument(
@@ -251,6 +263,10 @@ def _add_machine(parser: Parser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     machine.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    machine.add_argument(
+        "--activation-memory", type=size, default="2GiB", metavar="SIZE",
+        help="hidden states beyond this rest in files beside the output while it is made (default: 2GiB)",
+    )  # fmt: skip
     machine.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="converted models and demo data (default: ~/.cache/llmprune)"
     )
@@ -399,7 +415,7 @@ def entry() -> int:
 
 def say_interrupted() -> int:
     """The one line of an interruption, and its exit code."""
-    sys.stderr.write("\ninterrupted; nothing was left at the output folder\n")
+    sys.stderr.write("\ninterrupted; the output folder is as it was\n")
     return INTERRUPTED
 
 
@@ -480,11 +496,13 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         seed=options.seed,
         out=options.out,
         overwrite=options.overwrite,
+        restart=options.restart,
         only=tuple(options.only),
         skip=tuple(options.skip),
         dtype=options.dtype,
         device=options.device,
         threads=options.threads,
+        activation_memory=options.activation_memory,
         evaluate=not options.no_eval,
         eval_text=options.eval,
         eval_windows=options.eval_windows,

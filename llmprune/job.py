@@ -30,10 +30,12 @@ class Job:
         seed: of the random choice of windows.
         out: folder to be made; None for a name made of model, method and sparsity.
         overwrite: whether a folder that is there may be replaced.
+        restart: whether finished blocks that a stopped run left are dropped; else the run goes on from them.
         only, skip: globs over layer names.
         dtype: stored type (`float32`, `float16`, `bfloat16`); None for the source's.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         threads: CPU threads; None for all.
+        activation_memory: bytes of hidden states that may rest in memory; more than that rests in files.
         evaluate: whether perplexity is measured.
         eval_text: text to measure on; None for `sotu` with the demo model, else `wikitext2`.
         eval_windows: number of evaluation windows.
@@ -63,11 +65,13 @@ class Job:
     seed: int = 0
     out: Path | None = None
     overwrite: bool = False
+    restart: bool = False
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     dtype: str | None = None
     device: str = "auto"
     threads: int | None = None
+    activation_memory: int = 2 * 2**30
     evaluate: bool = True
     eval_text: str | None = None
     eval_windows: int = 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,15 +50,11 @@ class Plan:
         """Share of the block parameters that lie in pruned layers (fraction)."""
         return self.covered / max(self.block_parameters, 1)
 
-    def without(self, layers: list[LayerRef], reason: str) -> Plan:
+    def without(self, names: Collection[str], reason: str) -> Plan:
         """The plan with some layers left dense after all."""
-        dropped = {layer.name for layer in layers}
-        skipped = tuple(Skipped(layer.name, layer.weights, reason) for layer in layers)
-        return replace(
-            self,
-            layers=tuple(layer for layer in self.layers if layer.name not in dropped),
-            skipped=self.skipped + skipped,
-        )
+        skipped = tuple(Skipped(layer.name, layer.weights, reason) for layer in self.layers if layer.name in names)
+        kept = tuple(layer for layer in self.layers if layer.name not in names)
+        return replace(self, layers=kept, skipped=self.skipped + skipped)
 
     def skipped_by_reason(self) -> dict[str, int]:
         """Number of weights that stay dense, by reason."""

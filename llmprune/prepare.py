@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from llmprune.solve import Solver
 from llmprune.source import Source, load_tokenizer, open_source
 from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 
+LIBRARIES = ("llmprune", "torch", "transformers", "safetensors", "numpy")
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
 MOST_THREADS = 1024  # far more make the thread library end the process
 
@@ -57,6 +60,23 @@ class Prepared:
     def partial(self) -> Path:
         """Where the work in progress lives: beside `out`, so that the final rename is atomic."""
         return self.out.with_name(f".{self.out.name}.partial")
+
+    @property
+    def unfinished(self) -> Path:
+        """The model so far."""
+        return self.partial / "model"
+
+    @property
+    def resting_bytes(self) -> int:
+        """Size of the hidden states that enter a block and leave it, in all streams."""
+        hidden = self.source.config.get_text_config().hidden_size
+        element = self.skeleton.compute.itemsize * (2 if self.recipe.twin else 1)
+        return 2 * self.calibration.tokens.numel() * int(hidden) * element
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of all that the result depends on."""
+        return {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
 def prepare(job: Job, progress: Progress) -> Prepared:
@@ -95,13 +115,14 @@ def prepare(job: Job, progress: Progress) -> Prepared:
         trust_remote_code=job.trust_remote_code,
     )
     plan = make_plan(skeleton, pattern, job.only, job.skip)
-    _check_space(out, plan.out_bytes)
     calibration, evaluation = _tokens(job, source, cache, progress)
     check_refinement(recipe, calibration)
     overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
-    return Prepared(
+    run = Prepared(
         job, source, pattern, recipe, Solver(method, recipe), skeleton, plan, calibration, evaluation, overlap, out
     )
+    _check_space(run)
+    return run
 
 
 def applicable(recipe: Recipe, job: Job, pattern: SparsityPattern) -> Recipe:
@@ -156,18 +177,19 @@ def output_folder(job: Job, pattern: SparsityPattern) -> Path:
     return out
 
 
-def _check_space(out: Path, needed: int) -> None:
-    """Refuse an output that cannot be written, or does not fit."""
-    parent = out.parent
+def _check_space(run: Prepared) -> None:
+    """Refuse an output that cannot be written, or does not fit beside the hidden states on their way to it."""
+    parent = run.out.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write below {parent}", "choose another --out")
-    needed += 32 * 2**20
+    there = sum(path.stat().st_size for path in run.partial.rglob("*") if path.is_file())
+    needed = run.plan.out_bytes + run.resting_bytes + 32 * 2**20 - there
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
-            f"{out} needs {needed / 2**20:,.0f} MiB, but {parent} has {free / 2**20:,.0f} MiB free",
+            f"{run.out} needs {needed / 2**20:,.0f} MiB, but {parent} has {free / 2**20:,.0f} MiB free",
             "free disk space, choose another --out, or store in fewer bytes with --dtype bfloat16",
         )
 

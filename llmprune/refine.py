@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +37,8 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
         epochs: passes over the calibration batches.
         seed: of the order of the batches.
     """
-    samples = [Sample(batch, entered) for batch, entered in zip(block.batches, block.entered, strict=True)]
-    held = max(1, len(samples) // HELD_OUT)
-    training, held_out = samples[:-held], samples[-held:]
+    held = max(1, len(block.batches) // HELD_OUT)
+    training, held_out = block.batches[:-held], block.batches[-held:]
     values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block).items()}
     masks = {name: value != 0 for name, value in values.items() if value.dim() == 2}
     loss = BlockLoss(block, values)
@@ -78,14 +76,6 @@ def trainable(block: Block) -> dict[str, nn.Parameter]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A batch, and what entered the block for it."""
-
-    batch: Batch
-    entered: Tensor
-
-
 class BlockLoss:
     """Relative squared error of a block's output, token by token: `Σ_c v_c (h_c − t_c)² / Σ_c v_c t_c²`.
 
@@ -102,22 +92,22 @@ class BlockLoss:
         energy = torch.stack([_dense(batch).square().mean((0, 1)) for batch in block.batches]).mean(0)
         self.weights = (energy / energy.mean()).clamp(min=1e-6).pow(-WHITENING).to(block.skeleton.device)
 
-    def __call__(self, sample: Sample) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """The mean over the tokens of a batch."""
-        skeleton, call = self.block.skeleton, sample.batch.calls[self.block.index]
+        skeleton, call = self.block.skeleton, batch.calls[self.block.index]
         values = {name: value.to(skeleton.compute) for name, value in self.values.items()}
-        arguments = (sample.entered.to(skeleton.device), *call.args)
+        arguments = (batch.entered().to(skeleton.device), *call.args)
         output = hidden_of(functional_call(self.block.module, values, arguments, call.kwargs))
-        target = _dense(sample.batch).to(skeleton.device)
+        target = _dense(batch).to(skeleton.device)
         missed = ((output.float() - target).square() * self.weights).sum(-1)
         mean = (missed / (target.square() * self.weights).sum(-1)).mean()
         assert isinstance(mean, Tensor)
         return mean
 
     @torch.no_grad()
-    def mean(self, samples: list[Sample]) -> float:
+    def mean(self, batches: list[Batch]) -> float:
         """The mean over batches."""
-        return sum(float(self(sample)) for sample in samples) / len(samples)
+        return sum(float(self(batch)) for batch in batches) / len(batches)
 
 
 def _dense(batch: Batch) -> Tensor:

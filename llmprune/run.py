@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
-import shutil
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,8 @@ import torch
 from torch import Tensor
 
 from llmprune.allocate import allocate
-from llmprune.checkpoint import SafetensorsFolder, ShardWriter, copy_companions, replace_folder, write_json
-from llmprune.errors import CheckError, InputError, PruneError
+from llmprune.checkpoint import SafetensorsFolder, copy_companions, replace_folder, write_json
+from llmprune.errors import CheckError
 from llmprune.html_report import write_report
 from llmprune.hub import model_card
 from llmprune.job import Job
@@ -37,11 +34,11 @@ from llmprune.progress import Progress
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe
 from llmprune.refine import batch_tokens, refine
 from llmprune.report import BlockReport, LayerReport, PruneReport
+from llmprune.resume import Journal, workplace
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BATCH_TOKENS, BlockStream, Group
 from llmprune.verify import check_layers, patterns_of
 
-LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 EXPLODED = 10.0
 
 
@@ -54,30 +51,29 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
 
     Raises:
         InputError: the job cannot be done; nothing was written.
-        PruneError: the run failed; nothing is left at `job.out`.
+        PruneError: the run failed; nothing is left at `job.out`, but finished blocks are kept for the same job.
     """
     progress = progress or Progress()
     clock = Clock()
     with clock("total"):
         with clock("prepare"):
             run = prepare(job, progress)
-            check_weights(run, progress)
             report = new_report(run)
-        with working_folder(run.partial, progress):
+        with workplace(run, progress) as journal:
+            with clock("prepare"):
+                journal.agree({"the model's weights": check_weights(run, progress)})
             with clock("dense_evaluation"):
-                dense = measure(run, run.source.folder, "dense perplexity", progress)
+                journal.dense = journal.dense or measure(run, run.source.folder, "dense perplexity", progress)
             with clock("prune"):
-                writer = ShardWriter(run.partial)
-                prune_blocks(run, writer, report, clock, progress)
-                writer.seal()
+                prune_blocks(run, journal, report, clock, progress)
             with clock("verify"):
                 verify_written(run, report, progress)
             with clock("pruned_evaluation"):
-                pruned = measure(run, run.partial, "pruned perplexity", progress)
-            add_evaluation(run, report, dense, pruned)
+                pruned = measure(run, run.unfinished, "pruned perplexity", progress)
+            add_evaluation(run, report, journal.dense, pruned)
             report.seconds = dict(clock.seconds)
             write_companions(run, report)
-            replace_folder(run.partial, run.out)
+            replace_folder(run.unfinished, run.out)
     finish_report(run, report, clock)
     return report
 
@@ -90,12 +86,13 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     """
     run = prepare(job, progress or Progress())
     report = new_report(run).to_json()
-    tokens = run.tokens
+    tokens = run.calibration.tokens
     evaluation = run.evaluation.tokens.numel() if run.evaluation else 0
     rate = product_rate()
 
     def cost(recipe: Recipe) -> Estimate:
-        return estimate(run.skeleton, run.plan, recipe, tokens.numel(), tokens.shape[1], evaluation, rate)
+        count = tokens.numel() * (recipe.augment + 1)
+        return estimate(run.skeleton, run.plan, recipe, count, tokens.shape[1], evaluation, rate)
 
     return {
         **{key: report[key] for key in ("model", "sparsity", "method", "recipe", "coverage", "calibration", "out")},
@@ -106,10 +103,10 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     }
 
 
-def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock: Clock, progress: Progress) -> None:
+def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Clock, progress: Progress) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
     tokens = run.tokens
-    patterns = block_patterns(run, clock, progress)
+    patterns = journal.patterns = journal.patterns or block_patterns(run, clock, progress)
     stream = BlockStream(
         run.skeleton,
         tokens,
@@ -118,9 +115,16 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
         twin=run.recipe.twin,
         paired=run.recipe.targets == "dense",
         permute=run.recipe.permute,
+        again=run.recipe.refine > 0,
+        folder=run.partial,
+        budget=run.job.activation_memory,
+        saved=journal.state.get("stream"),
     )
-    writer.write(run.skeleton.export_outside())
-    progress.start("pruning", len(stream))
+    journal.fill(report)
+    writer = journal.writer()
+    if not writer.shards:
+        writer.write(run.skeleton.export_outside())
+    progress.start("pruning", len(stream) - stream.done)
     began = time.perf_counter()
     for block in stream:
         first, pattern = len(report.layers), patterns[block.index]
@@ -136,12 +140,15 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
                 report.refinements.append(refine(block, run.recipe.refine, run.job.seed))
         with clock("write"), mapped_memory():
             writer.write(block.export())
-        now = time.perf_counter()
-        report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory()))
-        began = now
+            block.finish()
+            now = time.perf_counter()
+            report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory()))
+            began = now
+            journal.save(stream, report, writer)
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
+    writer.seal()
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
 
 
@@ -193,32 +200,12 @@ class Clock:
             self.seconds[stage] += time.perf_counter() - start
 
 
-@contextmanager
-def working_folder(partial: Path, progress: Progress) -> Iterator[None]:
-    """A folder for the work in progress; it is gone if the run fails, and renamed if it succeeds."""
-    if partial.exists():
-        progress.note(f"removing {partial}, left by a run that was killed")
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot make {partial}: {error.strerror}", "choose another --out") from error
-    progress.note(f"writing to {partial} until everything is done")
-    try:
-        yield
-    except OSError as error:
-        raise PruneError(
-            f"cannot write {partial}: {error.strerror or error}", "free disk space or choose another --out"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_weights(run: Prepared, progress: Progress) -> None:
-    """Read every weight once: a damaged file is found now, not after hours."""
+def check_weights(run: Prepared, progress: Progress) -> str:
+    """Read every weight once: a damaged file is found now, not after hours. Returns the hash of all."""
     progress.start("checking weights", run.skeleton.checkpoint.folder.nbytes, "B")
-    run.skeleton.checkpoint.check_finite(progress.step)
+    digest = run.skeleton.checkpoint.check_finite(progress.step)
     progress.finish()
+    return digest
 
 
 def measure(run: Prepared, folder: Path, label: str, progress: Progress) -> Perplexity | None:
@@ -252,7 +239,7 @@ def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> No
     patterns = patterns_of(report)
     layers = [(ref, patterns[ref.name]) for ref in run.plan.layers if ref.name in patterns]
     progress.start("verifying", len(layers))
-    checks = check_layers(skeleton_of(run, run.partial).checkpoint, layers, progress.step)
+    checks = check_layers(skeleton_of(run, run.unfinished).checkpoint, layers, progress.step)
     progress.finish()
     if bad := [check for check in checks if check.violations]:
         raise CheckError(
@@ -262,12 +249,12 @@ def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> No
 
 def new_report(run: Prepared) -> PruneReport:
     """A report with all that is known before the run."""
-    job, plan = run.job, run.plan
+    job, plan, versions = run.job, run.plan, run.versions
     config = run.source.config
     return PruneReport(
-        llmprune=version("llmprune"),
+        llmprune=versions.pop("llmprune"),
         command=job.command,
-        versions={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        versions=versions,
         model={
             "name": job.model,
             "revision": run.source.revision,
@@ -340,20 +327,20 @@ def explosion(run: Prepared, dense: Perplexity, pruned: Perplexity) -> str:
 
 def write_companions(run: Prepared, report: PruneReport) -> None:
     """Everything in the folder besides the weights."""
-    copy_companions(run.source.folder, run.partial)
+    copy_companions(run.source.folder, run.unfinished)
     config = json.loads((run.source.folder / "config.json").read_text(encoding="utf-8"))
     for leftover in ("quantization_config", "compression_config", "sparsity_config"):
         config.pop(leftover, None)
     if run.job.dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = run.job.dtype
-    write_json(run.partial / "config.json", config)
+    write_json(run.unfinished / "config.json", config)
     report.size = {
         "dense": run.skeleton.checkpoint.folder.nbytes,
-        "pruned": sum(path.stat().st_size for path in run.partial.glob("*.safetensors")),
+        "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
     }
-    (run.partial / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
-    write_report(report, run.partial)
+    (run.unfinished / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
+    write_report(report, run.unfinished)
 
 
 def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:

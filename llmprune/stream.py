@@ -11,23 +11,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from llmprune.coupling import Coupling, find_couplings, fold
+from llmprune.activations import Activations
+from llmprune.carried import Baggage, saved_wrap
+from llmprune.coupling import Coupling, fold
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
+from llmprune.kinds import Kinds
 from llmprune.memory import give_back_memory, mapped_memory
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
-from llmprune.rehearse import SPENT, Batch, Call, Stop, hidden_of, own_state, rehearse
+from llmprune.rehearse import SPENT, Batch, Stop, hidden_of, own_state, rehearse
 from llmprune.skeleton import Skeleton
 from llmprune.stats import RunningGram, RunningPair
-from llmprune.watch import CallOrder, Observer, call_order, find_landings, watched
+from llmprune.watch import Observer, watched
 
 SHORT = 16
 """Tokens that are enough to see how the layers of a block hang together."""
@@ -76,7 +79,6 @@ class Block:
         self.layers = {layer.local: layer for layer in self.linear if layer.name in chosen}
         self.changed: dict[str, Tensor] = {}
         self.dense_weights: dict[str, Tensor] = {}
-        self.entered = [batch.hidden for batch in batches]
         self.couplings: dict[str, Coupling] = {}
         self._moves: list[tuple[Coupling, Tensor]] = []
         self.observer: Observer | None = None
@@ -86,7 +88,7 @@ class Block:
     @property
     def twin(self) -> bool:
         """Whether the dense model's activations travel along."""
-        return self.batches[0].dense is not None
+        return self.batches[0].streams[1] is not None
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The block's tensors by their names on disk, with new weights, in new orders."""
@@ -113,16 +115,17 @@ class Block:
                 f"the output of {self.name!r} holds NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
-        if dense:
-            batch.dense = output.cpu()
-        else:
-            batch.hidden = output.cpu()
+        batch.leave(output.cpu(), dense)
+
+    def finish(self) -> None:
+        """Let the batches pass, if they have not passed yet."""
+        if not self.advanced:
+            self.advance()
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Let the batches pass once more, from where they entered."""
-        for batch, entered in zip(self.batches, self.entered, strict=True):
-            batch.hidden = entered
+        """Let the batches pass once more."""
+        for batch in self.batches:
             self.pass_through(batch)
 
     def movable(self, coupling: Coupling) -> bool:
@@ -161,11 +164,10 @@ class Block:
         """What the block makes of the first batch, which stays where it is."""
         batch = self.batches[0]
         (call,) = own_state([batch.calls[self.index]])
-        return hidden_of(call.run(self.module, batch.hidden.to(self.skeleton.device)))
+        return hidden_of(call.run(self.module, batch.entered().to(self.skeleton.device)))
 
     def _forward(self, batch: Batch, dense: bool = False) -> Tensor:
-        hidden = batch.dense if dense else batch.hidden
-        assert hidden is not None
+        hidden = batch.entered(dense)
         call = (batch.dense_calls if dense else batch.calls)[self.index]
         return hidden_of(call.run(self.module, hidden.to(self.skeleton.device)))
 
@@ -401,6 +403,10 @@ class BlockStream:
         twin: whether the dense model's activations travel along.
         paired: whether the layers' statistics are taken against them, where there are such.
         permute: whether to find out which inputs may change places.
+        again: whether blocks will be passed more than once, see `Block.rewind`.
+        folder: where hidden states rest that exceed the budget, and what `save` writes; None for neither.
+        budget: bytes of hidden states that may rest in memory.
+        saved: what `save` returned in a run that was stopped; the stream goes on from there.
     """
 
     def __init__(
@@ -414,52 +420,79 @@ class BlockStream:
         twin: bool = False,
         paired: bool = True,
         permute: bool = False,
+        again: bool = False,
+        folder: Path | None = None,
+        budget: int = 2 * 2**30,
+        saved: dict[str, Any] | None = None,
     ) -> None:
-        self.skeleton, self.chosen, self.memory = skeleton, chosen, memory
+        self.skeleton, self.chosen, self.memory, self.folder = skeleton, chosen, memory, folder
         self.paired = paired and twin
-        self._short = rehearse(skeleton, tokens[:1, :SHORT], 1).batches[0] if permute else None
-        self.rehearsal = rehearse(skeleton, tokens, max(1, batch_tokens // tokens.shape[1]), twin)
-        self.uncalled: list[LayerRef] = []
-        self._orders: dict[object, CallOrder] = {}
-        self._landings: dict[object, dict[int, str]] = {}
-        self._couplings: dict[object, list[Coupling]] = {}
+        # What enters a block and what leaves it are there at once.
+        limit = budget // (4 if twin else 2)
+        self._pruned = Activations("pruned", folder, limit, keep=again)
+        self._dense = Activations("dense", folder, limit) if twin else None
+        self._streams = [self._pruned] if self._dense is None else [self._pruned, self._dense]
+        wrap = saved_wrap(folder, saved["carried"]) if folder and saved else None
+        batch_size = max(1, batch_tokens // tokens.shape[1])
+        self.rehearsal = rehearse(skeleton, tokens, batch_size, self._pruned, self._dense, wrap)
+        short = rehearse(skeleton, tokens[:1, :SHORT], 1, wrap=self.rehearsal.wrap).batches[0] if permute else None
+        self.kinds = Kinds(skeleton, chosen, short)
+        self._baggage = Baggage(self.rehearsal) if folder else None
+        self.uncalled: list[str] = []
+        self.done = 0
+        if saved:
+            self._load(saved)
 
     def __len__(self) -> int:
         return len(self.skeleton.blocks)
 
     def __iter__(self) -> Iterator[Block]:
-        for index in range(len(self)):
+        for index in range(self.done, len(self)):
             with self.skeleton.loaded(self.skeleton.block_parameters(index)):
                 block = Block(self.skeleton, index, self.rehearsal.batches, self.chosen, paired=self.paired)
                 yield block
-                if not block.advanced:
-                    block.advance()
+                block.finish()
+            self.done = index + 1
             for batch in self.rehearsal.batches:
                 batch.calls[index] = batch.dense_calls[index] = SPENT
+            for stream in self._streams:
+                stream.turn()
             give_back_memory()
 
     def groups(self, block: Block) -> Iterator[Group]:
         """The groups of a block; blocks of one kind share their call order."""
-        kind = (type(block.module), tuple((layer.local, layer.shape) for layer in block.layers.values()))
-        if kind not in self._orders:
-            self._orders[kind] = call_order(block.module, block.layers, block.try_out)
-            self._landings[kind] = (
-                find_landings(block.module, self._orders[kind].groups, block.try_out) if self.paired else {}
-            )
-        order, block.landings = self._orders[kind], self._landings[kind]
-        self.uncalled += [block.layers[local] for local in order.uncalled]
+        order = self.kinds.order(block.index, list(block.layers), block.try_out)
+        block.landings = self.kinds.landings(block.index, block.try_out) if self.paired else {}
+        self.uncalled += [block.layers[local].name for local in order.uncalled]
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
         forwards = len(self.rehearsal.batches) * (2 if block.twin else 1)
         block.paused = 2 * order.nbytes * forwards <= self.memory
-        if self._short is not None:
-            if kind not in self._couplings:
-                run = partial(_leaves_behind, self._short.calls[block.index])
-                self._couplings[kind] = find_couplings(block.module, run, self._short.hidden, block.linear)
-            block.couplings = {c.sink: c for c in self._couplings[kind] if block.movable(c)}
+        block.couplings = {c.sink: c for c in self.kinds.couplings(block.index) if block.movable(c)}
         return block.groups(order.groups)
 
+    def save(self) -> dict[str, Any]:
+        """Make durable all that the blocks behind the one at hand need from it and those before; returns it as JSON.
 
-def _leaves_behind(call: Call, module: nn.Module, hidden: Tensor) -> tuple[Any, Any, Any]:
-    """A block's output, and its arguments: some hold state that goes on to later blocks."""
-    (own,) = own_state([call])
-    return own.run(module, hidden), own.args, own.kwargs
+        Raises:
+            CannotBeSavedError: blocks hand on what cannot be written.
+        """
+        assert self.folder is not None
+        assert self._baggage is not None
+        return {
+            "done": self.done + 1,
+            "hidden": [stream.save() for stream in self._streams],
+            "carried": self._baggage.save(self.done + 1, self.folder),
+            "kinds": self.kinds.save(),
+            "uncalled": self.uncalled,
+        }
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        assert self.folder is not None
+        assert self._baggage is not None
+        self.done, self.uncalled = saved["done"], list(saved["uncalled"])
+        for stream, hidden in zip(self._streams, saved["hidden"], strict=True):
+            stream.load(hidden, self.done)
+        self._baggage.load(self.done, self.folder, saved["carried"])
+        self.kinds.load(saved["kinds"])
+        for batch in self.rehearsal.batches:
+            batch.calls[: self.done] = batch.dense_calls[: self.done] = [SPENT] * self.done

@@ -800,13 +800,18 @@ def test_debug_adds_the_traceback(run: Callable[..., Outcome], flags: list[str])
 
 
 def test_what_nobody_foresaw_is_exit_code_1_with_two_lines(
-    refused: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of some kind")
 
     monkeypatch.setattr("llmprune.run.verify_written", fail)
-    refused(*flags, code=1, says="ZeroDivisionError: of some kind", hints="--debug")
+    result = run(*flags, "--out", "out")
+    assert (result.code, result.out) == (1, "")
+    assert result.line("error: ") == "error: ZeroDivisionError: of some kind"
+    assert "--debug" in result.line("hint: ")
+    assert "2 of 2 blocks are finished and kept" in result.line("warning: ")
+    assert os.listdir() == [".out.partial"]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
@@ -835,11 +840,11 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("until", "number"),
-    [("loading libraries", signal.SIGTERM), ("pruning 1/24", signal.SIGINT)],
+    ("until", "number", "kept"),
+    [("loading libraries", signal.SIGTERM, False), ("pruning 1/24", signal.SIGINT, True)],
 )
-def test_an_interrupt_ends_at_once_in_one_line_and_leaves_nothing(
-    slow_model: Path, text: Path, tmp_path: Path, until: str, number: int
+def test_an_interrupt_ends_at_once_in_one_line_and_keeps_only_finished_blocks(
+    slow_model: Path, text: Path, tmp_path: Path, until: str, number: int, kept: bool
 ) -> None:
     job = ["--model", str(slow_model), "--sparsity", "2:4", "--calib", str(text), "--no-eval", "--out", "out"]
     job += ["--samples", "24", "--seq-len", "128"]
@@ -861,8 +866,13 @@ def test_an_interrupt_ends_at_once_in_one_line_and_leaves_nothing(
         assert (code, process.stdout.read()) == (130, "")
     assert took < 2
     said = [line for line in rest.splitlines() if line and not line.startswith(("pruning", "checking", "writing"))]
-    assert said == ["interrupted; nothing was left at the output folder"]
-    assert os.listdir(tmp_path) == []
+    assert said[-1] == "interrupted; the output folder is as it was"
+    assert os.listdir(tmp_path) == ([".out.partial"] if kept else [])
+    assert len(said) == 1 + kept
+    assert (
+        re.match(r"warning: \d+ of 24 blocks are finished and kept in .*\.out\.partial; the same command", said[0])
+        or not kept
+    )
 
 
 def execute(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llmprune"
 FLOORS = [
-    {"chart", "errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report"},
+    {"chart", "durable", "errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report"},
     {"augment", "linalg", "permutation", "positions", "refit", "stats", "targets"},
     {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
     {"solve"},
@@ -27,7 +27,8 @@ FLOORS = [
         "source",
         "tokens",
     },
-    {"hub", "perplexity", "plan", "coupling", "prepare", "refine", "rehearse", "skeleton", "stream", "verify", "watch"},
+    {"activations", "carried", "coupling", "kinds", "rehearse", "skeleton", "stream", "watch"},
+    {"hub", "perplexity", "plan", "prepare", "refine", "resume", "verify"},
     {"allocate", "packing", "upload"},
     {"samples"},
     {"run"},

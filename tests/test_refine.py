@@ -24,7 +24,9 @@ def refined(
     """Weights before and after refinement, what was gained, and what leaves the last block."""
     skeleton = skeleton_of(folder)
     tokens = random_tokens(SAMPLES)
-    stream = BlockStream(skeleton, tokens, batch_tokens=BATCH * tokens.shape[1], chosen=chosen(skeleton), twin=True)
+    stream = BlockStream(
+        skeleton, tokens, batch_tokens=BATCH * tokens.shape[1], chosen=chosen(skeleton), twin=True, again=True
+    )
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
     gained = []
