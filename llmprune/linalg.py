@@ -83,6 +83,17 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
     )
 
 
+def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """`A⁻¹` of the damped Gram `A = H + λI`, `(in, in)`, and what was added to its diagonal, `(in,)`.
+
+    Args:
+        gram: H, `(in, in)`, symmetric.
+        damping: λ as a fraction of the mean diagonal of H; raised as `inverse_factor` says.
+    """
+    factor = inverse_factor(gram, damping)
+    return factor.upper.T @ factor.upper, factor.ridge + (gram.diagonal() == 0).to(gram.dtype)
+
+
 def _invert_lower(lower: Tensor) -> None:
     """Invert a lower triangular matrix in place, by halves: `[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]`.
 

@@ -35,7 +35,8 @@ from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe
 from llmprune.refine import refine
 from llmprune.report import FILE, LayerReport, PruneReport
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BlockStream, Group
+from llmprune.stream import Block, BlockStream, Group
+from llmprune.structure import scale_of
 from llmprune.verify import check_layers
 
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
@@ -111,9 +112,11 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
         run.skeleton,
         tokens,
         batch_tokens=min(TRAINING_TOKENS, tokens.numel() // 16) if run.recipe.refine else BATCH_TOKENS,
-        chosen=run.plan.names,
+        chosen=run.chosen,
         twin=run.recipe.twin,
         permute=run.recipe.permute,
+        cuts={cut.name: cut.coupling for cut in run.structure.cuts} if run.structure else None,
+        quiet=run.remover.quiet if run.remover else None,
     )
     writer.write(run.skeleton.export_outside())
     progress.start("pruning", len(stream))
@@ -122,7 +125,7 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
         for group in stream.groups(block):
             with mapped_memory():
                 with clock("solve"):
-                    solutions, order = run.solver.solve(group.problem, run.pattern, group.classes)
+                    solutions, order = solve(run, block, group)
                 stored = group.write(solutions, order)
                 with clock("error"):
                     report.layers += describe(group, solutions, stored)
@@ -135,6 +138,19 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
+
+
+def solve(run: Prepared, block: Block, group: Group) -> tuple[list[LayerSolution], Tensor | None]:
+    """Solve a group: remove inputs if its layer loses some, prune the weights if a pattern is asked for."""
+    name = group.refs[0].name
+    cut = run.structure.by_name.get(name) if run.structure else None
+    pattern = run.pattern if name in run.plan.names else None
+    if cut is not None and run.remover is not None:
+        scale = scale_of(block, cut.coupling) if run.remover.scaled else None
+        return run.remover.solve(group.problem, cut.units, cut.count, pattern, group.classes, scale)
+    assert run.solver is not None
+    assert pattern is not None
+    return run.solver.solve(group.problem, pattern, group.classes)
 
 
 def describe(group: Group, solutions: list[LayerSolution], stored: list[Tensor]) -> list[LayerReport]:
@@ -212,7 +228,7 @@ def measure(run: Prepared, folder: Path, label: str, progress: Progress) -> Perp
 def skeleton_of(run: Prepared, folder: Path) -> Skeleton:
     """The job's model with the weights in `folder`, computing as the run does."""
     return Skeleton(
-        run.source.config,
+        run.source.config if folder == run.source.folder else run.config,
         SafetensorsFolder(folder),
         compute=run.skeleton.compute,
         device=run.skeleton.device,
@@ -221,7 +237,7 @@ def skeleton_of(run: Prepared, folder: Path) -> Skeleton:
 
 
 def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> None:
-    """Re-open the written files and check the pattern of every pruned layer.
+    """Re-open the written files, check all shapes against the config, and the pattern of every pruned layer.
 
     Raises:
         CheckError: a layer misses zeros.
@@ -229,12 +245,11 @@ def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> No
     pruned = {layer.name for layer in report.layers}
     layers = [(ref.name, ref.transposed) for ref in run.plan.layers if ref.name in pruned]
     progress.start("verifying", len(layers))
-    checks = check_layers(skeleton_of(run, run.partial).checkpoint, layers, run.pattern, progress.step)
+    tensors = skeleton_of(run, run.partial).checkpoint
+    checks = check_layers(tensors, layers, run.pattern, progress.step) if run.pattern else []
     progress.finish()
     if bad := [check for check in checks if check.violations]:
-        raise CheckError(
-            f"{bad[0].name!r} misses {bad[0].violations} zeros of {run.pattern.name}", "please report this"
-        )
+        raise CheckError(f"{bad[0].name!r} misses {bad[0].violations} zeros of {run.goal.name}", "please report this")
 
 
 def new_report(run: Prepared) -> PruneReport:
@@ -254,13 +269,15 @@ def new_report(run: Prepared) -> PruneReport:
             "blocks": len(run.skeleton.blocks),
         },
         sparsity={
-            "pattern": run.pattern.name,
-            "meaning": run.pattern.describe(),
-            "scope": getattr(run.pattern, "scope", "group"),
-            "fraction": float(run.pattern.fraction),
-            "note": run.pattern.speed_note(),
+            "pattern": run.goal.name,
+            "meaning": run.goal.describe(),
+            "scope": run.goal.scope,
+            "fraction": float(run.pattern.fraction) if run.pattern else 0.0,
+            "note": run.goal.speed_note(),
+            "done": list(run.structure.said) if run.structure else [],
+            "config": run.structure.changes if run.structure else {},
         },
-        method={"name": run.recipe.method, "options": asdict(run.solver.method)},  # type: ignore[call-overload]
+        method={"name": run.recipe.label, "options": options_of(run)},
         recipe={"effort": job.effort if job.method == AUTO else None, **asdict(run.recipe)},
         calibration={**asdict(run.calibration.provenance), "tokens": run.calibration.tokens.numel()},
         evaluation=None,
@@ -273,6 +290,12 @@ def new_report(run: Prepared) -> PruneReport:
         },
         out=str(run.out),
     )
+
+
+def options_of(run: Prepared) -> dict[str, Any]:
+    """The options of criterion and method."""
+    used = (run.remover.criterion if run.remover else None, run.solver.method if run.solver else None)
+    return {key: value for one in used if one is not None for key, value in asdict(one).items()}  # type: ignore[call-overload]
 
 
 def coverage(plan: Plan) -> dict[str, Any]:
@@ -321,6 +344,10 @@ def write_companions(run: Prepared, report: PruneReport) -> None:
     config = json.loads((run.source.folder / "config.json").read_text(encoding="utf-8"))
     for leftover in ("quantization_config", "compression_config", "sparsity_config"):
         config.pop(leftover, None)
+    if run.structure:
+        # A config may say a number under another name, which must not contradict it.
+        aliases = {old for old, new in run.config.attribute_map.items() if new in run.structure.changes}
+        config = {key: value for key, value in config.items() if key not in aliases} | run.structure.changes
     if run.job.dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = run.job.dtype

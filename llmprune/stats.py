@@ -17,21 +17,50 @@ class RunningGram:
     Args:
         width: number of inputs.
         device: where the inputs come from.
+        quiet: count how often inputs are nearly zero, see `QuietCount`; None not to.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, quiet: float | None = None) -> None:
         self.tokens = 0
         self._sum = torch.zeros(width, width, device=device)
+        self._quiet = None if quiet is None else QuietCount(quiet)
 
     def add(self, inputs: Tensor) -> None:
         """Take in one batch `(..., in)` of any float dtype."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         self.tokens += len(rows)
         add_gram(self._sum, rows)
+        if self._quiet is not None:
+            self._quiet.add(rows)
 
     def result(self) -> InputStats:
         """The Gram per token; the sum is used up."""
-        return InputStats(self.tokens, _whole(self._sum).div_(max(self.tokens, 1)))
+        quiet = None if self._quiet is None else self._quiet.share(self.tokens)
+        return InputStats(self.tokens, _whole(self._sum).div_(max(self.tokens, 1)), quiet=quiet)
+
+
+class QuietCount:
+    """Counts for how many tokens an input is exactly zero, and for how many it is nearly so.
+
+    Args:
+        epsilon: nearly zero is below this share of the root mean square of all inputs in the first batch.
+    """
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon, self.limit = epsilon, -1.0
+        self._exact = self._near = torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        """Take in `(tokens, in)`."""
+        if self.limit < 0 and len(rows):
+            self.limit = self.epsilon * float(rows.square().mean().sqrt())
+        self._exact = self._exact + (rows == 0).sum(0)
+        self._near = self._near + (rows.abs() <= self.limit).sum(0)
+
+    def share(self, tokens: int) -> Tensor:
+        """The share of tokens, `(in,)`: of exact zeros if there are any (ReLU), else of what is nearly zero."""
+        counts = self._exact if bool(self._exact.any()) else self._near
+        return counts.double() / max(tokens, 1)
 
 
 class RunningPair:
@@ -42,10 +71,11 @@ class RunningPair:
     Args:
         width: number of inputs.
         device: where the inputs come from.
+        quiet: count how often inputs are nearly zero, see `QuietCount`; None not to.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.fit, self.held = RunningGram(width, device), RunningGram(width, device)
+    def __init__(self, width: int, device: torch.device, quiet: float | None = None) -> None:
+        self.fit, self.held = RunningGram(width, device, quiet), RunningGram(width, device)
         self.dense = RunningGram(width, device)
         self._cross = torch.zeros(2, width, width, device=device)
         self._missed: Tensor | None = None
@@ -83,11 +113,11 @@ class RunningPair:
         tokens = fit.tokens + held.tokens
         gram = torch.lerp(fit.gram, held.gram, held.tokens / max(tokens, 1))
         if not self._matched or not tokens:
-            return InputStats(tokens, gram)
+            return InputStats(tokens, gram, quiet=fit.quiet)
         cross, cross_held = _per_token(self._cross, tokens, held.tokens)
         missed, missed_held = (None, None) if self._missed is None else _per_token(self._missed, tokens, held.tokens)
         apart = InputStats(held.tokens, held.gram, cross_held, missed=missed_held)
-        return InputStats(tokens, gram, cross, self.dense.result().gram, apart, missed)
+        return InputStats(tokens, gram, cross, self.dense.result().gram, apart, missed, fit.quiet)
 
 
 def _add_products(sums: Tensor, left: Tensor, right: Tensor, cut: int) -> None:

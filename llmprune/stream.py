@@ -8,7 +8,7 @@ Where these exceed the memory budget, the forward is repeated up to every group 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +19,15 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from llmprune.coupling import Coupling, find_couplings, fold
+from llmprune.coupling import Coupling, find_couplings
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
 from llmprune.memory import give_back_memory, mapped_memory
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
-from llmprune.rehearse import SPENT, Batch, Call, Stop, hidden_of, own_state, rehearse
+from llmprune.rehearse import SPENT, Batch, Stop, hidden_of, leaves_behind, own_state, rehearse
 from llmprune.skeleton import Skeleton
 from llmprune.stats import RunningGram, RunningPair
+from llmprune.surgery import rearrange
 from llmprune.watch import CallOrder, Observer, call_order, find_landings, watched
 
 SHORT = 16
@@ -42,7 +43,7 @@ class Group:
         refs: the layers.
         classes: which of their inputs may change places, see `Coupling`; none where that cannot be folded away.
         write: puts the solutions into the block (one per layer, in order), and what `order` their inputs are to have in
-            the file; returns what is stored, in the order as it is.
+            the file, where those it does not name are gone; returns what is stored, in the order as it is.
     """
 
     problem: GroupProblem
@@ -74,10 +75,17 @@ class Block:
         self.dense_weights: dict[str, Tensor] = {}
         self.entered = [batch.hidden for batch in batches]
         self.couplings: dict[str, Coupling] = {}
+        self.cuts: dict[str, Coupling] = {}
+        self.quiet: float | None = None
         self._moves: list[tuple[Coupling, Tensor]] = []
         self.observer: Observer | None = None
         self.landings: dict[int, str] = {}
         self.advanced = False
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether inputs were removed for good."""
+        return any(len(order) < coupling.width for coupling, order in self._moves)
 
     @property
     def twin(self) -> bool:
@@ -87,7 +95,7 @@ class Block:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The block's tensors by their names on disk, with new weights, in new orders."""
         for coupling, order in self._moves:
-            self.changed |= fold(coupling, order, self._current(coupling), f"{self.name}.")
+            self.changed |= rearrange(coupling, order.cpu(), self._current(coupling), f"{self.name}.")
         self._moves.clear()
         return self.skeleton.checkpoint.export(self.skeleton.block_parameters(self.index), self.changed)
 
@@ -134,9 +142,10 @@ class Block:
         return checkpoint.writable(name) and len(checkpoint.users(checkpoint.disk_names([name])[0])) == 1
 
     def _current(self, coupling: Coupling) -> dict[str, Tensor]:
-        """The tensors that a permutation would move, as they will be stored."""
+        """The tensors that a permutation or a removal changes, as they will be stored."""
         checkpoint = self.skeleton.checkpoint
-        names = [f"{self.name}.{local}" for local in coupling.parameters(self.module)]
+        locals_ = dict.fromkeys(coupling.parameters(self.module) + coupling.fed(self.module))
+        names = [f"{self.name}.{local}" for local in locals_]
         return {name: self.changed.get(name, checkpoint.stored(checkpoint[name])) for name in names}
 
     @torch.no_grad()
@@ -181,11 +190,13 @@ class Block:
         with mapped_memory():
             problems = tuple(LayerProblem(ref.name, self._weight(ref).to(torch.float32, copy=True)) for ref in refs)
 
-        coupling = self.couplings.get(locals_[0]) if len(locals_) == 1 else None
+        alone = locals_[0] if len(locals_) == 1 else ""
+        coupling = self.couplings.get(alone)
+        moved = self.cuts.get(alone, coupling)
 
         def write(solutions: list[LayerSolution], order: Tensor | None = None) -> list[Tensor]:
-            if order is not None and coupling is not None:
-                self._moves.append((coupling, order))
+            if order is not None and moved is not None:
+                self._moves.append((moved, order))
             return [self._write(ref, solution) for ref, solution in zip(refs, solutions, strict=True)]
 
         return Group(GroupProblem(problems, stats), refs, coupling.classes if coupling else (), write)
@@ -285,7 +296,8 @@ class Block:
     def _running(self, layers: list[str]) -> RunningGram | RunningPair:
         with mapped_memory():
             width = self.layers[layers[0]].shape[1]
-            return (RunningPair if self.twin else RunningGram)(width, self.skeleton.device)
+            quiet = self.quiet if layers[0] in self.cuts else None
+            return (RunningPair if self.twin else RunningGram)(width, self.skeleton.device, quiet)
 
     def _add(self, stats: RunningGram | RunningPair, batch: Batch, seen: Seen, dense: Seen | None) -> None:
         if isinstance(stats, RunningGram):
@@ -387,6 +399,30 @@ class Forward(Observer):
 NOTHING = Seen(torch.empty(0), None)
 
 
+class ShortRun:
+    """Finds how the layers of blocks hang together, with a few tokens; blocks of one kind share the answer.
+
+    Args:
+        skeleton: the model; its blocks may be on the meta device.
+        tokens: `(samples, length)`, int64.
+    """
+
+    def __init__(self, skeleton: Skeleton, tokens: Tensor) -> None:
+        self.skeleton = skeleton
+        self.batch = rehearse(skeleton, tokens[:1, :SHORT], 1).batches[0]
+        self._known: dict[object, list[Coupling]] = {}
+
+    def couplings(self, index: int) -> list[Coupling]:
+        """All couplings of a block."""
+        block = self.skeleton.blocks[index]
+        layers = find_layers(block, self.skeleton.block_name(index), self.skeleton.config)
+        kind = (type(block), tuple((layer.local, layer.shape) for layer in layers))
+        if kind not in self._known:
+            run = partial(leaves_behind, self.batch.calls[index])
+            self._known[kind] = find_couplings(block, run, self.batch.hidden, layers)
+        return self._known[kind]
+
+
 class BlockStream:
     """Iterates over the blocks of a model, each with its weights in memory and the activations that reach it.
 
@@ -400,6 +436,8 @@ class BlockStream:
         memory: bytes that a block's intermediate activations may take.
         twin: whether the dense model's activations travel along, for statistics against them.
         permute: whether to find out which inputs may change places.
+        cuts: by their full names, the layers that lose inputs, with what these hang together with.
+        quiet: with this share of the root mean square as the limit, count how often their inputs are nearly zero.
     """
 
     def __init__(
@@ -412,14 +450,16 @@ class BlockStream:
         memory: int = 2 * 2**30,
         twin: bool = False,
         permute: bool = False,
+        cuts: Mapping[str, Coupling] | None = None,
+        quiet: float | None = None,
     ) -> None:
         self.skeleton, self.chosen, self.memory = skeleton, chosen, memory
-        self._short = rehearse(skeleton, tokens[:1, :SHORT], 1).batches[0] if permute else None
+        self.cuts, self.quiet = cuts or {}, quiet
+        self._short = ShortRun(skeleton, tokens) if permute else None
         self.rehearsal = rehearse(skeleton, tokens, max(1, batch_tokens // tokens.shape[1]), twin)
         self.uncalled: list[LayerRef] = []
         self._orders: dict[object, CallOrder] = {}
         self._landings: dict[object, dict[int, str]] = {}
-        self._couplings: dict[object, list[Coupling]] = {}
 
     def __len__(self) -> int:
         return len(self.skeleton.blocks)
@@ -449,14 +489,8 @@ class BlockStream:
         forwards = len(self.rehearsal.batches) * (2 if block.twin else 1)
         block.paused = 2 * order.nbytes * forwards <= self.memory
         if self._short is not None:
-            if kind not in self._couplings:
-                run = partial(_leaves_behind, self._short.calls[block.index])
-                self._couplings[kind] = find_couplings(block.module, run, self._short.hidden, block.linear)
-            block.couplings = {c.sink: c for c in self._couplings[kind] if block.movable(c)}
+            block.couplings = {c.sink: c for c in self._short.couplings(block.index) if block.movable(c)}
+        prefix = f"{block.name}."
+        block.cuts = {n.removeprefix(prefix): c for n, c in self.cuts.items() if n.startswith(prefix)}
+        block.quiet = self.quiet
         return block.groups(order.groups)
-
-
-def _leaves_behind(call: Call, module: nn.Module, hidden: Tensor) -> tuple[Any, Any, Any]:
-    """A block's output, and its arguments: some hold state that goes on to later blocks."""
-    (own,) = own_state([call])
-    return own.run(module, hidden), own.args, own.kwargs
