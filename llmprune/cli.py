@@ -197,7 +197,7 @@ def _add_stages(parser: Parser) -> None:
     stages.add_argument("--steps", type=positive, metavar="K", help="reach the sparsity in K nested steps")
     stages.add_argument(
         "--refit", action=switch, default=None,
-        help="fit the weights exactly on what is left (default: yes for channels and heads, no for a method of weights)",
+        help="fit the weights exactly on what is left (default: yes for channels and heads, no for a named method)",
     )  # fmt: skip
     stages.add_argument(
         "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"

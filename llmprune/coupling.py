@@ -60,7 +60,7 @@ class Feed:
     transposed: bool = False
 
     def staying(self, gone: Tensor) -> Tensor:
-        """The rows that stay, `(k,)`, int64, if the inputs `gone (in,)`, bool, go: a row goes with all that it feeds."""
+        """The rows that stay, `(k,)`, int64, if the inputs `gone (in,)` go: a row goes with all that it feeds."""
         stays = torch.ones(len(self.single), dtype=torch.bool)
         alone = self.single >= 0
         stays[alone] = ~gone[self.single[alone]]
@@ -272,8 +272,8 @@ def _holds(
 def _severs(guess: Coupling, block: nn.Module, run: Run, hidden: Tensor) -> bool:
     """Whether inputs whose rows are zero are zero, and all others what they were.
 
-    A class goes as a whole, or every other column of one, or one copy of every class (query heads, whose value rows then
-    stay for the other copies, so that the inputs need not be zero).
+    A class goes as a whole, or every other column of one, or one copy of every class (query heads, whose value rows
+    then stay for the other copies, so that the inputs need not be zero).
     """
     parameters, inputs = dict(block.named_parameters()), _inputs_of(guess.sink, block, run)
     dense = inputs(hidden)

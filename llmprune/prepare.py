@@ -68,7 +68,8 @@ class Prepared:
     def chosen(self) -> frozenset[str]:
         """Full names of the layers that are solved."""
         cuts = frozenset(self.structure.by_name) if self.structure else frozenset()
-        return cuts if self.pattern is None else cuts | self.plan.names
+        whole = frozenset(layer.name for layer in self.plan.whole) if self.recipe.targets == "dense" else frozenset()
+        return cuts | whole if self.pattern is None else cuts | self.plan.names
 
     @property
     def partial(self) -> Path:
@@ -160,7 +161,7 @@ def stages(job: Job) -> tuple[Sparsity, Recipe, Solver | None, Remover | None]:
 
 
 def _check_method(job: Job, goal: Sparsity) -> None:
-    if job.method == AUTO or job.method in METHODS and goal.pattern or job.method in CRITERIA and goal.removals:
+    if job.method == AUTO or (job.method in METHODS and goal.pattern) or (job.method in CRITERIA and goal.removals):
         return
     known = [*(METHODS if goal.pattern else ()), *(CRITERIA if goal.removals else ())]
     what = "score for whole channels and heads" if goal.removals else "rule for single weights"

@@ -56,9 +56,9 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
 
 
 def trainable(block: Block) -> dict[str, nn.Parameter]:
-    """The pruned layers' weights, norms and biases, by their names in the block; all layers' where channels were removed.
+    """The pruned layers' weights, norms and biases, by their names in the block.
 
-    What was removed has no gradient, as nothing reads it any more.
+    Where channels were removed, all layers' weights; what was removed has no gradient, as nothing reads it any more.
     """
     matrices = {f"{layer.local}.weight" for layer in block.linear if not layer.skip} if block.shrinks else set()
     return {

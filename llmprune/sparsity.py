@@ -1,7 +1,7 @@
 """What a run removes: channels and heads, physically, and then weights by a pattern.
 
-`channels:25%` takes MLP channels out of every block, `heads:33%` attention heads; `channels:20%+2:4` first makes the model
-smaller, then sparse.
+`channels:25%` takes MLP channels out of every block, `heads:33%` attention heads; `channels:20%+2:4` first makes the
+model smaller, then sparse.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ class RunningGram:
         self._sum = torch.zeros(width, width, device=device)
         self._quiet = None if quiet is None else QuietCount(quiet)
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in one batch `(..., in)` of any float dtype."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    def add(self, inputs: Tensor, scale: Tensor | None = None) -> None:
+        """Take in one batch `(..., in)` of any float dtype; `scale (tokens, 1)` multiplies every token's."""
+        rows = _rows(inputs, scale)
         self.tokens += len(rows)
         add_gram(self._sum, rows)
         if self._quiet is not None:
@@ -81,7 +81,9 @@ class RunningPair:
         self._missed: Tensor | None = None
         self._matched = True
 
-    def add(self, inputs: Tensor, dense: Tensor | None, error: Tensor | None = None) -> None:
+    def add(
+        self, inputs: Tensor, dense: Tensor | None, error: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
         """Take in the inputs `(..., in)` of one batch, and those of the dense model for the very same tokens.
 
         Where tokens were routed differently there are no such inputs; then the group is fitted to pruned inputs only.
@@ -90,19 +92,20 @@ class RunningPair:
             inputs: of the pruned model.
             dense: of the dense model.
             error: `(..., out)`, what the residual stream behind the layer lacks, where the layer adds to it.
+            scale: `(tokens, 1)`, multiplies every token's part of all these; None for 1.
         """
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        rows = _rows(inputs, scale)
         cut = len(rows) - int(HELD_OUT * len(rows))
         self.fit.add(rows[:cut])
         self.held.add(rows[cut:])
         if dense is None or dense.shape != inputs.shape:
             self._matched = False
             return
-        targets = dense.reshape(-1, inputs.shape[-1]).float()
+        targets = _rows(dense, scale)
         self.dense.add(targets)
         _add_products(self._cross, rows, targets, cut)
         if error is not None:
-            lacks = error.reshape(len(rows), -1).float()
+            lacks = _rows(error.reshape(len(rows), -1), scale)
             if self._missed is None:
                 self._missed = rows.new_zeros(2, rows.shape[1], lacks.shape[1])
             _add_products(self._missed, rows, lacks, cut)
@@ -118,6 +121,12 @@ class RunningPair:
         missed, missed_held = (None, None) if self._missed is None else _per_token(self._missed, tokens, held.tokens)
         apart = InputStats(held.tokens, held.gram, cross_held, missed=missed_held)
         return InputStats(tokens, gram, cross, self.dense.result().gram, apart, missed, fit.quiet)
+
+
+def _rows(values: Tensor, scale: Tensor | None) -> Tensor:
+    """One row a token, float32, scaled."""
+    rows = values.reshape(-1, values.shape[-1]).float()
+    return rows if scale is None else rows * scale
 
 
 def _add_products(sums: Tensor, left: Tensor, right: Tensor, cut: int) -> None:

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -77,6 +76,7 @@ class Block:
         self.couplings: dict[str, Coupling] = {}
         self.cuts: dict[str, Coupling] = {}
         self.quiet: float | None = None
+        self.balanced = False
         self._moves: list[tuple[Coupling, Tensor]] = []
         self.observer: Observer | None = None
         self.landings: dict[int, str] = {}
@@ -215,7 +215,7 @@ class Block:
             raise InputError(
                 f"the pruned weights of {ref.name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
             )
-        if self.twin:
+        if self.twin or self.landings:
             self.dense_weights.setdefault(ref.local, self._parameter(ref.local).data.clone())
         self._weight(ref).copy_(stored)
         self.changed[name] = (stored.T if ref.transposed else stored).contiguous().cpu()
@@ -300,15 +300,18 @@ class Block:
             return (RunningPair if self.twin else RunningGram)(width, self.skeleton.device, quiet)
 
     def _add(self, stats: RunningGram | RunningPair, batch: Batch, seen: Seen, dense: Seen | None) -> None:
+        landed = dense.landed if dense is not None and dense.landed is not None else seen.landed
+        scale = even_weight(landed) if self.balanced and landed is not None else None
         if isinstance(stats, RunningGram):
-            stats.add(seen.inputs)
+            stats.add(seen.inputs, scale)
             return
         # Rows that were picked from the batch (routed tokens) are not the same ones in both models.
         if dense is None or seen.inputs.numel() // seen.inputs.shape[-1] != batch.tokens.numel():
-            stats.add(seen.inputs, None)
+            stats.add(seen.inputs, None, scale=scale)
             return
         both = seen.landed is not None and dense.landed is not None
-        stats.add(seen.inputs, dense.inputs, dense.landed - seen.landed if both else None)  # type: ignore[operator]
+        error = dense.landed - seen.landed if both else None  # type: ignore[operator]
+        stats.add(seen.inputs, dense.inputs, error, scale)
 
     def _result(self, running: RunningGram | RunningPair, layers: list[str]) -> InputStats:
         with mapped_memory():
@@ -319,6 +322,16 @@ class Block:
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
         return stats
+
+
+def even_weight(landed: Tensor) -> Tensor:
+    """By what to scale a token's error so that it counts relative to the residual stream, `(tokens, 1)`, float32.
+
+    The next norm divides every token by its own size, and that differs a hundredfold: at a few tokens, such as the
+    first, the stream is so large that they alone would make up all of a Gram.
+    """
+    size = landed.float().square().mean(-1).sqrt().flatten()[:, None]
+    return size.clamp(min=torch.finfo(torch.float32).tiny ** 0.5).reciprocal()
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,7 +494,7 @@ class BlockStream:
         if kind not in self._orders:
             self._orders[kind] = call_order(block.module, block.layers, block.try_out)
             self._landings[kind] = (
-                find_landings(block.module, self._orders[kind].groups, block.try_out) if block.twin else {}
+                find_landings(block.module, self._orders[kind].groups, block.try_out) if block.twin or self.cuts else {}
             )
         order, block.landings = self._orders[kind], self._landings[kind]
         self.uncalled += [block.layers[local] for local in order.uncalled]
@@ -492,5 +505,5 @@ class BlockStream:
             block.couplings = {c.sink: c for c in self._short.couplings(block.index) if block.movable(c)}
         prefix = f"{block.name}."
         block.cuts = {n.removeprefix(prefix): c for n, c in self.cuts.items() if n.startswith(prefix)}
-        block.quiet = self.quiet
+        block.quiet, block.balanced = self.quiet, bool(self.cuts)
         return block.groups(order.groups)

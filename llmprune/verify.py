@@ -110,8 +110,8 @@ class FolderCheck:
         extra = sum(layer.extra_zeros for layer in self.layers)
         bad = [layer for layer in self.layers if layer.violations]
         lines = [
-            f"{len(self.layers)} layers, zeros {zeros:,} of {weights:,} weights ({zeros / weights:.3%}), {extra:,} of them "
-            "beyond the pattern"
+            f"{len(self.layers)} layers, zeros {zeros:,} of {weights:,} weights ({zeros / weights:.3%}), "
+            f"{extra:,} of them beyond the pattern"
         ]
         lines += [f"VIOLATED {layer.name}: {layer.violations:,} zeros missing" for layer in bad[:20]]
         lines += [f"... and {len(bad) - 20} more layers"] if len(bad) > 20 else []

@@ -26,6 +26,6 @@ def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = D
     """
     ridge = ridge_of(gram, damping)
     part = gram[:, kept]
-    part[kept, torch.arange(len(kept), device=kept.device)] += ridge + (gram.diagonal()[kept] == 0)
+    part[kept, torch.arange(len(kept), device=kept.device)] += ridge + (gram.diagonal()[kept] == 0).to(gram.dtype)
     lower = torch.linalg.cholesky(part[kept])
     return torch.cholesky_solve((weight @ part).T, lower).T
