@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llmprune.families import LayerRef
+from llmprune.watch import is_scale
 
 TOLERANCE = 1e-10
 Run = Callable[[nn.Module, Tensor], Any]
@@ -390,7 +391,7 @@ class _Probe:
             for local, module in self.block.named_modules():
                 if local in self.layers:
                     hook = module.register_forward_hook(self._cut(local), with_kwargs=True)
-                elif _is_scale(module):
+                elif is_scale(module):
                     hook = module.register_forward_hook(self._scale(local))
                 else:
                     continue
@@ -451,12 +452,6 @@ class _Probe:
             return None
         counting = [leaf for _, leaf in leaves]
         return _read(inputs.shape[-1], [local for local, _ in leaves], lambda wanted: touched(wanted, counting))
-
-
-def _is_scale(module: nn.Module) -> bool:
-    """A norm, or anything else that has a weight for every channel."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 1 and not any(True for _ in module.children())
 
 
 def _read(width: int, locals_: list[str], touched: Callable[[Tensor], list[Tensor]]) -> list[Feed]:

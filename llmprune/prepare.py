@@ -25,7 +25,8 @@ from llmprune.skeleton import Skeleton
 from llmprune.solve import Solver
 from llmprune.source import Source, load_tokenizer, open_source
 from llmprune.sparsity import Sparsity, parse_sparsity
-from llmprune.structure import Structure, plan_structure
+from llmprune.stream import ShortRun
+from llmprune.structure import Structure, check_channel_scales, plan_structure
 from llmprune.structured import CRITERIA, load_criterion
 from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 
@@ -107,11 +108,15 @@ def prepare(job: Job, progress: Progress) -> Prepared:
     )
     plan = make_plan(skeleton, goal.pattern, job.only, job.skip)
     structure = None
+    any_tokens = torch.arange(64)[None] % source.config.get_text_config().vocab_size
+    if recipe.method == "scaling":
+        _check_scales(skeleton, plan, any_tokens)
     if goal.removals:
-        any_tokens = torch.arange(64)[None] % source.config.get_text_config().vocab_size
         structure = plan_structure(
             skeleton, goal.removals, any_tokens, job.round_to, goal.pattern, job.trust_remote_code
         )
+        if remover is not None and remover.scaled:
+            check_channel_scales(skeleton, structure)
         plan = plan.smaller(structure.touched if goal.pattern is None else None, structure.saved(skeleton))
         for said in structure.said:
             progress.note(said)
@@ -175,6 +180,17 @@ def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
     if job.permute:
         raise InputError(f"--permute does not apply to {goal.name}", "leave it out: it is for N:M patterns")
     return replace(recipe, permute=False)
+
+
+def _check_scales(skeleton: Skeleton, plan: Plan, tokens: torch.Tensor) -> None:
+    """Refuse layers that no norm feeds."""
+    short = ShortRun(skeleton, tokens)
+    for index in range(len(skeleton.blocks)):
+        prefix, found = skeleton.block_name(index) + ".", short.scales(index)
+        for name in (layer.name for layer in plan.layers):
+            if name.startswith(prefix) and name.removeprefix(prefix) not in found:
+                last = name.rpartition(".")[2]
+                raise InputError(f"no norm feeds {name!r}, so its inputs have no learned scale", f"--skip '*.{last}'")
 
 
 def output_folder(job: Job, pattern: Sparsity | SparsityPattern) -> Path:

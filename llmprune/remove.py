@@ -74,7 +74,7 @@ class Remover:
         (layer,) = problem.layers
         goal, strengths = toward_dense(problem) if self.dense else (problem, [])
         target = goal.layers[0].weight.double()
-        gram = problem.stats.gram.double()
+        gram = problem.stats.gram
         kept = self._choose(RemovalProblem(target, gram, units.to(gram.device), scale, problem.stats.quiet), count)
         stats = dict(zip(("target_strength",), strengths, strict=False))
         weight = torch.zeros_like(target)

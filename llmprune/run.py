@@ -117,6 +117,7 @@ def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock:
         permute=run.recipe.permute,
         cuts={cut.name: cut.coupling for cut in run.structure.cuts} if run.structure else None,
         quiet=run.remover.quiet if run.remover else None,
+        scales=run.recipe.method == "scaling",
     )
     writer.write(run.skeleton.export_outside())
     progress.start("pruning", len(stream))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 
@@ -27,7 +27,7 @@ from llmprune.rehearse import SPENT, Batch, Stop, hidden_of, leaves_behind, own_
 from llmprune.skeleton import Skeleton
 from llmprune.stats import RunningGram, RunningPair
 from llmprune.surgery import rearrange
-from llmprune.watch import CallOrder, Observer, call_order, find_landings, watched
+from llmprune.watch import CallOrder, Observer, call_order, find_landings, find_scales, watched
 
 SHORT = 16
 """Tokens that are enough to see how the layers of a block hang together."""
@@ -75,6 +75,7 @@ class Block:
         self.entered = [batch.hidden for batch in batches]
         self.couplings: dict[str, Coupling] = {}
         self.cuts: dict[str, Coupling] = {}
+        self.scales: dict[str, tuple[str, float]] = {}
         self.quiet: float | None = None
         self.balanced = False
         self._moves: list[tuple[Coupling, Tensor]] = []
@@ -190,6 +191,9 @@ class Block:
         with mapped_memory():
             problems = tuple(LayerProblem(ref.name, self._weight(ref).to(torch.float32, copy=True)) for ref in refs)
 
+        if locals_[0] in self.scales:
+            norm, offset = self.scales[locals_[0]]
+            stats = replace(stats, scale=self.module.get_parameter(f"{norm}.weight").float() + offset)
         alone = locals_[0] if len(locals_) == 1 else ""
         coupling = self.couplings.get(alone)
         moved = self.cuts.get(alone, coupling)
@@ -424,16 +428,30 @@ class ShortRun:
         self.skeleton = skeleton
         self.batch = rehearse(skeleton, tokens[:1, :SHORT], 1).batches[0]
         self._known: dict[object, list[Coupling]] = {}
+        self._scales: dict[object, dict[str, tuple[str, float]]] = {}
 
     def couplings(self, index: int) -> list[Coupling]:
         """All couplings of a block."""
-        block = self.skeleton.blocks[index]
-        layers = find_layers(block, self.skeleton.block_name(index), self.skeleton.config)
-        kind = (type(block), tuple((layer.local, layer.shape) for layer in layers))
+        block, layers, kind = self._kind(index)
         if kind not in self._known:
             run = partial(leaves_behind, self.batch.calls[index])
             self._known[kind] = find_couplings(block, run, self.batch.hidden, layers)
         return self._known[kind]
+
+    def scales(self, index: int) -> dict[str, tuple[str, float]]:
+        """Of the layers of a block that a norm feeds: the norm, and what it adds to its weight."""
+        block, layers, kind = self._kind(index)
+        if kind not in self._scales:
+            with self.skeleton.loaded(self.skeleton.block_parameters(index)):
+                hidden = self.batch.hidden.to(self.skeleton.device)
+                run = partial(leaves_behind, self.batch.calls[index], block, hidden)
+                self._scales[kind] = find_scales(block, {layer.local for layer in layers}, run)
+        return self._scales[kind]
+
+    def _kind(self, index: int) -> tuple[nn.Module, list[LayerRef], object]:
+        block = self.skeleton.blocks[index]
+        layers = find_layers(block, self.skeleton.block_name(index), self.skeleton.config)
+        return block, layers, (type(block), tuple((layer.local, layer.shape) for layer in layers))
 
 
 class BlockStream:
@@ -450,6 +468,7 @@ class BlockStream:
         twin: whether the dense model's activations travel along, for statistics against them.
         permute: whether to find out which inputs may change places.
         cuts: by their full names, the layers that lose inputs, with what these hang together with.
+        scales: whether to look for the norms that feed the layers.
         quiet: with this share of the root mean square as the limit, count how often their inputs are nearly zero.
     """
 
@@ -465,10 +484,12 @@ class BlockStream:
         permute: bool = False,
         cuts: Mapping[str, Coupling] | None = None,
         quiet: float | None = None,
+        scales: bool = False,
     ) -> None:
         self.skeleton, self.chosen, self.memory = skeleton, chosen, memory
         self.cuts, self.quiet = cuts or {}, quiet
-        self._short = ShortRun(skeleton, tokens) if permute else None
+        self.permute, self.scales = permute, scales
+        self._short = ShortRun(skeleton, tokens) if permute or scales else None
         self.rehearsal = rehearse(skeleton, tokens, max(1, batch_tokens // tokens.shape[1]), twin)
         self.uncalled: list[LayerRef] = []
         self._orders: dict[object, CallOrder] = {}
@@ -501,7 +522,9 @@ class BlockStream:
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
         forwards = len(self.rehearsal.batches) * (2 if block.twin else 1)
         block.paused = 2 * order.nbytes * forwards <= self.memory
-        if self._short is not None:
+        if self._short is not None and self.scales:
+            block.scales = self._short.scales(block.index)
+        if self._short is not None and self.permute:
             block.couplings = {c.sink: c for c in self._short.couplings(block.index) if block.movable(c)}
         prefix = f"{block.name}."
         block.cuts = {n.removeprefix(prefix): c for n, c in self.cuts.items() if n.startswith(prefix)}

@@ -318,27 +318,30 @@ def _head_text(removal: Removal, groups: int, queries: int, kept_groups: int, ke
 
 
 def scale_of(block: Block, coupling: Coupling) -> Tensor:
-    """The learned scale that multiplies every input of a sink, `(in,)`: that of a norm or scale right before it.
-
-    Raises:
-        InputError: there is none.
-    """
-    found = scale_source(block.module, coupling)
-    if found is None:
-        raise InputError(no_scale(f"{block.name}.{coupling.sink}"), "choose another --method")
+    """The learned scale that multiplies every input of a sink, `(in,)`, float64."""
+    source = scale_source(block.module, coupling)
+    assert source is not None
     scale = torch.ones(coupling.width, dtype=torch.float64)
-    weight = block.module.get_parameter(f"{found.local}.weight").double().cpu()
-    for slots, rows in zip(coupling.classes, found.rows, strict=True):
+    weight = block.module.get_parameter(f"{source.local}.weight").double().cpu()
+    for slots, rows in zip(coupling.classes, source.rows, strict=True):
         scale[slots] = weight[rows]
     return scale
 
 
 def scale_source(block: nn.Module, coupling: Coupling) -> Source | None:
-    """The norm or scale among the sources of a sink."""
+    """The learned scale among the sources of a sink."""
     vectors = [s for s in coupling.sources if block.get_parameter(f"{s.local}.weight").dim() == 1]
     return vectors[0] if len(vectors) == 1 else None
 
 
-def no_scale(layer: str) -> str:
-    """What is said of a layer without one."""
-    return f"no learned scale multiplies the inputs of {layer!r}"
+def check_channel_scales(skeleton: Skeleton, structure: Structure) -> None:
+    """Refuse cuts of layers whose inputs have no learned scale.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for cut in structure.cuts:
+        if scale_source(skeleton.model.get_submodule(cut.block), cut.coupling) is None:
+            raise InputError(
+                f"no learned scale multiplies the inputs of {cut.name!r}", "choose another --method, such as obs"
+            )

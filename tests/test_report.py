@@ -17,7 +17,7 @@ from llmprune.hub import model_card
 from llmprune.report import FILE
 
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
-FREE = ("versions", "method.options", "coverage.skipped", "layers[].stats")
+FREE = ("versions", "method.options", "sparsity.config", "coverage.skipped", "layers[].stats")
 ONLY_CUDA = {"machine.device_memory"}
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers import (
     TOY_BLOCKS,
+    Toy,
+    ToyConfig,
     job,
     on_disk,
     random_tokens,
@@ -23,7 +25,7 @@ from helpers import (
     whole_logits,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmprune import InputError, PruneReport, prune
 from llmprune.coupling import Coupling, Feed, Float64
@@ -452,3 +454,87 @@ def test_every_criterion_with_refit_beats_it_without(method: str, steps: int, tm
     (first, *_), (plain, *_) = fitted.layers, bare.layers
     assert first.error < plain.error
     assert plain.error == pytest.approx(plain.stats["error_unfitted"], rel=1e-4)
+
+
+class PeatConfig(ToyConfig):
+    """The toy of a kind whose config says how wide it is."""
+
+    model_type = "toy-peat"
+
+    def __init__(self, bog_width: int = 32, **kwargs: Any) -> None:
+        self.bog_width = bog_width
+        super().__init__(**kwargs)
+
+
+class Stain(nn.Module):
+    """A learned scale for every channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Bog(nn.Module):
+    """A plain MLP with a learned scale in the middle."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.peat, self.stain, self.moss = nn.Linear(width, inner), Stain(inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.moss(self.stain(self.peat(x).relu()))
+
+
+class Peat(Toy):
+    """Two such blocks."""
+
+    config_class = PeatConfig
+
+    def __init__(self, config: PeatConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Bog(config.hidden_size, config.bog_width) for _ in range(2))
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+AutoConfig.register("toy-peat", PeatConfig)
+AutoModelForCausalLM.register(PeatConfig, Peat)
+
+
+def test_channels_go_by_their_learned_scale(tmp_path: Path) -> None:
+    source, out, report = pruned(tmp_path, "channels:25%", "toy-peat", method="scaling", round_to=1)
+    assert report.sparsity["config"] == {"bog_width": 24}
+    before, after = on_disk(source), on_disk(out)
+    for at in range(2):
+        scale = before[f"layers.{at}.stain.weight"]
+        kept = scale.abs().sort(stable=True).indices[8:].sort().values
+        assert torch.equal(after[f"layers.{at}.stain.weight"], scale[kept])
+        assert torch.equal(after[f"layers.{at}.peat.bias"], before[f"layers.{at}.peat.bias"][kept])
+    tokens = random_tokens(2, seed=3)
+    assert torch.equal(streamed_logits(skeleton_of(out), tokens), whole_logits(reload(out), tokens))
+
+
+@pytest.mark.parametrize(("name", "offset"), [("llama", 0.0), ("gemma", 1.0), ("gpt2", 0.0)])
+def test_weights_go_by_the_scale_of_the_norm_that_feeds_them(name: str, offset: float, tmp_path: Path) -> None:
+    layer, norm = {
+        "gpt2": ("transformer.h.1.mlp.c_fc", "transformer.h.1.ln_2"),
+    }.get(name, ("model.layers.1.mlp.up_proj", "model.layers.1.post_attention_layernorm"))
+    source, out, _ = pruned(tmp_path, "2:4", name, method="scaling", only=(layer,))
+    before, after = on_disk(source), on_disk(out)
+    weight, left = before[f"{layer}.weight"], after[f"{layer}.weight"]
+    if name == "gpt2":
+        weight, left = weight.T, left.T
+    score = weight.abs() * (before[f"{norm}.weight"] + offset).abs()
+    keep = torch.zeros(score.numel() // 4, 4, dtype=torch.bool)
+    keep.scatter_(1, score.reshape(-1, 4).topk(2).indices, True)
+    assert torch.equal(left, weight * keep.view_as(weight))
+
+
+def test_layers_without_a_norm_before_them_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no norm feeds 'model\.layers\.0\.self_attn\.o_proj'"):
+        pruned(tmp_path, "2:4", method="scaling")
+    assert not (tmp_path / "out").exists()

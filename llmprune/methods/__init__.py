@@ -49,6 +49,12 @@ METHODS = {
         "llmprune.methods.magnitude:Magnitude", "smallest weights go; the floor for others to beat"
     ),
     "wanda": MethodEntry("llmprune.methods.wanda:Wanda", "smallest |weight| x input norm in each row go"),
+    "obd": MethodEntry(
+        "llmprune.methods.obd:OBD", "smallest weight squared x input mean square in the layer goes; in a row as wanda"
+    ),
+    "scaling": MethodEntry(
+        "llmprune.methods.scaling:Scaling", "smallest |weight| x learned scale of the norm that feeds the layer goes"
+    ),
     "sparsegpt": MethodEntry(
         "llmprune.methods.sparsegpt:SparseGPT", "second-order choice, the kept weights make up for the pruned ones", 4
     ),

@@ -13,8 +13,8 @@ from llmprune.structured.problem import RemovalProblem
 PANEL = 4
 ROUNDS = 64
 CANDIDATES = 3
-WIDEST = 8192
-"""Wider layers are left as the greedy removal leaves them: exchanges would need as much memory again."""
+WIDEST = 4096
+"""Wider layers are left as the greedy removal leaves them: exchanges would take longer than all else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,10 @@ class OBS:
     work is that of a few factorisations, whatever the width.
 
     Then units change places (OSSCAR, Meng et al. 2024): one that is gone comes back, which gains `tr(r_g K_g⁻¹ r_gᵀ)`
-    with `r = [(W* − W) A]_:g` and `K_g = A_gg − A_gS A_SS⁻¹ A_Sg`, and one that is left goes instead. For single channels
-    the loss of every pair is known exactly from three products; the best pairs change places, several at a time while
-    that lowers the loss, then fewer. For heads the ones that gain most come back in turn, each for the cheapest to go.
+    with `r = [(W* − W) A]_:g` and `K_g = A_gg − A_gS A_SS⁻¹ A_Sg`, and one that is left goes instead. For single
+    channels the loss of every pair is known exactly from three products; the best pairs change places, several at a
+    time while that lowers the loss, then fewer. For heads the ones that gain most come back in turn, each for the
+    cheapest to go.
 
     Args:
         damping: λ as a fraction of the mean diagonal of H.
@@ -152,7 +153,7 @@ class Search:
 
     def swap(self, count: int) -> bool:
         """Let up to `count` units that are gone change places with others; whether that lowered the loss."""
-        away, cross, reach, residual, schur = self._outside()
+        away, reach, residual, schur = self._outside()
         if self.units.shape[-1] == 1:
             return self._try(*self._pairs(away, reach, residual, schur, count))
         gains = torch.linalg.solve(schur, _square(residual, away)).diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -163,8 +164,8 @@ class Search:
                 return True
         return False
 
-    def _outside(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of the inputs P that are gone: the units as numbers in P, `A_:P`, `M A_:P`, `[(W* − W) A]_:P`, all `K_g`."""
+    def _outside(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the inputs P that are gone: the units as numbers in P, `M A_:P`, `[(W* − W) A]_:P`, all `K_g`."""
         columns = self.units[self.gone].flatten()
         cross = self._damped(columns)
         reach = self.inverse @ cross
@@ -172,13 +173,13 @@ class Search:
         pools, _, size = self.units.shape
         away = torch.arange(len(columns), device=columns.device).view(pools, -1, size)
         schur = _blocks(cross[columns], away) - _products(cross, reach, away)
-        return away, cross, reach, residual, schur
+        return away, reach, residual, schur
 
     def _pairs(self, away: Tensor, reach: Tensor, residual: Tensor, schur: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The best exchanges of single channels: those that come back `(k, 1)`, and those that go `(k, 1)`.
 
-        With i back, `W_j` becomes `W_j − v_ji r_i / K_i` and `M_jj` becomes `M_jj + v_ji² / K_i`, `v = M A_:P`; so the loss
-        of j is known for every i.
+        With i back, `W_j` becomes `W_j − v_ji r_i / K_i` and `M_jj` becomes `M_jj + v_ji² / K_i`, `v = M A_:P`; so the
+        loss of j is known for every i.
         """
         columns, left = self.units[self.gone].flatten(), self.units[~self.gone].flatten()
         pivot = schur.flatten()
@@ -204,7 +205,7 @@ class Search:
         return columns[back][:, None], left[going][:, None]
 
     def _try(self, back: Tensor, going: Tensor | None, pool: int = 0) -> bool:
-        """Exchange units, inputs `(k, size)` each; None for the cheapest of the pool to go. Undone if the loss rises."""
+        """Exchange units, inputs `(k, size)`; None for the cheapest of the pool to go. Undone if the loss rises."""
         if not len(back):
             return False
         before = self.gone.clone(), self.weight.clone(), self.inverse.clone()
@@ -247,7 +248,7 @@ class Search:
 
     def _damped(self, columns: Tensor) -> Tensor:
         """`A_:,columns`."""
-        part = self.gram[:, columns].clone()
+        part = self.gram[:, columns].double()
         part[columns, torch.arange(len(columns), device=columns.device)] += self.ridge[columns]
         return part
 

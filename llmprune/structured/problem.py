@@ -14,7 +14,7 @@ class RemovalProblem:
 
     Args:
         weight: W, `(out, in)`, float64: what the outputs would best be made with if all inputs stayed.
-        gram: `H = XᵀX / tokens`, `(in, in)`, float64.
+        gram: `H = XᵀX / tokens`, `(in, in)`, float32 or float64.
         units: `(pools, units, size)`, int64: inputs that go together (one channel, or a head's). The same number of
             units goes from every pool.
         scale: `(in,)`, the learned scale that multiplies every input, or None.

@@ -17,7 +17,7 @@ def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = D
 
     Args:
         weight: W, `(out, in)`, float64.
-        gram: H, `(in, in)`, float64.
+        gram: H, `(in, in)`.
         kept: S, `(k,)`, int64.
         damping: λ as a fraction of the mean diagonal of H.
 
@@ -25,7 +25,7 @@ def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = D
         `W̃_S`, `(out, k)`.
     """
     ridge = ridge_of(gram, damping)
-    part = gram[:, kept]
-    part[kept, torch.arange(len(kept), device=kept.device)] += ridge + (gram.diagonal()[kept] == 0).to(gram.dtype)
+    part = gram[:, kept].double()
+    part[kept, torch.arange(len(kept), device=kept.device)] += ridge + (gram.diagonal()[kept] == 0).double()
     lower = torch.linalg.cholesky(part[kept])
     return torch.cholesky_solve((weight @ part).T, lower).T
