@@ -27,7 +27,6 @@ class Plan:
         block_parameters: number of parameters in all blocks.
         parameters: number of parameters of the model, tied ones once.
         out_bytes: size of the folder to be written.
-        whole: layers that lose nothing, but may make up for what others lost.
     """
 
     layers: tuple[LayerRef, ...]
@@ -35,7 +34,6 @@ class Plan:
     block_parameters: int
     parameters: int
     out_bytes: int
-    whole: tuple[LayerRef, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -70,9 +68,7 @@ class Plan:
             saved: bytes that go.
         """
         left = [] if touched is None else [layer for layer in self.layers if layer.name not in touched]
-        whole = () if touched is None else self.layers
-        smaller = self.without(left, "no channels or heads to lose")
-        return replace(smaller, out_bytes=self.out_bytes - saved, whole=whole)
+        return replace(self.without(left, "no channels or heads to lose"), out_bytes=self.out_bytes - saved)
 
     def skipped_by_reason(self) -> dict[str, int]:
         """Number of weights that stay dense, by reason."""

@@ -69,8 +69,7 @@ class Prepared:
     def chosen(self) -> frozenset[str]:
         """Full names of the layers that are solved."""
         cuts = frozenset(self.structure.by_name) if self.structure else frozenset()
-        whole = frozenset(layer.name for layer in self.plan.whole) if self.recipe.targets == "dense" else frozenset()
-        return cuts | whole if self.pattern is None else cuts | self.plan.names
+        return cuts if self.pattern is None else cuts | self.plan.names
 
     @property
     def partial(self) -> Path:

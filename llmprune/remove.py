@@ -89,14 +89,6 @@ class Remover:
             return [LayerSolution(weight, mask & (weight != 0), stats=stats)], kept
         return self._sparse(problem, weight, kept, pattern, classes, stats)
 
-    def correct(self, problem: GroupProblem) -> list[LayerSolution]:
-        """Let layers that lose nothing make up for what the layers before them lost, as dense targets say."""
-        goal, strengths = toward_dense(problem)
-        return [
-            LayerSolution(layer.weight, layer.weight != 0, stats={"target_strength": strength})
-            for layer, strength in zip(goal.layers, strengths, strict=True)
-        ]
-
     def _choose(self, problem: RemovalProblem, count: int) -> Tensor:
         """The inputs that stay, in nested steps: each step's criterion sees the weights that the one before left."""
         target, gram = problem.weight, problem.gram

@@ -149,8 +149,6 @@ def solve(run: Prepared, block: Block, group: Group) -> tuple[list[LayerSolution
     if cut is not None and run.remover is not None:
         scale = scale_of(block, cut.coupling) if run.remover.scaled else None
         return run.remover.solve(group.problem, cut.units, cut.count, pattern, group.classes, scale)
-    if run.remover is not None and pattern is None:
-        return run.remover.correct(group.problem), None
     assert run.solver is not None
     assert pattern is not None
     return run.solver.solve(group.problem, pattern, group.classes)

@@ -115,15 +115,14 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 
 def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
     layers, seconds = report.layers, report.seconds
-    pruned = [layer for layer in layers if layer.pruned]
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in pruned)
-    share = sum(layer.pruned for layer in pruned) / max(weights, 1)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    share = sum(layer.pruned for layer in layers) / weights
     solves = f"{duration(seconds['solve'])} of it in {len(layers)} layer solves"
     raised = sum(layer.status != "ok" for layer in layers)
     rows = _perplexity_rows(report.evaluation) if report.evaluation is not None else []
     rows += [
         ("sparsity", report.sparsity["meaning"]),
-        ("reached", f"{share:.2%} of {weights / 1e6:.1f} M weights in {len(pruned)} layers"),
+        ("reached", f"{share:.2%} of {weights / 1e6:.1f} M weights in {len(layers)} layers"),
         *[("done", text) for text in report.sparsity["done"]],
         ("coverage", coverage_text(report.coverage)),
         ("method", f"{recipe_text(report.recipe)}, mean relative layer error {report.mean_error:.4f}"),
