@@ -9,7 +9,14 @@ The grid is a table of lists; every combination is a cell:
     model = "demo"
     samples = 32
 
-Cells whose JSON is there already are not run again.
+Cells whose JSON is there already are not run again. With a table
+
+    [also]
+    texts = ["wikitext2", "notes.txt"]
+    windows = 12
+    context = 1024
+
+every cell's model is measured on these texts too, and the dense model once (`dense.json`).
 """
 
 from __future__ import annotations
@@ -53,16 +60,34 @@ def file_name(settings: dict[str, Any]) -> str:
     return re.sub(r"[^\w.]+", "-", "-".join(str(value) for value in settings.values())).strip("-") + ".json"
 
 
-def caption(result: dict[str, Any]) -> str:
-    """What all cells were measured on."""
-    dense, text = result["evaluation"]["dense"], Path(result["evaluation"]["source"]).name
-    calibration = result["calibration"]
-    return (
-        f"Dense: {dense['value']:.2f} ± {dense['error']:.2f}. Perplexity on {text}, {dense['windows']} windows of "
-        f"{dense['context']} tokens (tokens sha256 {result['evaluation']['sha256'][:12]}); calibration on "
-        f"{Path(calibration['source']).name} (first row {calibration['samples']} x {calibration['seq_len']} tokens, "
-        f"sha256 {calibration['sha256'][:12]}); commit {result['commit']}."
+def caption(result: dict[str, Any], dense: dict[str, Any]) -> str:
+    """What all cells were measured on.
+
+    Args:
+        result: the first cell.
+        dense: the dense model on the texts of `[also]`.
+    """
+    measured = dict(dense)
+    if evaluation := result["evaluation"]:
+        measured = {Path(evaluation["source"]).name: {**evaluation["dense"], "sha256": evaluation["sha256"]}} | measured
+    texts = "; ".join(
+        f"{text}, {found['windows']} windows of {found['context']} tokens (sha256 {found['sha256'][:12]}), "
+        f"dense {found['value']:.2f} ± {found['error']:.2f}"
+        for text, found in measured.items()
     )
+    calibration = result["calibration"]
+    size = f"{calibration['samples']} x {calibration['seq_len']} tokens, sha256 {calibration['sha256'][:12]}"
+    return (
+        f"Perplexity on {texts}. Calibration on {Path(calibration['source']).name} (first row {size}); "
+        f"commit {result['commit']}."
+    )
+
+
+def read_dense(out: Path) -> dict[str, Any]:
+    """The dense model on the texts of `[also]`, as far as there are such."""
+    path = out / "dense.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -112,13 +137,14 @@ def table(results: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     """A Markdown table of the cells."""
     keys = list(results[0][0])
     texts = list(results[0][1]["texts"])
-    head = [*keys, "perplexity", *texts, "layer error", "pruning, s"]
+    evaluated = [] if results[0][1]["evaluation"] is None else ["perplexity"]
+    head = [*keys, *evaluated, *texts, "layer error", "pruning, s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for settings, result in results:
-        found = [result["evaluation"]["pruned"]] if result["evaluation"] else [None]
+        found = [result["evaluation"]["pruned"]] if evaluated else []
         found += [result["texts"][text] for text in texts]
         row = [str(settings[key]) for key in keys]
-        row += ["–" if p is None else f"{p['value']:.2f} ± {p['error']:.2f}" for p in found]
+        row += [f"{p['value']:.2f} ± {p['error']:.2f}" for p in found]
         row += [f"{result['mean_layer_error']:.4f}", f"{result['seconds']['prune']:.0f}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
@@ -133,12 +159,16 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"{options.grid} is no grid: {error}", "name a file such as eval/grids/demo.toml") from error
     out = options.out or ROOT / "eval" / "results" / options.grid.stem
     out.mkdir(parents=True, exist_ok=True)
+    also, dense = grid.get("also", {}), out / "dense.json"
+    if also and not dense.exists():
+        found = measure(grid["fixed"]["model"], also["texts"], also["windows"], also["context"])
+        dense.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     results = []
     for settings in cells(grid):
         path = out / file_name(settings)
         if not path.exists():
             sys.stderr.write(f"running {settings}\n")
-            result = run_cell({**grid.get("fixed", {}), **settings}, grid.get("also", {}))
+            result = run_cell({**grid.get("fixed", {}), **settings}, also)
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         results.append((settings, json.loads(path.read_text(encoding="utf-8"))))
     print(json.dumps([result for _, result in results], indent=2) if options.json else table(results))

@@ -24,7 +24,7 @@ def render(name: str) -> str:
     """The Markdown of one result, with the commands it comes from."""
     if (file := RESULTS / f"{name}.json").exists():
         result = json.loads(file.read_text(encoding="utf-8"))
-        source = f"From `eval/results/{name}.json`, written at commit {result['commit'][:12]} by:"
+        source = f"From `eval/results/{name}.json`, written at commit {result['commit']} by:"
         return f"{peers.table(result).strip()}\n\n{source}\n```\n{result['command']}\n```"
     grid = tomllib.loads((ROOT / "eval" / "grids" / f"{name}.toml").read_text(encoding="utf-8"))
     cells: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -36,7 +36,7 @@ def render(name: str) -> str:
         [
             sweep.table(cells),
             "",
-            sweep.caption(first),
+            sweep.caption(first, sweep.read_dense(RESULTS / name)),
             f"From `eval/results/{name}/*.json`, by `python -m eval.sweep eval/grids/{name}.toml`; the first row is:",
             f"```\n{first['command']}\n```",
         ]

@@ -7,6 +7,7 @@ the source, so that whatever loaded the source loads the result.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmprune.durable import replacing, sha256, sync
 from llmprune.errors import InputError, PruneError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PACKED = ".packed.safetensors"
 SHARD_BYTES = 2 * 2**30
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -99,6 +102,8 @@ _DOWNLOAD_AGAIN = "the file is damaged or incomplete; download or save the model
 def _index(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index; empty where the folder has a single file."""
     path = folder / INDEX
+    if next(folder.glob(f"*{PACKED}"), None):
+        raise InputError(f"{folder} is packed", f"unpack it first: llmprune unpack {folder}")
     if not path.exists():
         if (folder / SINGLE).exists():
             return {}
@@ -109,6 +114,15 @@ def _index(folder: Path) -> dict[str, Path]:
                 "convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
             )
         raise InputError(f"{folder} has no {SINGLE} and no {INDEX}", "--model takes a Hugging Face model folder")
+    return read_index(path)
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """Tensor name -> file, from an index.
+
+    Raises:
+        InputError: it is none, or points outside its folder.
+    """
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         items = [(str(name), str(file)) for name, file in weight_map.items()]
@@ -117,7 +131,7 @@ def _index(folder: Path) -> dict[str, Path]:
     for _, file in items:
         if Path(file).name != file or file in {"", ".", ".."} or "\\" in file:
             raise InputError(f"{path} points outside its folder: {file!r}", "do not use this checkpoint")
-    return {name: folder / file for name, file in items}
+    return {name: path.with_name(file) for name, file in items}
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -300,34 +314,53 @@ class Checkpoint(Mapping[str, Tensor]):
             size += entry.nbytes * stored.itemsize // entry.dtype.itemsize
         return size
 
-    def check_finite(self, step: Any = None) -> None:
-        """Read every tensor once.
+    def check_finite(self, step: Any = None) -> str:
+        """Read every tensor once; returns the SHA-256 of names and contents.
 
         Raises:
             InputError: naming the first tensor that holds NaN or Inf, or cannot be read.
         """
+        digest = hashlib.sha256()
         for name in self.folder:
             if step is not None:
                 step(self.folder.entries[name].nbytes)
             tensor = self.folder[name]
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
             if tensor.is_floating_point() and tensor.numel():
                 low, high = torch.aminmax(tensor)
                 if not bool(torch.isfinite(low) & torch.isfinite(high)):
                     raise InputError(f"the weights of {name!r} hold NaN or Inf", "use an undamaged checkpoint")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file that was written: its name in the folder, what it holds, the bytes of that, the file's hash."""
+
+    file: str
+    tensors: list[str]
+    nbytes: int
+    sha256: str
 
 
 class ShardWriter:
-    """Writes a HF folder shard by shard; every file appears under its name only when it is whole.
+    """Writes a HF folder shard by shard; every file appears under its name only when it is whole and durable.
 
     Args:
         folder: an existing folder.
+        shards: those that it holds already.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shards: Iterable[Shard] = ()) -> None:
         self.folder = folder
-        self._shards: list[tuple[Path, list[str]]] = []
-        self._written: set[str] = set()
-        self.nbytes = 0
+        self.shards = list(shards)
+        self._written = {name for shard in self.shards for name in shard.tensors}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(shard.nbytes for shard in self.shards)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> None:
         """Write tensors as one shard, or as several where they exceed `limit` bytes; a name only the first time."""
@@ -346,33 +379,48 @@ class ShardWriter:
             self._save(shard)
 
     def _save(self, shard: dict[str, Tensor]) -> None:
-        path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-        temporary = path.with_suffix(".tmp")
+        path = self.folder / f"shard-{len(self.shards) + 1:05d}.safetensors"
         try:
-            save_file(shard, temporary, metadata={"format": "pt"})
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                save_file(shard, temporary, metadata={"format": "pt"})
+            nbytes = sum(tensor.nbytes for tensor in shard.values())
+            self.shards.append(Shard(path.name, list(shard), nbytes, sha256(path)))
         except (OSError, SafetensorError) as error:
-            raise PruneError(f"cannot write {path}: {error}", "free disk space or choose another --out") from error
-        self._shards.append((path, list(shard)))
-        self.nbytes += sum(tensor.nbytes for tensor in shard.values())
+            raise PruneError(
+                f"cannot write {path}: {error}",
+                "free disk space and run the same command again, or choose another --out",
+            ) from error
+
+    def final_names(self) -> list[str]:
+        """What the shards are called in a complete folder."""
+        total = len(self.shards)
+        return [SINGLE] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
 
     def seal(self) -> None:
         """Give the shards their final names and write the index."""
-        weight_map, total = {}, len(self._shards)
-        for number, (path, names) in enumerate(self._shards, 1):
-            final = SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-            os.replace(path, self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
+        weight_map, total = {}, len(self.shards)
+        for shard, final in zip(self.shards, self.final_names(), strict=True):
+            os.replace(self.folder / shard.file, self.folder / final)
+            weight_map.update(dict.fromkeys(shard.tensors, final))
         if total > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(self.folder / INDEX, index)
 
+    def unseal(self) -> None:
+        """Take back a seal that may have been broken off; what is no shard goes."""
+        for shard, final in zip(self.shards, self.final_names(), strict=True):
+            if (self.folder / final).exists():
+                os.replace(self.folder / final, self.folder / shard.file)
+        for path in self.folder.iterdir():
+            if path.name not in {shard.file for shard in self.shards}:
+                path.unlink()
+
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON under a temporary name, then rename."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def replace_folder(new: Path, target: Path) -> None:
@@ -385,6 +433,7 @@ def replace_folder(new: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(new, target)
+    sync(target.parent)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -171,8 +171,8 @@ def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[
     for the others (query and key rows, value rows shared by heads) every input is differentiated.
 
     Nothing is trusted: the copy's rows and columns are permuted, at random within the classes, and all that the run
-    leaves behind must stay the same to `TOLERANCE`. A block that cannot run so (a kernel without float64) has no
-    couplings.
+    leaves behind must stay the same to `TOLERANCE`. A block that cannot run so (a kernel without float64, state that
+    an earlier block should have handed on) has no couplings.
 
     Args:
         block: the block; it is left alone. No hooks of the caller's may be on it.
@@ -191,7 +191,7 @@ def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[
     probe = _Probe(copy, layers, generator)
     try:
         probe.watch(run, noise)
-    except RuntimeError:
+    except (RuntimeError, KeyError):
         return []
     guesses = [guess for layer in layers if (guess := probe.guess(layer)) is not None]
     if not guesses:
@@ -346,10 +346,10 @@ def _swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> 
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists and dicts, copied."""
+    """All tensors in nested tuples, lists and mappings, copied."""
     if isinstance(value, Tensor):
         return [value.detach().clone()]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
     return [tensor for item in items for tensor in _tensors(item)]
 
 

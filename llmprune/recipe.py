@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Targets = Literal["pruned", "dense"]
+Allocate = Literal["uniform", "error", "owl"]
 AUTO = "auto"
 
 
@@ -22,6 +23,8 @@ class Recipe:
         steps: in how many nested steps the sparsity is reached.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
         refine: epochs in which a pruned block learns to give the dense block's output.
+        augment: how many noisy copies of every calibration window join it.
+        allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
         criterion: by which channels or heads go, a name of the CRITERIA table; '' where none do.
         reconstruct: whether what is left of a layer makes up, by least squares, for the inputs that went.
     """
@@ -32,6 +35,8 @@ class Recipe:
     steps: int = 1
     refit: bool = False
     refine: int = 0
+    augment: int = 0
+    allocate: Allocate = "uniform"
     criterion: str = ""
     reconstruct: bool = True
 
@@ -59,7 +64,11 @@ class Recipe:
         if self.refit:
             stages.append("refit")
         if self.refine:
-            stages.append(f"{self.refine} epochs of refinement")
+            stages.append(f"{self.refine} epoch{'s' if self.refine > 1 else ''} of refinement")
+        if self.augment:
+            stages.append(f"{self.augment} noisy cop{'ies' if self.augment > 1 else 'y'} of the text")
+        if self.allocate != "uniform":
+            stages.append(f"shares by {self.allocate}")
         return " + ".join(stages)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,13 @@ RATE = 0.01  # of a parameter's root mean square, per step
 WHITENING = 0.5
 WARM_UP = 0.1
 HELD_OUT = 8
+BATCH_TOKENS = 1024
+LEAST_SAMPLES = 2
+
+
+def batch_tokens(tokens: Tensor) -> int:
+    """Tokens per batch for a calibration set `(samples, length)`: small, because the number of steps counts."""
+    return max(min(BATCH_TOKENS, tokens.numel() // 16), 1)
 
 
 def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
@@ -31,9 +37,8 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
         epochs: passes over the calibration batches.
         seed: of the order of the batches.
     """
-    samples = [Sample(batch, entered) for batch, entered in zip(block.batches, block.entered, strict=True)]
-    held = max(1, len(samples) // HELD_OUT)
-    training, held_out = samples[:-held], samples[-held:]
+    held = max(1, len(block.batches) // HELD_OUT)
+    training, held_out = block.batches[:-held], block.batches[-held:]
     values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block).items()}
     masks = {name: value != 0 for name, value in values.items() if value.dim() == 2}
     loss = BlockLoss(block, values)
@@ -44,7 +49,7 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     for _ in range(epochs if training else 0):
         for index in torch.randperm(len(training), generator=generator).tolist():
             with torch.enable_grad():
-                gradients = torch.autograd.grad(loss(training[index]), list(values.values()))
+                gradients = gradients_of(loss(training[index]), list(values.values()))
             for (name, value), gradient in zip(values.items(), gradients, strict=True):
                 value.grad = gradient.mul_(masks[name]) if name in masks else gradient
             schedule.step()
@@ -53,6 +58,13 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     block.store(best)
     block.rewind()
     return Refinement(block.name, before, after)
+
+
+def gradients_of(loss: Tensor, values: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    """The gradient of every parameter; zero for one that had no part in the loss (an expert without tokens)."""
+    if loss.requires_grad:
+        return torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+    return tuple(torch.zeros_like(value) for value in values)
 
 
 def trainable(block: Block) -> dict[str, nn.Parameter]:
@@ -67,14 +79,6 @@ def trainable(block: Block) -> dict[str, nn.Parameter]:
         if f"{block.name}.{name}" in block.changed
         or ((parameter.dim() == 1 or name in matrices) and block.writable(name))
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A batch, and what entered the block for it."""
-
-    batch: Batch
-    entered: Tensor
 
 
 class BlockLoss:
@@ -93,22 +97,22 @@ class BlockLoss:
         energy = torch.stack([_dense(batch).square().mean((0, 1)) for batch in block.batches]).mean(0)
         self.weights = (energy / energy.mean()).clamp(min=1e-6).pow(-WHITENING).to(block.skeleton.device)
 
-    def __call__(self, sample: Sample) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """The mean over the tokens of a batch."""
-        skeleton, call = self.block.skeleton, sample.batch.calls[self.block.index]
+        skeleton, call = self.block.skeleton, batch.calls[self.block.index]
         values = {name: value.to(skeleton.compute) for name, value in self.values.items()}
-        arguments = (sample.entered.to(skeleton.device), *call.args)
+        arguments = (batch.entered().to(skeleton.device), *call.args)
         output = hidden_of(functional_call(self.block.module, values, arguments, call.kwargs))
-        target = _dense(sample.batch).to(skeleton.device)
+        target = _dense(batch).to(skeleton.device)
         missed = ((output.float() - target).square() * self.weights).sum(-1)
         mean = (missed / (target.square() * self.weights).sum(-1)).mean()
         assert isinstance(mean, Tensor)
         return mean
 
     @torch.no_grad()
-    def mean(self, samples: list[Sample]) -> float:
+    def mean(self, batches: list[Batch]) -> float:
         """The mean over batches."""
-        return sum(float(self(sample)) for sample in samples) / len(samples)
+        return sum(float(self(batch)) for batch in batches) / len(batches)
 
 
 def _dense(batch: Batch) -> Tensor:

@@ -6,14 +6,16 @@ by running the model with its blocks replaced by identities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmprune.activations import Activations
 from llmprune.errors import InputError
 from llmprune.skeleton import Skeleton
 
@@ -54,8 +56,8 @@ def _same(a: Any, b: Any) -> bool:
         return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, tuple | list):
         return len(a) == len(b) and all(map(_same, a, b))
-    # A dict may carry state from block to block (shared keys and values), so every batch needs its own.
-    if isinstance(a, dict):
+    # A mapping may carry state from block to block (shared keys and values), so every batch needs its own.
+    if isinstance(a, MutableMapping):
         return bool(a) and bool(b) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return isinstance(a, bool | int | float | str) and bool(a == b)
 
@@ -65,15 +67,13 @@ SPENT = Call((), {})
 
 
 def own_state(calls: list[Call]) -> list[Call]:
-    """The same arguments, but with dicts of their own: some models carry state from block to block in them."""
-    copies: dict[int, dict[Any, Any]] = {}
+    """The same arguments, but with mappings of their own: some models carry state from block to block in them."""
+    copies: dict[int, MutableMapping[Any, Any]] = {}
 
-    def copy(value: Any) -> Any:
-        return copies.setdefault(id(value), dict(value)) if isinstance(value, dict) else value
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), copy(value)) if isinstance(value, MutableMapping) else value
 
-    return [
-        Call(tuple(map(copy, call.args)), {key: copy(value) for key, value in call.kwargs.items()}) for call in calls
-    ]
+    return [Call(tuple(map(own, call.args)), {key: own(value) for key, value in call.kwargs.items()}) for call in calls]
 
 
 def leaves_behind(call: Call, block: nn.Module, hidden: Tensor) -> tuple[Any, Any, Any]:
@@ -95,17 +95,40 @@ class Batch:
 
     Args:
         tokens: `(batch, length)`, int64.
-        hidden: `(batch, length, hidden)`, what the blocks so far made of them.
         calls: every block's other arguments.
-        dense: what the dense model's blocks made of them, or None.
         dense_calls: the arguments of the dense model's blocks.
+        number: of the batch in the streams.
+        streams: where its hidden states rest, and those of the dense model if they travel along.
     """
 
     tokens: Tensor
-    hidden: Tensor
     calls: list[Call]
-    dense: Tensor | None
     dense_calls: list[Call]
+    number: int
+    streams: tuple[Activations, Activations | None]
+
+    @property
+    def hidden(self) -> Tensor:
+        """`(batch, length, hidden)`, what the blocks so far made of the tokens."""
+        return self.streams[0].newest(self.number)
+
+    @property
+    def dense(self) -> Tensor | None:
+        """What the dense model's blocks made of them, or None."""
+        return None if self.streams[1] is None else self.streams[1].newest(self.number)
+
+    def entered(self, dense: bool = False) -> Tensor:
+        """What entered the block at hand, in the pruned model or in the dense one."""
+        return self._stream(dense).entered(self.number)
+
+    def leave(self, hidden: Tensor, dense: bool = False) -> None:
+        """The block at hand has made this of it."""
+        self._stream(dense).put(self.number, hidden)
+
+    def _stream(self, dense: bool) -> Activations:
+        stream = self.streams[dense]
+        assert stream is not None
+        return stream
 
 
 @contextmanager
@@ -121,20 +144,42 @@ def _forwards_replaced(blocks: nn.ModuleList, make: Callable[[int], Callable[...
 
 
 @dataclass(frozen=True, slots=True)
+class Wrap:
+    """Turns hidden states into what the model expects a block to return.
+
+    Args:
+        rest: what stands behind them in a tuple; None where blocks return a bare tensor.
+    """
+
+    rest: tuple[Any, ...] | None
+
+    def __call__(self, hidden: Tensor) -> Any:
+        """The return value."""
+        return hidden if self.rest is None else (hidden, *self.rest)
+
+
+@dataclass(frozen=True, slots=True)
 class Rehearsal:
     """What a run of everything but the blocks found out.
 
     Args:
         batches: the tokens, cut into batches, with their first hidden states.
-        wrap: turns hidden states into what the model expects a block to return.
+        wrap: how blocks return their hidden states.
     """
 
     batches: list[Batch]
-    wrap: Callable[[Tensor], Any]
+    wrap: Wrap
 
 
 @torch.no_grad()
-def rehearse(skeleton: Skeleton, tokens: Tensor, batch_size: int, twin: bool = False) -> Rehearsal:
+def rehearse(
+    skeleton: Skeleton,
+    tokens: Tensor,
+    batch_size: int,
+    pruned: Activations | None = None,
+    dense: Activations | None = None,
+    wrap: Wrap | None = None,
+) -> Rehearsal:
     """Run all that comes before the blocks, and record what each block is called with.
 
     The model runs with the blocks replaced by identities that note their arguments; masks and rotary tables differ
@@ -144,21 +189,26 @@ def rehearse(skeleton: Skeleton, tokens: Tensor, batch_size: int, twin: bool = F
         skeleton: the model.
         tokens: `(samples, length)`, int64.
         batch_size: samples per batch.
-        twin: whether the batches carry the dense model's activations too.
+        pruned: where the hidden states rest; None for memory.
+        dense: where those of the dense model rest, if they are to travel along.
+        wrap: how blocks return their hidden states; None to run the first block and see.
     """
+    streams = (pruned or Activations(), dense)
     batches: list[Batch] = []
     with skeleton.loaded(skeleton.outside()):
-        wrap = _probe_output(skeleton, tokens[:1])
+        wrap = wrap or _probe_output(skeleton, tokens[:1])
         for part in torch.split(tokens, batch_size):
             hidden, calls = _record(skeleton, part, wrap)
             known = [batch.calls for batch in batches if batch.tokens.shape == part.shape][:1]
             for earlier in known:
                 calls = [old if old.same(new) else new for old, new in zip(earlier, calls, strict=True)]
-            batches.append(Batch(part, hidden, calls, hidden if twin else None, own_state(calls)))
+            for stream in filter(None, streams):
+                stream.append(hidden)
+            batches.append(Batch(part, calls, own_state(calls), len(batches), streams))
     return Rehearsal(batches, wrap)
 
 
-def _record(skeleton: Skeleton, tokens: Tensor, wrap: Callable[[Tensor], Any]) -> tuple[Tensor, list[Call]]:
+def _record(skeleton: Skeleton, tokens: Tensor, wrap: Wrap) -> tuple[Tensor, list[Call]]:
     calls: list[Call] = []
     seen: list[Tensor] = []
     last = len(skeleton.blocks) - 1
@@ -187,7 +237,7 @@ def _record(skeleton: Skeleton, tokens: Tensor, wrap: Callable[[Tensor], Any]) -
     return seen[0].detach().clone().cpu(), calls
 
 
-def _probe_output(skeleton: Skeleton, sample: Tensor) -> Callable[[Tensor], Any]:
+def _probe_output(skeleton: Skeleton, sample: Tensor) -> Wrap:
     """How the blocks return their hidden states, learnt by running the first one on one sequence."""
     outputs: list[Any] = []
     first = skeleton.blocks[0]
@@ -206,14 +256,11 @@ def _probe_output(skeleton: Skeleton, sample: Tensor) -> Callable[[Tensor], Any]
         except Stop:
             pass
     output = outputs[0]
-    if isinstance(output, Tensor):
-        return lambda hidden: hidden
-    rest = tuple(output[1:])
-    return lambda hidden: (hidden, *rest)
+    return Wrap(None if isinstance(output, Tensor) else tuple(output[1:]))
 
 
 @torch.no_grad()
-def logits(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Callable[[Tensor], Any]) -> Tensor:
+def logits(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Wrap) -> Tensor:
     """What the model makes of the last block's output; the outside parameters must be loaded.
 
     Args:

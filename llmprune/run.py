@@ -4,44 +4,43 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
-import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint import SafetensorsFolder, ShardWriter, copy_companions, replace_folder, write_json
-from llmprune.errors import CheckError, InputError, PruneError
+from llmprune.allocate import allocate
+from llmprune.checkpoint import SafetensorsFolder, copy_companions, replace_folder, write_json
+from llmprune.errors import CheckError
+from llmprune.html_report import write_report
 from llmprune.hub import model_card
 from llmprune.job import Job
 from llmprune.linalg import relative_error
 from llmprune.memory import mapped_memory
+from llmprune.pattern import SparsityPattern, Unstructured
 from llmprune.perplexity import Perplexity, perplexity
 from llmprune.plan import Estimate, Plan, estimate, product_rate
 from llmprune.prepare import Prepared, prepare
 from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe
-from llmprune.refine import refine
-from llmprune.report import FILE, LayerReport, PruneReport
+from llmprune.refine import batch_tokens, refine
+from llmprune.report import BlockReport, LayerReport, PruneReport
+from llmprune.resume import Journal, workplace
 from llmprune.skeleton import Skeleton
-from llmprune.stream import Block, BlockStream, Group
+from llmprune.stream import BATCH_TOKENS, Block, BlockStream, Group
 from llmprune.structure import scale_of
-from llmprune.verify import check_layers
+from llmprune.verify import check_layers, patterns_of
 
-LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 EXPLODED = 10.0
-BATCH_TOKENS, TRAINING_TOKENS = 2048, 1024
 
 
 def prune(job: Job, progress: Progress | None = None) -> PruneReport:
@@ -49,34 +48,33 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
 
     Args:
         job: what to do.
-        progress: told what happens.
+        progress: told what happens; `ProgressBars()` draws it, None is silent.
 
     Raises:
         InputError: the job cannot be done; nothing was written.
-        PruneError: the run failed; nothing is left at `job.out`.
+        PruneError: the run failed; nothing is left at `job.out`, but finished blocks are kept for the same job.
     """
     progress = progress or Progress()
     clock = Clock()
     with clock("total"):
         with clock("prepare"):
             run = prepare(job, progress)
-            check_weights(run, progress)
             report = new_report(run)
-        with working_folder(run.partial, progress):
+        with workplace(run, progress) as journal:
+            with clock("prepare"):
+                journal.agree({"the model's weights": check_weights(run, progress)})
             with clock("dense_evaluation"):
-                dense = measure(run, run.source.folder, "dense perplexity", progress)
+                journal.dense = journal.dense or measure(run, run.source.folder, "dense perplexity", progress)
             with clock("prune"):
-                writer = ShardWriter(run.partial)
-                prune_blocks(run, writer, report, clock, progress)
-                writer.seal()
+                prune_blocks(run, journal, report, clock, progress)
             with clock("verify"):
                 verify_written(run, report, progress)
             with clock("pruned_evaluation"):
-                pruned = measure(run, run.partial, "pruned perplexity", progress)
-            add_evaluation(run, report, dense, pruned)
+                pruned = measure(run, run.unfinished, "pruned perplexity", progress)
+            add_evaluation(run, report, journal.dense, pruned)
+            report.seconds = dict(clock.seconds)
             write_companions(run, report)
-            report.seconds = clock.seconds
-            replace_folder(run.partial, run.out)
+            replace_folder(run.unfinished, run.out)
     finish_report(run, report, clock)
     return report
 
@@ -94,7 +92,8 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     rate = product_rate()
 
     def cost(recipe: Recipe) -> Estimate:
-        return estimate(run.skeleton, run.plan, recipe, tokens.numel(), tokens.shape[1], evaluation, rate)
+        count = tokens.numel() * (recipe.augment + 1)
+        return estimate(run.skeleton, run.plan, recipe, count, tokens.shape[1], evaluation, rate)
 
     return {
         **{key: report[key] for key in ("model", "sparsity", "method", "recipe", "coverage", "calibration", "out")},
@@ -105,47 +104,65 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     }
 
 
-def prune_blocks(run: Prepared, writer: ShardWriter, report: PruneReport, clock: Clock, progress: Progress) -> None:
+def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Clock, progress: Progress) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
-    tokens = run.calibration.tokens
+    tokens = run.tokens
+    patterns = journal.patterns = journal.patterns or block_patterns(run, clock, progress)
     stream = BlockStream(
         run.skeleton,
         tokens,
-        batch_tokens=min(TRAINING_TOKENS, tokens.numel() // 16) if run.recipe.refine else BATCH_TOKENS,
+        batch_tokens=batch_tokens(tokens) if run.recipe.refine else BATCH_TOKENS,
         chosen=run.chosen,
         twin=run.recipe.twin,
+        paired=run.recipe.targets == "dense",
         permute=run.recipe.permute,
         cuts={cut.name: cut.coupling for cut in run.structure.cuts} if run.structure else None,
         quiet=run.remover.quiet if run.remover else None,
         scales=run.recipe.method == "scaling",
+        again=run.recipe.refine > 0,
+        folder=run.partial,
+        budget=run.job.activation_memory,
+        saved=journal.state.get("stream"),
     )
-    writer.write(run.skeleton.export_outside())
-    progress.start("pruning", len(stream))
+    journal.fill(report)
+    writer = journal.writer()
+    if not writer.shards:
+        writer.write(run.skeleton.export_outside())
+    progress.start("pruning", len(stream) - stream.done)
+    began = time.perf_counter()
     for block in stream:
-        first = len(report.layers)
+        first, pattern = len(report.layers), patterns[block.index]
         for group in stream.groups(block):
             with mapped_memory():
                 with clock("solve"):
-                    solutions, order = solve(run, block, group)
+                    solutions, order = solve(run, block, group, pattern)
                 stored = group.write(solutions, order)
                 with clock("error"):
-                    report.layers += describe(group, solutions, stored)
+                    report.layers += describe(group, pattern, solutions, stored)
         if run.recipe.refine:
             with clock("refine"):
                 report.refinements.append(refine(block, run.recipe.refine, run.job.seed))
         with clock("write"), mapped_memory():
             writer.write(block.export())
+            block.finish()
+            now = time.perf_counter()
+            report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory()))
+            began = now
+            journal.save(stream, report, writer)
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
+    writer.seal()
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
 
 
-def solve(run: Prepared, block: Block, group: Group) -> tuple[list[LayerSolution], Tensor | None]:
+def solve(
+    run: Prepared, block: Block, group: Group, pattern: SparsityPattern | None
+) -> tuple[list[LayerSolution], Tensor | None]:
     """Solve a group: remove inputs if its layer loses some, prune the weights if a pattern is asked for."""
     name = group.refs[0].name
     cut = run.structure.by_name.get(name) if run.structure else None
-    pattern = run.pattern if name in run.plan.names else None
+    pattern = pattern if name in run.plan.names else None
     if cut is not None and run.remover is not None:
         scale = scale_of(block, cut.coupling) if run.remover.scaled else None
         return run.remover.solve(group.problem, cut.units, cut.count, pattern, group.classes, scale)
@@ -154,13 +171,28 @@ def solve(run: Prepared, block: Block, group: Group) -> tuple[list[LayerSolution
     return run.solver.solve(group.problem, pattern, group.classes)
 
 
-def describe(group: Group, solutions: list[LayerSolution], stored: list[Tensor]) -> list[LayerReport]:
+def block_patterns(run: Prepared, clock: Clock, progress: Progress) -> Sequence[SparsityPattern | None]:
+    """Every block's pattern: the one asked for, or its own share of it, from a first pass over the dense model."""
+    if run.recipe.allocate == "uniform" or not isinstance(run.pattern, Unstructured):
+        return [run.pattern] * len(run.skeleton.blocks)
+    progress.start("sharing out", len(run.skeleton.blocks))
+    with clock("allocate"):
+        stream = BlockStream(run.skeleton, run.tokens, chosen=run.plan.names)
+        patterns = allocate(stream, run.pattern, run.recipe.allocate, progress.step)
+    progress.finish()
+    return patterns
+
+
+def describe(
+    group: Group, pattern: SparsityPattern | None, solutions: list[LayerSolution], stored: list[Tensor]
+) -> list[LayerReport]:
     """Report the layers of a group; the error is that of the weights as they are stored."""
     stats = group.problem.stats
     return [
         LayerReport(
             name=problem.name,
             shape=ref.shape,
+            pattern=pattern.name if pattern else "",
             pruned=int((~solution.mask).sum()),
             kept_zeros=int(((weight == 0) & solution.mask).sum()),
             error=relative_error(problem.weight, weight, stats),
@@ -187,32 +219,12 @@ class Clock:
             self.seconds[stage] += time.perf_counter() - start
 
 
-@contextmanager
-def working_folder(partial: Path, progress: Progress) -> Iterator[None]:
-    """A folder for the work in progress; it is gone if the run fails, and renamed if it succeeds."""
-    if partial.exists():
-        progress.note(f"removing {partial}, left by a run that was killed")
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot make {partial}: {error.strerror}", "choose another --out") from error
-    progress.note(f"writing to {partial} until everything is done")
-    try:
-        yield
-    except OSError as error:
-        raise PruneError(
-            f"cannot write {partial}: {error.strerror or error}", "free disk space or choose another --out"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_weights(run: Prepared, progress: Progress) -> None:
-    """Read every weight once: a damaged file is found now, not after hours."""
+def check_weights(run: Prepared, progress: Progress) -> str:
+    """Read every weight once: a damaged file is found now, not after hours. Returns the hash of all."""
     progress.start("checking weights", run.skeleton.checkpoint.folder.nbytes, "B")
-    run.skeleton.checkpoint.check_finite(progress.step)
+    digest = run.skeleton.checkpoint.check_finite(progress.step)
     progress.finish()
+    return digest
 
 
 def measure(run: Prepared, folder: Path, label: str, progress: Progress) -> Perplexity | None:
@@ -243,11 +255,10 @@ def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> No
     Raises:
         CheckError: a layer misses zeros.
     """
-    pruned = {layer.name for layer in report.layers}
-    layers = [(ref.name, ref.transposed) for ref in run.plan.layers if ref.name in pruned]
+    patterns = patterns_of(report)
+    layers = [(ref, patterns[ref.name]) for ref in run.plan.layers if ref.name in patterns]
     progress.start("verifying", len(layers))
-    tensors = skeleton_of(run, run.partial).checkpoint
-    checks = check_layers(tensors, layers, run.pattern, progress.step) if run.pattern else []
+    checks = check_layers(skeleton_of(run, run.unfinished).checkpoint, layers, progress.step)
     progress.finish()
     if bad := [check for check in checks if check.violations]:
         raise CheckError(f"{bad[0].name!r} misses {bad[0].violations} zeros of {run.goal.name}", "please report this")
@@ -255,12 +266,12 @@ def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> No
 
 def new_report(run: Prepared) -> PruneReport:
     """A report with all that is known before the run."""
-    job, plan = run.job, run.plan
+    job, plan, versions = run.job, run.plan, run.versions
     config = run.source.config
     return PruneReport(
-        llmprune=version("llmprune"),
+        llmprune=versions.pop("llmprune"),
         command=job.command,
-        versions={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        versions=versions,
         model={
             "name": job.model,
             "revision": run.source.revision,
@@ -278,9 +289,9 @@ def new_report(run: Prepared) -> PruneReport:
             "done": list(run.structure.said) if run.structure else [],
             "config": run.structure.changes if run.structure else {},
         },
-        method={"name": run.recipe.label, "options": options_of(run)},
+        method={"name": run.recipe.label, "options": run.options},
         recipe={"effort": job.effort if job.method == AUTO else None, **asdict(run.recipe)},
-        calibration={**asdict(run.calibration.provenance), "tokens": run.calibration.tokens.numel()},
+        calibration={**asdict(run.calibration.provenance), "tokens": run.tokens.numel()},
         evaluation=None,
         coverage=coverage(plan),
         machine={
@@ -291,12 +302,6 @@ def new_report(run: Prepared) -> PruneReport:
         },
         out=str(run.out),
     )
-
-
-def options_of(run: Prepared) -> dict[str, Any]:
-    """The options of criterion and method."""
-    used = (run.remover.criterion if run.remover else None, run.solver.method if run.solver else None)
-    return {key: value for one in used if one is not None for key, value in asdict(one).items()}  # type: ignore[call-overload]
 
 
 def coverage(plan: Plan) -> dict[str, Any]:
@@ -341,7 +346,7 @@ def explosion(run: Prepared, dense: Perplexity, pruned: Perplexity) -> str:
 
 def write_companions(run: Prepared, report: PruneReport) -> None:
     """Everything in the folder besides the weights."""
-    copy_companions(run.source.folder, run.partial)
+    copy_companions(run.source.folder, run.unfinished)
     config = json.loads((run.source.folder / "config.json").read_text(encoding="utf-8"))
     for leftover in ("quantization_config", "compression_config", "sparsity_config"):
         config.pop(leftover, None)
@@ -352,20 +357,25 @@ def write_companions(run: Prepared, report: PruneReport) -> None:
     if run.job.dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = run.job.dtype
-    write_json(run.partial / "config.json", config)
+    write_json(run.unfinished / "config.json", config)
     report.size = {
         "dense": run.skeleton.checkpoint.folder.nbytes,
-        "pruned": sum(path.stat().st_size for path in run.partial.glob("*.safetensors")),
+        "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
     }
-    (run.partial / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
-    write_json(run.partial / FILE, report.to_json())
+    (run.unfinished / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
+    write_report(report, run.unfinished)
 
 
 def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:
     """The figures that are only known at the end."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    report.peak_memory = peak if sys.platform == "darwin" else peak * 1024
+    report.peak_memory = peak_memory()
     if run.skeleton.device.type == "cuda":
         report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
     report.seconds = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
-    write_json(run.out / FILE, report.to_json())
+    write_report(report, run.out)
+
+
+def peak_memory() -> int:
+    """Largest resident size of the process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

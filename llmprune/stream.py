@@ -11,26 +11,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import zip_longest
+from pathlib import Path
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from llmprune.coupling import Coupling, find_couplings
+from llmprune.activations import Activations
+from llmprune.carried import Baggage, saved_wrap
+from llmprune.coupling import Coupling
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
+from llmprune.kinds import Kinds, short_batch
 from llmprune.memory import give_back_memory, mapped_memory
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
-from llmprune.rehearse import SPENT, Batch, Stop, hidden_of, leaves_behind, own_state, rehearse
+from llmprune.rehearse import SPENT, Batch, Stop, hidden_of, own_state, rehearse
 from llmprune.skeleton import Skeleton
 from llmprune.stats import RunningGram, RunningPair
 from llmprune.surgery import rearrange
-from llmprune.watch import CallOrder, Observer, call_order, find_landings, find_scales, watched
+from llmprune.watch import Observer, watched
 
-SHORT = 16
-"""Tokens that are enough to see how the layers of a block hang together."""
+BATCH_TOKENS = 2048
+"""Tokens that pass through a block together."""
 
 
 @dataclass(slots=True)
@@ -59,20 +63,20 @@ class Block:
         index: position of the block.
         batches: the activations that enter it; they leave it when `advance` or `groups` is done.
         chosen: the layers to be pruned, by full name.
-        paused: whether forwards may pause (one forward a block) or are repeated for every group.
+        paired: whether the layers' statistics are taken against the dense model's activations.
     """
 
     def __init__(
-        self, skeleton: Skeleton, index: int, batches: list[Batch], chosen: frozenset[str], paused: bool = True
+        self, skeleton: Skeleton, index: int, batches: list[Batch], chosen: frozenset[str], paired: bool = False
     ) -> None:
-        self.skeleton, self.index, self.batches, self.paused = skeleton, index, batches, paused
+        self.skeleton, self.index, self.batches, self.paired = skeleton, index, batches, paired
+        self.paused = True
         self.name = skeleton.block_name(index)
         self.module = skeleton.blocks[index]
         self.linear = find_layers(self.module, self.name, skeleton.config)
         self.layers = {layer.local: layer for layer in self.linear if layer.name in chosen}
         self.changed: dict[str, Tensor] = {}
         self.dense_weights: dict[str, Tensor] = {}
-        self.entered = [batch.hidden for batch in batches]
         self.couplings: dict[str, Coupling] = {}
         self.cuts: dict[str, Coupling] = {}
         self.scales: dict[str, tuple[str, float]] = {}
@@ -91,7 +95,7 @@ class Block:
     @property
     def twin(self) -> bool:
         """Whether the dense model's activations travel along."""
-        return self.batches[0].dense is not None
+        return self.batches[0].streams[1] is not None
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The block's tensors by their names on disk, with new weights, in new orders."""
@@ -118,16 +122,17 @@ class Block:
                 f"the output of {self.name!r} holds NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
-        if dense:
-            batch.dense = output.cpu()
-        else:
-            batch.hidden = output.cpu()
+        batch.leave(output.cpu(), dense)
+
+    def finish(self) -> None:
+        """Let the batches pass, if they have not passed yet."""
+        if not self.advanced:
+            self.advance()
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Let the batches pass once more, from where they entered."""
-        for batch, entered in zip(self.batches, self.entered, strict=True):
-            batch.hidden = entered
+        """Let the batches pass once more."""
+        for batch in self.batches:
             self.pass_through(batch)
 
     def movable(self, coupling: Coupling) -> bool:
@@ -152,11 +157,14 @@ class Block:
     @torch.no_grad()
     def store(self, values: dict[str, Tensor]) -> None:
         """Give parameters new values, by local name; the block computes with what the file will hold."""
-        parameters = dict(self.module.named_parameters())
         for local, value in values.items():
             name = f"{self.name}.{local}"
             stored = value.to(self.skeleton.checkpoint.stored_dtype(name))
-            parameters[local].copy_(stored)
+            if not bool(torch.isfinite(stored).all()):
+                raise InputError(
+                    f"the pruned weights of {name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
+                )
+            self.module.get_parameter(local).copy_(stored)
             self.changed[name] = stored.contiguous().cpu()
 
     @torch.no_grad()
@@ -164,11 +172,10 @@ class Block:
         """What the block makes of the first batch, which stays where it is."""
         batch = self.batches[0]
         (call,) = own_state([batch.calls[self.index]])
-        return hidden_of(call.run(self.module, batch.hidden.to(self.skeleton.device)))
+        return hidden_of(call.run(self.module, batch.entered().to(self.skeleton.device)))
 
     def _forward(self, batch: Batch, dense: bool = False) -> Tensor:
-        hidden = batch.dense if dense else batch.hidden
-        assert hidden is not None
+        hidden = batch.entered(dense)
         call = (batch.dense_calls if dense else batch.calls)[self.index]
         return hidden_of(call.run(self.module, hidden.to(self.skeleton.device)))
 
@@ -213,17 +220,10 @@ class Block:
 
     def _write(self, ref: LayerRef, solution: LayerSolution) -> Tensor:
         """Store a solution; from now on the block computes with what the file will hold. Returns that, float32."""
-        name = f"{ref.name}.weight"
-        stored = solution.weight.to(self.skeleton.checkpoint.stored_dtype(name))
-        if not bool(torch.isfinite(stored).all()):
-            raise InputError(
-                f"the pruned weights of {ref.name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
-            )
         if self.twin or self.landings:
             self.dense_weights.setdefault(ref.local, self._parameter(ref.local).data.clone())
-        self._weight(ref).copy_(stored)
-        self.changed[name] = (stored.T if ref.transposed else stored).contiguous().cpu()
-        return stored.float()
+        self.store({f"{ref.local}.weight": solution.weight.T if ref.transposed else solution.weight})
+        return solution.weight.to(self.skeleton.checkpoint.stored_dtype(f"{ref.name}.weight")).float()
 
     def _pausing(self, order: list[list[str]]) -> Iterator[tuple[int, InputStats]]:
         """One forward per batch, each in a greenlet that pauses where a group begins.
@@ -267,7 +267,7 @@ class Block:
             for batch in self.batches:
                 seen = self._seen_at(number, batch)
                 if seen is not None:
-                    self._add(stats, batch, seen, self._seen_at(number, batch, dense=True) if self.twin else None)
+                    self._add(stats, batch, seen, self._seen_at(number, batch, dense=True) if self.paired else None)
             yield number, self._result(stats, layers)
         self.advance()
 
@@ -301,7 +301,7 @@ class Block:
         with mapped_memory():
             width = self.layers[layers[0]].shape[1]
             quiet = self.quiet if layers[0] in self.cuts else None
-            return (RunningPair if self.twin else RunningGram)(width, self.skeleton.device, quiet)
+            return (RunningPair if self.paired else RunningGram)(width, self.skeleton.device, quiet)
 
     def _add(self, stats: RunningGram | RunningPair, batch: Batch, seen: Seen, dense: Seen | None) -> None:
         landed = dense.landed if dense is not None and dense.landed is not None else seen.landed
@@ -416,44 +416,6 @@ class Forward(Observer):
 NOTHING = Seen(torch.empty(0), None)
 
 
-class ShortRun:
-    """Finds how the layers of blocks hang together, with a few tokens; blocks of one kind share the answer.
-
-    Args:
-        skeleton: the model; its blocks may be on the meta device.
-        tokens: `(samples, length)`, int64.
-    """
-
-    def __init__(self, skeleton: Skeleton, tokens: Tensor) -> None:
-        self.skeleton = skeleton
-        self.batch = rehearse(skeleton, tokens[:1, :SHORT], 1).batches[0]
-        self._known: dict[object, list[Coupling]] = {}
-        self._scales: dict[object, dict[str, tuple[str, float]]] = {}
-
-    def couplings(self, index: int) -> list[Coupling]:
-        """All couplings of a block."""
-        block, layers, kind = self._kind(index)
-        if kind not in self._known:
-            run = partial(leaves_behind, self.batch.calls[index])
-            self._known[kind] = find_couplings(block, run, self.batch.hidden, layers)
-        return self._known[kind]
-
-    def scales(self, index: int) -> dict[str, tuple[str, float]]:
-        """Of the layers of a block that a norm feeds: the norm, and what it adds to its weight."""
-        block, layers, kind = self._kind(index)
-        if kind not in self._scales:
-            with self.skeleton.loaded(self.skeleton.block_parameters(index)):
-                hidden = self.batch.hidden.to(self.skeleton.device)
-                run = partial(leaves_behind, self.batch.calls[index], block, hidden)
-                self._scales[kind] = find_scales(block, {layer.local for layer in layers}, run)
-        return self._scales[kind]
-
-    def _kind(self, index: int) -> tuple[nn.Module, list[LayerRef], object]:
-        block = self.skeleton.blocks[index]
-        layers = find_layers(block, self.skeleton.block_name(index), self.skeleton.config)
-        return block, layers, (type(block), tuple((layer.local, layer.shape) for layer in layers))
-
-
 class BlockStream:
     """Iterates over the blocks of a model, each with its weights in memory and the activations that reach it.
 
@@ -465,11 +427,16 @@ class BlockStream:
         batch_tokens: tokens per batch.
         chosen: full names of the layers to be pruned.
         memory: bytes that a block's intermediate activations may take.
-        twin: whether the dense model's activations travel along, for statistics against them.
+        twin: whether the dense model's activations travel along.
+        paired: whether the layers' statistics are taken against them, where there are such.
         permute: whether to find out which inputs may change places.
         cuts: by their full names, the layers that lose inputs, with what these hang together with.
         scales: whether to look for the norms that feed the layers.
         quiet: with this share of the root mean square as the limit, count how often their inputs are nearly zero.
+        again: whether blocks will be passed more than once, see `Block.rewind`.
+        folder: where hidden states rest that exceed the budget, and what `save` writes; None for neither.
+        budget: bytes of hidden states that may rest in memory.
+        saved: what `save` returned in a run that was stopped; the stream goes on from there.
     """
 
     def __init__(
@@ -477,56 +444,96 @@ class BlockStream:
         skeleton: Skeleton,
         tokens: Tensor,
         *,
-        batch_tokens: int = 2048,
+        batch_tokens: int = BATCH_TOKENS,
         chosen: frozenset[str] = frozenset(),
         memory: int = 2 * 2**30,
         twin: bool = False,
+        paired: bool = True,
         permute: bool = False,
         cuts: Mapping[str, Coupling] | None = None,
         quiet: float | None = None,
         scales: bool = False,
+        again: bool = False,
+        folder: Path | None = None,
+        budget: int = 2 * 2**30,
+        saved: dict[str, Any] | None = None,
     ) -> None:
-        self.skeleton, self.chosen, self.memory = skeleton, chosen, memory
-        self.cuts, self.quiet = cuts or {}, quiet
-        self.permute, self.scales = permute, scales
-        self._short = ShortRun(skeleton, tokens) if permute or scales else None
-        self.rehearsal = rehearse(skeleton, tokens, max(1, batch_tokens // tokens.shape[1]), twin)
-        self.uncalled: list[LayerRef] = []
-        self._orders: dict[object, CallOrder] = {}
-        self._landings: dict[object, dict[int, str]] = {}
+        self.skeleton, self.chosen, self.memory, self.folder = skeleton, chosen, memory, folder
+        self.paired = paired and twin
+        self.cuts, self.quiet, self.permute, self.scales = cuts or {}, quiet, permute, scales
+        # What enters a block and what leaves it are there at once.
+        limit = budget // (4 if twin else 2)
+        self._pruned = Activations("pruned", folder, limit, keep=again)
+        self._dense = Activations("dense", folder, limit) if twin else None
+        self._streams = [self._pruned] if self._dense is None else [self._pruned, self._dense]
+        wrap = saved_wrap(folder, saved["carried"]) if folder and saved else None
+        batch_size = max(1, batch_tokens // tokens.shape[1])
+        self.rehearsal = rehearse(skeleton, tokens, batch_size, self._pruned, self._dense, wrap)
+        short = short_batch(skeleton, tokens, self.rehearsal.wrap) if permute or scales else None
+        self.kinds = Kinds(skeleton, chosen, short)
+        self._baggage = Baggage(self.rehearsal) if folder else None
+        self.uncalled: list[str] = []
+        self.done = 0
+        if saved:
+            self._load(saved)
 
     def __len__(self) -> int:
         return len(self.skeleton.blocks)
 
     def __iter__(self) -> Iterator[Block]:
-        for index in range(len(self)):
+        for index in range(self.done, len(self)):
             with self.skeleton.loaded(self.skeleton.block_parameters(index)):
-                block = Block(self.skeleton, index, self.rehearsal.batches, self.chosen)
+                block = Block(self.skeleton, index, self.rehearsal.batches, self.chosen, paired=self.paired)
                 yield block
-                if not block.advanced:
-                    block.advance()
+                block.finish()
+            self.done = index + 1
             for batch in self.rehearsal.batches:
                 batch.calls[index] = batch.dense_calls[index] = SPENT
+            for stream in self._streams:
+                stream.turn()
             give_back_memory()
 
     def groups(self, block: Block) -> Iterator[Group]:
         """The groups of a block; blocks of one kind share their call order."""
-        kind = (type(block.module), tuple((layer.local, layer.shape) for layer in block.layers.values()))
-        if kind not in self._orders:
-            self._orders[kind] = call_order(block.module, block.layers, block.try_out)
-            self._landings[kind] = (
-                find_landings(block.module, self._orders[kind].groups, block.try_out) if block.twin or self.cuts else {}
-            )
-        order, block.landings = self._orders[kind], self._landings[kind]
-        self.uncalled += [block.layers[local] for local in order.uncalled]
+        order = self.kinds.order(block.index, list(block.layers), block.try_out)
+        seen = self.paired or bool(self.cuts)
+        block.landings = self.kinds.landings(block.index, block.try_out) if seen else {}
+        self.uncalled += [block.layers[local].name for local in order.uncalled]
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
         forwards = len(self.rehearsal.batches) * (2 if block.twin else 1)
         block.paused = 2 * order.nbytes * forwards <= self.memory
-        if self._short is not None and self.scales:
-            block.scales = self._short.scales(block.index)
-        if self._short is not None and self.permute:
-            block.couplings = {c.sink: c for c in self._short.couplings(block.index) if block.movable(c)}
+        if self.scales:
+            block.scales = self.kinds.scales(block.index)
+        if self.permute:
+            block.couplings = {c.sink: c for c in self.kinds.couplings(block.index) if block.movable(c)}
         prefix = f"{block.name}."
         block.cuts = {n.removeprefix(prefix): c for n, c in self.cuts.items() if n.startswith(prefix)}
         block.quiet, block.balanced = self.quiet, bool(self.cuts)
         return block.groups(order.groups)
+
+    def save(self) -> dict[str, Any]:
+        """Make durable all that the blocks behind the one at hand need from it and those before; returns it as JSON.
+
+        Raises:
+            CannotBeSavedError: blocks hand on what cannot be written.
+        """
+        assert self.folder is not None
+        assert self._baggage is not None
+        return {
+            "done": self.done + 1,
+            "hidden": [stream.save() for stream in self._streams],
+            "carried": self._baggage.save(self.done + 1, self.folder),
+            "kinds": self.kinds.save(),
+            "uncalled": self.uncalled,
+        }
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        assert self.folder is not None
+        assert self._baggage is not None
+        self.done, self.uncalled = saved["done"], list(saved["uncalled"])
+        for stream, hidden in zip(self._streams, saved["hidden"], strict=True):
+            stream.load(hidden, self.done)
+        self._baggage.load(self.done, self.folder, saved["carried"])
+        self.kinds.load(saved["kinds"])
+        for batch in self.rehearsal.batches:
+            batch.calls[: self.done] = batch.dense_calls[: self.done] = [SPENT] * self.done

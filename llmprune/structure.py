@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from llmprune.coupling import Coupling, Source
 from llmprune.errors import InputError
+from llmprune.kinds import all_kinds
 from llmprune.pattern import NM, SparsityPattern
 from llmprune.skeleton import Skeleton
 from llmprune.sparsity import WORDS, Kind, Removal
-from llmprune.stream import Block, ShortRun
+from llmprune.stream import Block
 from llmprune.surgery import changed_config, channel_settings, find_settings, head_settings, shapes_after
 
 if TYPE_CHECKING:
@@ -157,8 +158,8 @@ class _Planner:
 
     def __init__(self, skeleton: Skeleton, tokens: Tensor, pattern: SparsityPattern | None, trust: bool) -> None:
         self.skeleton, self.pattern, self.trust = skeleton, pattern, trust
-        short = ShortRun(skeleton, tokens)
-        self.couplings = [short.couplings(index) for index in range(len(skeleton.blocks))]
+        kinds = all_kinds(skeleton, tokens)
+        self.couplings = [kinds.couplings(index) for index in range(len(skeleton.blocks))]
         self.tensors = dict(skeleton.model.state_dict())
 
     def channels(self, removal: Removal, round_to: int | None) -> tuple[list[Cut], dict[str, int], str]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
-from llmprune.families import select
-from llmprune.pattern import Scope, SparsityPattern
+from llmprune.families import LayerRef, select
+from llmprune.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.plan import make_plan
 from llmprune.progress import Progress
 from llmprune.report import PruneReport
@@ -43,25 +43,29 @@ class LayerCheck:
 
 def check_layers(
     tensors: Mapping[str, Tensor],
-    layers: Iterable[tuple[str, bool]],
-    pattern: SparsityPattern,
+    layers: Iterable[tuple[LayerRef, SparsityPattern]],
     step: Callable[[], None] = lambda: None,
 ) -> list[LayerCheck]:
     """Check the pattern of every layer.
 
     Args:
         tensors: parameters by module name.
-        layers: module name, and whether the weight is stored as `(in, out)`.
-        pattern: what every weight must hold.
+        layers: with the pattern that each must hold.
         step: called after every layer.
     """
     checks = []
-    for name, transposed in layers:
-        weight = tensors[f"{name}.weight"]
-        found = pattern.check(weight.T if transposed else weight)
-        checks.append(LayerCheck(name, found.weights, found.zeros, found.extra_zeros, found.violations))
+    for ref, pattern in layers:
+        weight = tensors[f"{ref.name}.weight"]
+        found = pattern.check(weight.T if ref.transposed else weight)
+        checks.append(LayerCheck(ref.name, found.weights, found.zeros, found.extra_zeros, found.violations))
         step()
     return checks
+
+
+def patterns_of(report: PruneReport, scope: Scope | None = None) -> dict[str, SparsityPattern]:
+    """Every pruned layer's pattern, by module name; in the report's scope, or another one."""
+    scope = scope or report.sparsity["scope"]
+    return {layer.name: parse_pattern(layer.pattern, scope) for layer in report.layers if layer.pattern}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,22 @@ def verify_folder(
     skip: tuple[str, ...],
     trust_remote_code: bool = False,
 ) -> FolderCheck:
-    """Check the pattern of a folder's layers, by its report or by what the user says.
+    """Check the pattern of a folder's layers, by its report or by what the user says; arguments as of `open_pruned`."""
+    skeleton, goal, layers = open_pruned(folder, sparsity, scope, only, skip, trust_remote_code)
+    sizes = PruneReport.read(folder).sparsity.get("config", {}) if sparsity is None else {}
+    found = {key: (said, getattr(skeleton.config, key, None)) for key, said in sizes.items()}
+    return FolderCheck(str(folder), goal, check_layers(skeleton.checkpoint, layers), found)
+
+
+def open_pruned(
+    folder: Path,
+    sparsity: str | None = None,
+    scope: Scope | None = None,
+    only: tuple[str, ...] = (),
+    skip: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
+) -> tuple[Skeleton, Sparsity, list[tuple[LayerRef, SparsityPattern]]]:
+    """A model folder, what it should hold, and its pruned layers, each with the pattern that it should hold.
 
     Args:
         folder: a model folder.
@@ -141,11 +160,11 @@ def verify_folder(
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}", "name a model folder")
     names: tuple[str, ...] = ()
-    sizes: dict[str, int] = {}
+    own: dict[str, SparsityPattern] = {}
     if sparsity is None:
         report = PruneReport.read(folder)
         sparsity, scope = report.sparsity["pattern"], scope or report.sparsity["scope"]
-        sizes = report.sparsity.get("config", {})
+        own = patterns_of(report, scope)
         names = tuple(layer.name for layer in report.layers)
         only = tuple(name for name in names if not select(name, only, skip))
         if not only:
@@ -158,11 +177,8 @@ def verify_folder(
     )
     # Every shape is checked against the config when the skeleton is made.
     skeleton = Skeleton(source.config, SafetensorsFolder(folder), trust_remote_code=trust_remote_code)
-    checks: list[LayerCheck] = []
-    if goal.pattern is not None:
-        # A report names layers exactly; one that the model lacks is an error, as a glob that matches nothing is.
-        plan = make_plan(skeleton, goal.pattern, only, () if names else skip)
-        layers = [(ref.name, ref.transposed) for ref in plan.layers]
-        checks = check_layers(skeleton.checkpoint, layers, goal.pattern)
-    found = {key: (said, getattr(source.config, key, None)) for key, said in sizes.items()}
-    return FolderCheck(str(folder), goal, checks, found)
+    if goal.pattern is None:
+        return skeleton, goal, []
+    # A report names layers exactly; one that the model lacks is an error, as a glob that matches nothing is.
+    plan = make_plan(skeleton, goal.pattern, only, () if names else skip)
+    return skeleton, goal, [(ref, own.get(ref.name, goal.pattern)) for ref in plan.layers]

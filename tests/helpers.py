@@ -56,6 +56,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "falcon": {"num_attention_heads": 4},
     "gemma3_text": {"sliding_window": 8, "layer_types": _WINDOWS},
+    "gemma4_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _WINDOWS * 2, "sliding_window": 8,
+        "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16, "global_head_dim": 16,
+    },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": _WINDOWS, "sliding_window": 8},

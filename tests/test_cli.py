@@ -170,6 +170,8 @@ NONSENSE = {
     "--targets": ["sparse", ""],
     "--steps": ["0", "-1", "x", "1.5"],
     "--refine": ["-1", "x", "0.5", ""],
+    "--augment": ["-1", "x", "0.5", ""],
+    "--allocate": ["alike", ""],
     "--scope": ["column", ""],
     "--samples": ["0", "-1", "1.5", "many", "", "1e3", "99999999999999999999", "١"],
     "--seq-len": ["0", "1", "-8", "8.0", "x"],
@@ -203,12 +205,35 @@ def test_a_misspelt_choice_gets_a_suggestion(refused: Callable[..., Outcome], fl
     refused(*flags, "--method", "sparsgpt", says="--method 'sparsgpt' is unknown", hints="did you mean sparsegpt")
 
 
+def test_refinement_needs_a_window_to_hold_out(refused: Callable[..., Outcome], flags: list[str]) -> None:
+    refused(*with_value(flags, "--samples", 1), "--effort", "best", says="there is 1", hints="--refine 0")
+
+
+@pytest.mark.parametrize("kind", ["error", "owl"])
+def test_shares_of_blocks_add_up_and_verify_knows(run: Callable[..., Outcome], flags: list[str], kind: str) -> None:
+    sparse = with_value(flags, "--sparsity", "70%")
+    assert run(*sparse, "--method", "wanda", "--allocate", kind, "--out", "out", "--no-eval").code == 0
+    report = json.loads(Path("out", REPORT).read_text())
+    weights = {layer["name"]: layer["shape"][0] * layer["shape"][1] for layer in report["layers"]}
+    pruned = sum(layer["pruned"] for layer in report["layers"])
+    assert pruned == pytest.approx(0.7 * sum(weights.values()), abs=len(weights) * 64)
+    assert len({layer["pattern"] for layer in report["layers"]}) > 1
+    assert run("verify", "out").code == 0
+    lowest = min((layer["pattern"] for layer in report["layers"]), key=lambda text: float(text.rstrip("%")))
+    assert run("verify", "out", "--sparsity", lowest, "--scope", "row").code == 0
+    assert run("verify", "out", "--sparsity", "70%", "--scope", "row").code == 1
+
+
+def test_shares_of_blocks_are_for_unstructured_patterns(refused: Callable[..., Outcome], flags: list[str]) -> None:
+    refused(*flags, "--allocate", "error", says="--allocate error does not apply to 2:4", hints="every group")
+
+
 def test_a_misspelt_flag_gets_a_suggestion(refused: Callable[..., Outcome], flags: list[str]) -> None:
     refused(*flags, "--sample", "4", says="'--sample'", hints="--samples")
 
 
 def test_an_unknown_flag_or_a_stray_word_is_refused(refused: Callable[..., Outcome], flags: list[str]) -> None:
-    refused(*flags, "--frobnicate", says="'--frobnicate'", hints="--help")
+    refused(*flags, "--xyzzy", says="'--xyzzy'", hints="--help")
     refused(*flags, "tiny", says="'tiny'", hints="--help")
 
 
@@ -775,13 +800,18 @@ def test_debug_adds_the_traceback(run: Callable[..., Outcome], flags: list[str])
 
 
 def test_what_nobody_foresaw_is_exit_code_1_with_two_lines(
-    refused: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of some kind")
 
     monkeypatch.setattr("llmprune.run.verify_written", fail)
-    refused(*flags, code=1, says="ZeroDivisionError: of some kind", hints="--debug")
+    result = run(*flags, "--out", "out")
+    assert (result.code, result.out) == (1, "")
+    assert result.line("error: ") == "error: ZeroDivisionError: of some kind"
+    assert "--debug" in result.line("hint: ")
+    assert "2 of 2 blocks are finished and kept" in result.line("warning: ")
+    assert os.listdir() == [".out.partial"]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
@@ -810,11 +840,11 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("until", "number"),
-    [("loading libraries", signal.SIGTERM), ("pruning 1/24", signal.SIGINT)],
+    ("until", "number", "kept"),
+    [("loading libraries", signal.SIGTERM, False), ("pruning 1/24", signal.SIGINT, True)],
 )
-def test_an_interrupt_ends_at_once_in_one_line_and_leaves_nothing(
-    slow_model: Path, text: Path, tmp_path: Path, until: str, number: int
+def test_an_interrupt_ends_at_once_in_one_line_and_keeps_only_finished_blocks(
+    slow_model: Path, text: Path, tmp_path: Path, until: str, number: int, kept: bool
 ) -> None:
     job = ["--model", str(slow_model), "--sparsity", "2:4", "--calib", str(text), "--no-eval", "--out", "out"]
     job += ["--samples", "24", "--seq-len", "128"]
@@ -836,13 +866,18 @@ def test_an_interrupt_ends_at_once_in_one_line_and_leaves_nothing(
         assert (code, process.stdout.read()) == (130, "")
     assert took < 2
     said = [line for line in rest.splitlines() if line and not line.startswith(("pruning", "checking", "writing"))]
-    assert said == ["interrupted; nothing was left at the output folder"]
-    assert os.listdir(tmp_path) == []
+    assert said[-1] == "interrupted; the output folder is as it was"
+    assert os.listdir(tmp_path) == ([".out.partial"] if kept else [])
+    assert len(said) == 1 + kept
+    assert (
+        re.match(r"warning: \d+ of 24 blocks are finished and kept in .*\.out\.partial; the same command", said[0])
+        or not kept
+    )
 
 
 def execute(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run another process, this checkout first on its path."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | environment
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment, timeout=90)
 
 
@@ -861,45 +896,17 @@ def test_module_and_script_are_the_same_program(flags: list[str], tmp_path: Path
 
 
 HUB = """
-import json, os, sys, threading, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import contextlib, io, json, os, sys, time
+from hub_server import Hub
 
-class Hub(BaseHTTPRequestHandler):
-    def do_GET(self):
-        status, code, body = 404, "RepoNotFound", {"error": "Repository not found"}
-        if "/slow" in self.path:
-            time.sleep(60)
-        if "/gated" in self.path:
-            status, code, body = 401, "GatedRepo", {"error": "Access to model org/gated is restricted."}
-        if "/listed" in self.path and "auth-check" in self.path:
-            status, code, body = 403, "GatedRepo", {"error": "Access to model org/listed is restricted."}
-        elif "/listed" in self.path:
-            status, code, body = 200, None, {"id": "org/listed", "gated": "manual", "sha": "0" * 40, "siblings": []}
-        if "/revision/gone" in self.path:
-            status, code, body = 404, "RevisionNotFound", {"error": "Invalid rev id: gone"}
-        if "/broken" in self.path:
-            status, code, body = 500, None, {"error": "Internal error"}
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-            self.send_header("X-Error-Message", body["error"])
-        raw = json.dumps(body).encode()
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(raw)
-    do_HEAD = do_GET
-    def log_message(self, *_): pass
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
-server = Server(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-import contextlib, io
+server = Hub().__enter__()
+server.fail("/slow", 0, delay=60)
+server.fail("/gated", 401, code="GatedRepo", says="Access to model org/gated is restricted.")
+server.fail("listed/auth-check", 403, code="GatedRepo", says="Access to model org/listed is restricted.")
+server.add("org/listed", gated="manual")
+server.add("org/any")
+server.fail("/broken", 500)
+os.environ["HF_ENDPOINT"] = server.url
 import llmprune.run
 from llmprune.cli import main
 
@@ -911,8 +918,7 @@ def case(model, *more):
 
 found = {name: case(f"org/{name}") for name in ("gated", "listed", "missing", "broken", "slow")}
 found["revision"] = case("org/any", "--revision", "gone")
-server.shutdown()
-server.server_close()
+server.stop()
 found["closed"] = case("org/any")
 tiny, text = sys.argv[1:]
 found["dataset"] = case(tiny, "--calib", "c4", "--eval-context", "32", "--seq-len", "32")

@@ -11,7 +11,7 @@ from test_stream import chosen, skeleton_of, solve
 from torch import Tensor
 
 from llmprune import refine as module
-from llmprune.refine import refine
+from llmprune.refine import batch_tokens, refine
 from llmprune.report import Refinement
 from llmprune.stream import BlockStream
 
@@ -24,7 +24,9 @@ def refined(
     """Weights before and after refinement, what was gained, and what leaves the last block."""
     skeleton = skeleton_of(folder)
     tokens = random_tokens(SAMPLES)
-    stream = BlockStream(skeleton, tokens, batch_tokens=BATCH * tokens.shape[1], chosen=chosen(skeleton), twin=True)
+    stream = BlockStream(
+        skeleton, tokens, batch_tokens=BATCH * tokens.shape[1], chosen=chosen(skeleton), twin=True, again=True
+    )
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
     gained = []
@@ -88,3 +90,34 @@ def test_no_epochs_change_nothing(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, tokenizer=False)
     before, after, _, _ = refined(tmp_path, 0)
     assert before.keys() == after.keys()
+
+
+def test_an_expert_without_tokens_in_a_batch_stays_as_it_is_in_that_step(tmp_path: Path) -> None:
+    save_tiny("toy", tmp_path, kind="Experts", hidden_size=16, tokenizer=False)
+    before, after, gained, _ = refined(tmp_path, 2)
+    assert all(gain.after <= gain.before for gain in gained)
+    for name in before:
+        if ".experts.2." in name and name.endswith(".weight"):
+            assert torch.equal(before[name], after[name])
+
+
+def test_without_dense_targets_the_statistics_are_those_of_the_pruned_model_alone(tmp_path: Path) -> None:
+    """A second stream that only refinement needs changes neither the solves nor their errors."""
+    save_tiny("llama", tmp_path, tokenizer=False)
+    seen = []
+    for twin in (False, True):
+        skeleton = skeleton_of(tmp_path)
+        stream = BlockStream(skeleton, random_tokens(), chosen=chosen(skeleton), twin=twin, paired=False)
+        for block in stream:
+            for group in stream.groups(block):
+                assert group.problem.stats.cross is None
+                assert group.problem.stats.missed is None
+                seen.append(group.problem.stats.gram)
+                solve(group)
+    half = len(seen) // 2
+    assert all(torch.equal(alone, beside) for alone, beside in zip(seen[:half], seen[half:], strict=True))
+
+
+@pytest.mark.parametrize(("shape", "size"), [((32, 512), 1024), ((8, 512), 256), ((1, 4), 1)])
+def test_batches_are_small_enough_for_many_steps(shape: tuple[int, int], size: int) -> None:
+    assert batch_tokens(torch.zeros(shape, dtype=torch.int64)) == size

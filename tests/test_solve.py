@@ -118,3 +118,14 @@ def test_what_is_written_in_a_new_order_computes_what_the_stream_computed(model_
     whole_logits(plain, tokens)
     hidden = torch.cat([batch.hidden for batch in stream.rehearsal.batches])
     assert torch.allclose(torch.cat(seen), hidden, rtol=1e-3, atol=1e-4)
+
+
+def test_early_steps_that_would_prune_nothing_are_left_out() -> None:
+    spy = Spy()
+    given = problem()
+    pattern = parse_pattern("0.4%", "layer")
+    solutions, _ = Solver(spy, Recipe("magnitude", steps=5)).solve(given, pattern)
+    assert len(spy.masks) < 5
+    assert pattern.check(solutions[0].weight).violations == 0
+    plain, _ = Solver(load_method("admm"), Recipe("admm", steps=5)).solve(given, pattern)
+    assert pattern.check(plain[0].weight).violations == 0

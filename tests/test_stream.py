@@ -456,7 +456,7 @@ def test_a_block_that_replaces_its_parameters_while_it_runs_is_refused(memory: i
 
 
 @every_mode
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "falcon", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gemma4_text", "gpt2", "falcon", "opt"])
 def test_a_twin_stream_pairs_every_input_with_that_of_the_dense_model(
     model_type: str, memory: int, tmp_path: Path
 ) -> None:

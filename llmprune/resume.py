@@ -1,0 +1,270 @@
+"""What a run leaves when it is stopped, and how the same command goes on from there.
+
+The work lies in `.NAME.partial`: the model so far, the hidden states on their way, and `state.json`, which is replaced
+after every block and names all other files with their hashes. What it does not name is of no use and goes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune.carried import CannotBeSavedError
+from llmprune.checkpoint import Shard, ShardWriter, write_json
+from llmprune.durable import sha256
+from llmprune.errors import InputError, PruneError
+from llmprune.pattern import Scope, SparsityPattern, parse_pattern
+from llmprune.perplexity import Perplexity
+from llmprune.prepare import Prepared, output_folder
+from llmprune.progress import Progress
+from llmprune.report import PruneReport
+from llmprune.stream import BlockStream
+
+STATE, LOCK = "state.json", "lock"
+AGAIN = "free disk space and run the same command again, or choose another --out"
+
+
+class Journal:
+    """The finished blocks of a run, as they can be found again.
+
+    Args:
+        run: the job; its working folder exists and is locked.
+        progress: told what is found.
+
+    Attributes:
+        dense: the perplexity of the source, once it is known.
+        patterns: every block's pattern, once they are known.
+    """
+
+    def __init__(self, run: Prepared, progress: Progress) -> None:
+        self.folder, self.model = run.partial, run.unfinished
+        self.facts: dict[str, str] = {}
+        self.progress = progress
+        self._scope: Scope = getattr(run.pattern, "scope", "layer")
+        self.state: dict[str, Any] = {}
+        self.resumed = False
+        self.dense: Perplexity | None = None
+        self.patterns: Sequence[SparsityPattern | None] = ()
+
+    @property
+    def blocks(self) -> int:
+        """How many are finished."""
+        return int(self.state["stream"]["done"]) if self.state else 0
+
+    def open(self, facts: dict[str, str], restart: bool) -> None:
+        """Take up what an earlier run left, or make room.
+
+        Args:
+            facts: what the result depends on, see `facts_of`.
+            restart: whether to drop it.
+
+        Raises:
+            InputError: it is of a run with another result.
+        """
+        self.state = {} if restart else self._read()
+        self.resumed = bool(self.state)
+        self.agree(facts)
+        if self.state and (bad := self._damaged()):
+            self.progress.warn(f"{bad} is damaged or missing: starting over")
+            self.state, self.resumed = {}, False
+        if self.resumed:
+            self.dense = Perplexity(**self.state["dense"]) if self.state["dense"] else None
+            self.patterns = [parse_pattern(name, self._scope) if name else None for name in self.state["patterns"]]
+            self.writer().unseal()
+            self._tidy()
+            self.progress.note(f"{self.blocks} blocks were finished before, in {self.folder}; going on from there")
+        else:
+            self._clear()
+
+    def agree(self, facts: dict[str, str]) -> None:
+        """Note what the result depends on.
+
+        Raises:
+            InputError: the finished blocks were made otherwise.
+        """
+        self.facts |= facts
+        before = self.state.get("run", facts)
+        for name, now in facts.items():
+            if before.get(name, now) != now:
+                raise InputError(
+                    f"{self.folder} holds {self.blocks} finished blocks of another run: "
+                    f"{name} was {before[name]}, now {now}",
+                    "repeat that command to go on from there, drop its work with --restart, or choose another --out",
+                )
+
+    def writer(self) -> ShardWriter:
+        """Goes on with the shards."""
+        return ShardWriter(self.model, [Shard(**shard) for shard in self.state.get("shards", [])])
+
+    def fill(self, report: PruneReport) -> None:
+        """Put what was reported of the finished blocks into a report."""
+        found = PruneReport.from_json({**report.to_json(), **self.state.get("report", {})})
+        report.layers, report.refinements, report.blocks = found.layers, found.refinements, found.blocks
+
+    def save(self, stream: BlockStream, report: PruneReport, writer: ShardWriter) -> None:
+        """Make a finished block durable: the shards are already, now come the hidden states and then the new state."""
+        try:
+            onward = stream.save()
+        except CannotBeSavedError as error:
+            self.progress.note(f"{error}, which cannot be saved: this run could not be resumed if it were stopped")
+            return
+        whole = report.to_json()
+        self.state = {
+            "run": self.facts,
+            "shards": [asdict(shard) for shard in writer.shards],
+            "dense": asdict(self.dense) if self.dense else None,
+            "patterns": [pattern.name if pattern else "" for pattern in self.patterns],
+            "report": {key: whole[key] for key in ("layers", "refinements", "blocks")},
+            "stream": onward,
+        }
+        write_json(self.folder / STATE, {"sha256": _digest(self.state), "state": self.state})
+        self._tidy()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+            state: dict[str, Any] = found["state"]
+            return state if found["sha256"] == _digest(state) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def _files(self) -> dict[Path, str]:
+        """All files that the state names, with their hashes."""
+        stream = self.state["stream"]
+        files = {self.folder / item["file"]: item["sha256"] for item in (*stream["hidden"], stream["carried"])}
+        return files | {self.model / shard["file"]: shard["sha256"] for shard in self.state["shards"]}
+
+    def _damaged(self) -> Path | None:
+        """The first file that is not what the state says."""
+        writer = self.writer()
+        sealed = dict(zip((shard.file for shard in writer.shards), writer.final_names(), strict=True))
+        files = self._files()
+        self.progress.start("checking finished blocks", len(files))
+        for path, wanted in files.items():
+            found = path if path.exists() else path.with_name(sealed.get(path.name, path.name))
+            if not found.is_file() or sha256(found) != wanted:
+                return path
+            self.progress.step()
+        self.progress.finish()
+        return None
+
+    def _tidy(self) -> None:
+        """Remove what the state does not name."""
+        for path in set(self.folder.iterdir()) - self._files().keys() - {self.model, *self._own()}:
+            path.unlink()
+
+    def _own(self) -> list[Path]:
+        return [self.folder / STATE, self.folder / LOCK]
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        self.model.mkdir()
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+@contextmanager
+def workplace(run: Prepared, progress: Progress) -> Iterator[Journal]:
+    """The folder for the work in progress, for this process alone; finished blocks outlive a failure.
+
+    Raises:
+        InputError: it cannot be made, another process works there, or it holds another run.
+        PruneError: the disk is full, or gone.
+    """
+    try:
+        run.partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {run.partial}: {error.strerror}", "choose another --out") from error
+    with _locked(run.partial / LOCK):
+        journal = Journal(run, progress)
+        try:
+            # Another process may have finished since this one looked.
+            output_folder(run.job, run.goal)
+            journal.open(facts_of(run), run.job.restart)
+            progress.note(f"writing to {run.partial} until everything is done")
+            yield journal
+        except InputError:
+            # Whatever was finished of a job that cannot be done is of no use.
+            _leave(run, journal, progress, keep=journal.resumed)
+            raise
+        except OSError as error:
+            _leave(run, journal, progress)
+            raise PruneError(f"cannot write {run.partial}: {error.strerror or error}", AGAIN) from error
+        except BaseException:
+            _leave(run, journal, progress)
+            raise
+        shutil.rmtree(run.partial, ignore_errors=True)
+
+
+def _leave(run: Prepared, journal: Journal, progress: Progress, keep: bool = True) -> None:
+    if not journal.blocks or not keep:
+        shutil.rmtree(run.partial, ignore_errors=True)
+        return
+    progress.warn(
+        f"{journal.blocks} of {len(run.skeleton.blocks)} blocks are finished and kept in {run.partial}; "
+        "the same command goes on from there, --restart starts over"
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        lock = path.open("a")
+    except OSError as error:
+        raise InputError(f"cannot write {path.parent}: {error.strerror}", "choose another --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        except OSError:
+            mine = False
+        if not mine:
+            raise InputError(
+                f"another llmprune is writing to {path.parent}", "wait for it to end, or choose another --out"
+            )
+        yield
+
+
+def facts_of(run: Prepared) -> dict[str, str]:
+    """All that the result depends on, except the weights, by the names that the user knows them under."""
+    job, device = run.job, run.skeleton.device
+    tokens = {"calibration tokens": run.calibration, "evaluation tokens": run.evaluation}
+    facts: dict[str, object] = {
+        "--sparsity": run.goal.name,
+        "--scope": getattr(run.pattern, "scope", "group"),
+        **{f"--{key}": value for key, value in asdict(run.recipe).items()},
+        "--option": run.options,
+        "sizes": run.structure.changes if run.structure else {},
+        "--only": job.only,
+        "--skip": job.skip,
+        "--dtype": job.dtype,
+        "--seed": job.seed if run.recipe.refine or run.recipe.augment else None,
+        "--device": f"{device.type} ({run.skeleton.compute})",
+        "--threads": torch.get_num_threads(),
+        **{
+            name: batch and f"{tuple(batch.tokens.shape)}, sha256 {batch.provenance.sha256[:12]}"
+            for name, batch in tokens.items()
+        },
+        "the model's config": sha256(run.source.folder / "config.json")[:12],
+        **run.versions,
+    }
+    if job.trust_remote_code:
+        digests = "".join(sha256(path) for path in sorted(run.source.folder.glob("*.py")))
+        facts["the model's code"] = hashlib.sha256(digests.encode()).hexdigest()[:12]
+    return {name: str(value) for name, value in facts.items()}
