@@ -220,7 +220,11 @@ def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
         return replace(recipe, allocate="uniform")
     if job.permute:
         raise InputError(f"--permute does not apply to {goal.name}", "leave it out: it is for N:M patterns")
-    return replace(recipe, permute=False)
+    if goal.pattern is None and job.allocate not in {None, "uniform"}:
+        raise InputError(
+            f"--allocate {job.allocate} does not apply to {goal.name}", "a config has one width and one number for all"
+        )
+    return replace(recipe, permute=False, allocate="uniform" if goal.pattern is None else recipe.allocate)
 
 
 def _check_scales(skeleton: Skeleton, plan: Plan, tokens: torch.Tensor) -> None:

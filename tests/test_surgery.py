@@ -431,6 +431,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown": ("tails:25%", {}, "unknown sparsity"),
     "skip": ("channels:25%", {"skip": ("*.0.*",)}, "--skip"),
     "round": ("2:4", {"round_to": 8}, "--round-to"),
+    "allocate": ("channels:25%", {"allocate": "error"}, "--allocate"),
     "permute": ("channels:25%", {"permute": True}, "--permute"),
     "scope": ("channels:25%", {"scope": "row"}, "--scope"),
     "layer scope": ("channels:25%+50%", {"scope": "layer"}, "--scope layer"),
