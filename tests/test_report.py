@@ -20,7 +20,7 @@ from llmprune.hub import model_card
 from llmprune.report import FILE
 
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
-FREE = ("versions", "method.options", "coverage.skipped", "layers[].stats")
+FREE = ("versions", "method.options", "sparsity.config", "coverage.skipped", "layers[].stats")
 SAMPLE = {f"samples[].{key}" for key in ("prompt", "dense", "pruned")}
 SOMETIMES = {"machine.device_memory", "seconds.allocate"} | SAMPLE
 
