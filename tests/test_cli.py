@@ -231,7 +231,7 @@ def test_a_misspelt_flag_gets_a_suggestion(refused: Callable[..., Outcome], flag
 
 
 def test_an_unknown_flag_or_a_stray_word_is_refused(refused: Callable[..., Outcome], flags: list[str]) -> None:
-    refused(*flags, "--frobnicate", says="'--frobnicate'", hints="--help")
+    refused(*flags, "--xyzzy", says="'--xyzzy'", hints="--help")
     refused(*flags, "tiny", says="'tiny'", hints="--help")
 
 

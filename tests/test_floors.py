@@ -16,7 +16,7 @@ FLOORS = [
     {"solve"},
     {"checkpoint", "demo", "families", "gguf", "job", "source", "tokens"},
     {"activations", "carried", "coupling", "kinds", "rehearse", "skeleton", "stream", "watch"},
-    {"hub", "perplexity", "plan", "prepare", "refine", "resume", "verify"},
+    {"estimate", "hub", "perplexity", "plan", "prepare", "refine", "resume", "verify"},
     {"allocate"},
     {"run"},
     {"__main__", "cli", "terminal"},

@@ -29,7 +29,7 @@ from llmprune.skeleton import Skeleton
 from llmprune.stream import Block
 
 BLOCKS = 4
-FREE = {"seconds", "peak_memory", "out"}
+FREE = {"seconds", "peak_memory", "baseline_memory", "out"}
 
 
 class Told(Progress):
