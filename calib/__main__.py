@@ -1,30 +1,41 @@
-"""`python -m calib TEXT --model MODEL --out tokens.safetensors`: cut a text into windows, once and for all."""
+"""`python -m calib RECIPE --model MODEL --out tokens.safetensors`: make a calibration set, once and for all."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llmprune.cli import Parser, hush_libraries, positive, run_command, seed, window
-from llmprune.tokens import DATASETS
+
+if TYPE_CHECKING:
+    from llmprune.source import Source
+    from llmprune.terminal import TerminalProgress
+    from llmprune.tokens import TokenBatch
 
 
 def build_parser() -> Parser:
     """The flags."""
     parser = Parser(
         prog="python -m calib",
-        description="Draw calibration windows from a text and freeze them in a hashed token file, "
-        "which `llmprune --calib FILE` uses without a network or a tokenizer.",
+        description="Make calibration windows by a recipe and freeze them in a hashed token file, "
+        "which `llmprune --calib FILE` uses without a network or a tokenizer. See calib/README.md.",
         allow_abbrev=False,
     )
-    parser.add_argument("text", metavar="TEXT", help=f"text file or folder, or {', '.join(DATASETS)}")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a .toml file, the name of one in calib/recipes, or a text file or folder"
+    )
     parser.add_argument("--model", required=True, help="whose tokenizer to use: folder, Hub id, .gguf file, or demo")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="token file to write (.safetensors)")
-    parser.add_argument("--samples", type=positive, default=128, metavar="N", help="windows (default: 128)")
-    parser.add_argument("--seq-len", type=window, default=512, metavar="N", help="tokens per window (default: 512)")
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="choice of windows (default: 0)")
+    own = "(default: the recipe's"
+    parser.add_argument("--samples", type=positive, metavar="N", help=f"windows {own}; 128 for a text)")
+    parser.add_argument("--seq-len", type=window, metavar="N", help=f"tokens per window {own}; 512 for a text)")
+    parser.add_argument("--seed", type=seed, metavar="N", help=f"order and choice of windows {own}; 0 for a text)")
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="demo data (default: ~/.cache/llmprune)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="the provenance as JSON on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -34,31 +45,47 @@ def freeze(options: argparse.Namespace) -> int:
     hush_libraries(options.debug)
     from llmprune.demo import default_cache
     from llmprune.errors import InputError
-    from llmprune.source import load_tokenizer, open_source
+    from llmprune.source import open_source
     from llmprune.terminal import TerminalProgress
-    from llmprune.tokens import calibration_tokens, save_tokens
+    from llmprune.tokens import save_tokens
 
     if options.out.suffix != ".safetensors":
         raise InputError(f"--out {options.out} must end in .safetensors", "llmprune knows token files by that ending")
     progress = TerminalProgress()
-    cache = options.cache_dir or default_cache()
-    trust = options.trust_remote_code
+    cache, trust = options.cache_dir or default_cache(), options.trust_remote_code
     source = open_source(options.model, revision=None, cache=cache, trust_remote_code=trust, progress=progress)
-    batch = calibration_tokens(
-        options.text,
-        load_tokenizer(source, trust),
-        samples=options.samples,
-        seq_len=options.seq_len,
-        seed=options.seed,
-        cache=cache,
-        progress=progress,
-    )
+    batch, recipe = make(options, source, cache, progress)
     try:
-        save_tokens(batch, options.out)
+        save_tokens(batch, options.out, recipe=recipe)
     except OSError as error:
         raise InputError(f"cannot write {options.out}: {error.strerror}", "choose another --out") from error
-    print(f"{options.out}: {options.samples} x {options.seq_len} tokens, sha256 {batch.provenance.sha256}")
+    facts = batch.provenance
+    if options.json:
+        print(json.dumps(asdict(facts), indent=2))
+    else:
+        print(f"{options.out}: {facts.samples} x {facts.seq_len} tokens of {facts.source}, sha256 {facts.sha256}")
     return 0
+
+
+def make(
+    options: argparse.Namespace, source: Source, cache: Path, progress: TerminalProgress
+) -> tuple[TokenBatch, dict[str, Any]]:
+    """The windows, and the recipe ({} for a plain text, which is cut as `llmprune --calib` would cut it)."""
+    from calib.build import build
+    from calib.recipe import known_recipes, read_recipe
+    from llmprune.source import load_tokenizer
+    from llmprune.tokens import calibration_tokens
+
+    named = options.recipe in known_recipes() and not Path(options.recipe).exists()
+    settings = {name: getattr(options, name) for name in ("samples", "seq_len", "seed")}
+    if named or options.recipe.endswith(".toml"):
+        recipe = read_recipe(options.recipe, **settings)
+        tokenizer = load_tokenizer(source, options.trust_remote_code)
+        return build(recipe, tokenizer, cache, progress), asdict(recipe)
+    defaults = {"samples": 128, "seq_len": 512, "seed": 0}
+    chosen = {name: defaults[name] if value is None else value for name, value in settings.items()}
+    tokenizer = load_tokenizer(source, options.trust_remote_code)
+    return calibration_tokens(options.recipe, tokenizer, **chosen, cache=cache, progress=progress), {}
 
 
 def main(argv: list[str] | None = None) -> int:

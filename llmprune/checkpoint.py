@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PACKED = ".packed.safetensors"
 SHARD_BYTES = 2 * 2**30
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -101,6 +102,8 @@ _DOWNLOAD_AGAIN = "the file is damaged or incomplete; download or save the model
 def _index(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index; empty where the folder has a single file."""
     path = folder / INDEX
+    if next(folder.glob(f"*{PACKED}"), None):
+        raise InputError(f"{folder} is packed", f"unpack it first: llmprune unpack {folder}")
     if not path.exists():
         if (folder / SINGLE).exists():
             return {}
@@ -111,6 +114,15 @@ def _index(folder: Path) -> dict[str, Path]:
                 "convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
             )
         raise InputError(f"{folder} has no {SINGLE} and no {INDEX}", "--model takes a Hugging Face model folder")
+    return read_index(path)
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """Tensor name -> file, from an index.
+
+    Raises:
+        InputError: it is none, or points outside its folder.
+    """
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         items = [(str(name), str(file)) for name, file in weight_map.items()]
@@ -119,7 +131,7 @@ def _index(folder: Path) -> dict[str, Path]:
     for _, file in items:
         if Path(file).name != file or file in {"", ".", ".."} or "\\" in file:
             raise InputError(f"{path} points outside its folder: {file!r}", "do not use this checkpoint")
-    return {name: folder / file for name, file in items}
+    return {name: path.with_name(file) for name, file in items}
 
 
 def read_header(file: Path) -> dict[str, Entry]:

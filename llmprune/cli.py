@@ -16,19 +16,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llmprune.errors import PruneError
+from llmprune.errors import InputError, PruneError
 from llmprune.methods import METHODS
 from llmprune.reach import start_probe
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
 
 if TYPE_CHECKING:
     from llmprune.job import Job
+    from llmprune.terminal import TerminalProgress
+    from llmprune.upload import Destination
 
 INTERRUPTED = 130
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    the run failed, or `verify` found a violation; --out is as it was
+  1    the run failed, or `verify` found a violation; --out is as it was. Or the upload
+       failed: the pruned folder is whole, and `llmprune push` repeats the upload
   2    bad input; --out is as it was
   130  interrupted; --out is as it was
 After 1 and 130, finished blocks are kept: the same command goes on from there.
@@ -39,6 +42,7 @@ examples:
   llmprune --model ./my-llama --sparsity 50% --method wanda --calib notes.txt --eval wikitext2
   llmprune --model org/name --sparsity 4:8 --dry-run
   llmprune verify demo-balanced-2of4
+  llmprune push demo-balanced-2of4 you/demo-2of4 --private
 """
 
 
@@ -123,7 +127,10 @@ def build_parser() -> Parser:
     methods = "\n".join(f"  {name:<12}{entry.help}" for name, entry in METHODS.items())
     parser = Parser(
         prog="llmprune",
-        usage="llmprune --model MODEL --sparsity PATTERN [options]\n       llmprune verify DIR [--sparsity PATTERN]",
+        usage="llmprune --model MODEL --sparsity PATTERN [options]\n       llmprune verify DIR [--sparsity PATTERN]\n"
+        "       llmprune push DIR ORG/NAME [--private]\n"
+        "       llmprune pack DIR [--out DIR]\n       llmprune unpack DIR [--out DIR]\n"
+        "       llmprune report DIR [--generate N]",
         description="Prune a Hugging Face language model block by block, after training, on one machine;\n"
         "measure its perplexity before and after; leave a folder that plain transformers loads.",
         epilog=f"methods:\n{methods}\n\n{EXAMPLES}\n{EXIT_CODES}",
@@ -134,6 +141,7 @@ def build_parser() -> Parser:
     _add_what(parser)
     _add_data(parser)
     _add_output(parser)
+    _add_hub(parser.add_argument_group("Hugging Face Hub"))
     _add_machine(parser)
     return parser
 
@@ -195,6 +203,9 @@ def _add_stages(parser: Parser) -> None:
         "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
     )
     stages.add_argument(
+        "--augment", type=epochs, metavar="K", help="add K copies of every calibration window, with random tokens in it"
+    )
+    stages.add_argument(
         "--allocate", choices=("uniform", "error", "owl"),
         help="unstructured: the same share in every block, or less where errors or outliers are larger",
     )  # fmt: skip
@@ -236,6 +247,18 @@ def _add_output(parser: Parser) -> None:
     output.add_argument("--quiet", action="store_true", help="only warnings and errors")
 
 
+def _add_hub(hub: argparse._ArgumentGroup) -> None:
+    hub.add_argument(
+        "--push-to-hub", metavar="ORG/NAME", help="upload the result; checked before the run (needs `hf auth login`)"
+    )
+    _add_destination(hub)
+
+
+def _add_destination(hub: argparse._ActionsContainer) -> None:
+    hub.add_argument("--private", action="store_true", help="make a repository that only its owners see")
+    hub.add_argument("--hub-revision", metavar="BRANCH", help="branch to upload to (default: main)")
+
+
 def _add_machine(parser: Parser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -259,24 +282,101 @@ def verify_parser() -> Parser:
         description="Re-open a folder's files and check that every pruned layer holds the pattern.",
         allow_abbrev=False,
     )
-    parser.add_argument("dir", metavar="DIR", help="a model folder")
-    parser.add_argument(
-        "--sparsity", metavar="PATTERN", help="pattern to check (default: what its prune_report.json says)"
-    )
+    _add_layers(parser)
     parser.add_argument("--scope", choices=("row", "layer"), help="of an unstructured pattern (default: layer)")
-    parser.add_argument("--only", metavar="GLOB", action="append", default=[], help="check only layers that match")
+    _add_common(parser)
+    return parser
+
+
+def pack_parser() -> Parser:
+    """Flags of `llmprune pack`."""
+    parser = Parser(
+        prog="llmprune pack",
+        description="Write a compact copy of a pruned folder: of N:M layers the kept values and their positions.",
+        allow_abbrev=False,
+    )
+    _add_layers(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR-packed)")
+    _add_common(parser)
+    return parser
+
+
+def unpack_parser() -> Parser:
+    """Flags of `llmprune unpack`."""
+    parser = Parser(
+        prog="llmprune unpack",
+        description="Write the plain folder that was packed, byte for byte.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a packed folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR without -packed)")
+    _add_common(parser)
+    return parser
+
+
+def report_parser() -> Parser:
+    """Flags of `llmprune report`."""
+    parser = Parser(
+        prog="llmprune report",
+        description="Draw prune_report.html of a pruned folder anew, with generated text if asked for.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a pruned folder")
+    parser.add_argument(
+        "--generate", type=positive, metavar="N",
+        help="let the dense and the pruned model continue a few texts by N tokens; each is loaded whole",
+    )  # fmt: skip
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeatable")
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: what the report names)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_layers(parser: Parser) -> None:
+    """Which layers of a folder hold which pattern."""
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a model folder")
+    parser.add_argument(
+        "--sparsity", metavar="PATTERN", help="pattern of its layers (default: what its prune_report.json says)"
+    )
+    parser.add_argument("--only", metavar="GLOB", action="append", default=[], help="take only layers that match")
     parser.add_argument("--skip", metavar="GLOB", action="append", default=[], help="leave out layers that match")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _add_common(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def push_parser() -> Parser:
+    """Flags of `llmprune push`."""
+    parser = Parser(
+        prog="llmprune push",
+        description="Upload a folder that llmprune wrote to the Hugging Face Hub; the folder stays as it is.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a pruned folder")
+    parser.add_argument("repo", metavar="ORG/NAME", help="repository; made if it is not there")
+    _add_destination(parser)
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["verify"]:
-        return run_command(verify_parser(), run_verify, arguments[1:])
+    commands = {
+        "verify": (verify_parser, run_verify),
+        "push": (push_parser, run_push),
+        "pack": (pack_parser, run_pack),
+        "unpack": (unpack_parser, run_unpack),
+        "report": (report_parser, run_report),
+    }
+    if arguments and arguments[0] in commands:
+        parser, command = commands[arguments[0]]
+        return run_command(parser(), command, arguments[1:])
     return run_command(build_parser(), lambda options: run_prune(options, arguments), arguments)
 
 
@@ -386,6 +486,7 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         steps=options.steps,
         refit=options.refit,
         refine=options.refine,
+        augment=options.augment,
         allocate=options.allocate,
         options=tuple(options.option),
         scope=options.scope,
@@ -418,12 +519,17 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from llmprune import terminal
 
     job = make_job(options, arguments)
+    where = destination(options)
     words = sys.stderr if options.json else sys.stdout
     progress = terminal.TerminalProgress(quiet=options.quiet)
     if not (options.model == "demo" or options.model.endswith(".gguf") or Path(options.model).expanduser().exists()):
         start_probe()
     progress.note("loading libraries")
     hush_libraries(options.debug)
+    if where:
+        from llmprune.upload import check_destination
+
+        check_destination(where, job.model)
     if options.dry_run:
         from llmprune.run import dry_run
 
@@ -440,7 +546,64 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if not options.quiet:
         words.write(text)
     if options.json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(facts, indent=2), flush=True)
+    if where and not options.dry_run:
+        words.write(f"pushed to    {send(Path(facts['out']), where, progress)}\n")
+    return 0
+
+
+def destination(options: argparse.Namespace) -> Destination | None:
+    """Where the result is to be uploaded, if anywhere.
+
+    Raises:
+        InputError: a flag that means nothing without `--push-to-hub`.
+    """
+    if options.push_to_hub is None:
+        flag = "--private" if options.private else "--hub-revision" if options.hub_revision else ""
+        if flag:
+            raise InputError(f"{flag} means nothing without --push-to-hub", "add --push-to-hub ORG/NAME")
+        return None
+    from llmprune.upload import Destination
+
+    return Destination(options.push_to_hub, options.private, options.hub_revision)
+
+
+def send(folder: Path, where: Destination, progress: TerminalProgress) -> str:
+    """Upload a finished folder; even an interruption says how to repeat that."""
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
+
+    from llmprune.upload import upload
+
+    if not progress.quiet:
+        enable_progress_bars()
+    try:
+        return upload(folder, where, progress)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            "interrupted while uploading", f"nothing is lost; to repeat it: {where.command(folder)}"
+        ) from stop
+
+
+class Interrupted(PruneError):
+    """The user stopped what can be repeated."""
+
+    exit_code = INTERRUPTED
+
+
+def run_push(options: argparse.Namespace) -> int:
+    """`llmprune push`."""
+    from llmprune.terminal import TerminalProgress
+    from llmprune.upload import Destination, check_destination, check_folder
+
+    start_probe()
+    hush_libraries(options.debug)
+    where = Destination(options.repo, options.private, options.hub_revision)
+    check_destination(where, check_folder(options.dir).model["name"])
+    address = send(options.dir, where, TerminalProgress(quiet=options.quiet))
+    if options.json:
+        print(json.dumps({"repo": where.repo, "revision": where.revision or "main", "commit": address}, indent=2))
+    elif not options.quiet:
+        print(f"pushed to    {address}")
     return 0
 
 
@@ -450,7 +613,7 @@ def run_verify(options: argparse.Namespace) -> int:
     from llmprune.verify import verify_folder
 
     result = verify_folder(
-        Path(options.dir),
+        options.dir,
         options.sparsity,
         options.scope,
         tuple(options.only),
@@ -462,3 +625,50 @@ def run_verify(options: argparse.Namespace) -> int:
     else:
         print(textwrap.dedent(result.text()).strip())
     return 1 if result.violations else 0
+
+
+def run_pack(options: argparse.Namespace) -> int:
+    """`llmprune pack`."""
+    hush_libraries(options.debug)
+    from llmprune import terminal
+    from llmprune.packing import pack
+
+    report = pack(
+        options.dir,
+        options.out,
+        sparsity=options.sparsity,
+        only=tuple(options.only),
+        skip=tuple(options.skip),
+        trust_remote_code=options.trust_remote_code,
+        progress=terminal.TerminalProgress(),
+    )
+    print(json.dumps(report.to_json(), indent=2) if options.json else report.text())
+    return 0
+
+
+def run_unpack(options: argparse.Namespace) -> int:
+    """`llmprune unpack`."""
+    hush_libraries(options.debug)
+    from llmprune import terminal
+    from llmprune.packing import unpack
+
+    out = unpack(options.dir, options.out, progress=terminal.TerminalProgress())
+    print(json.dumps({"out": str(out)}, indent=2) if options.json else f"saved to {out}")
+    return 0
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """`llmprune report`."""
+    hush_libraries(options.debug)
+    from llmprune import terminal
+    from llmprune.html_report import PAGE, write_report
+    from llmprune.report import PruneReport
+    from llmprune.samples import PROMPTS, add_samples
+
+    report = PruneReport.read(options.dir)
+    if options.generate:
+        progress = terminal.TerminalProgress()
+        add_samples(report, options.dir, options.generate, options.prompt or PROMPTS, options.dense, progress)
+    write_report(report, options.dir)
+    print(f"saved to {options.dir / PAGE}")
+    return 0

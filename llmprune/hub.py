@@ -7,63 +7,92 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from llmprune.recipe import Recipe
 from llmprune.report import PruneReport
+
+FILE = "README.md"
+INHERITED = ("language", "license", "license_name", "license_link")
+LOADED = 'from_pretrained("{}")'
+TITLES = ("\n# {}\n", "\n- name: {}\n")
+"""Where a card says by which name the model goes."""
+LOAD = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+The pruned weights are exact zeros in plain safetensors, so every loader reads them. {note}.
+`prune_report.json` has every layer's error; `llmprune verify DIR` checks the pattern."""
+CONTINUE = """\
+An ordinary fine-tune fills the zeros in. To keep them, put them back after every step of the optimiser:
+
+```python
+masks = {name: weight != 0 for name, weight in model.named_parameters()}
+# ... loss.backward(); optimizer.step()
+with torch.no_grad():
+    for name, weight in model.named_parameters():
+        weight.mul_(masks[name])
+```
+
+Quantise after pruning, and by a method that leaves zeros zero (any symmetric one)."""
 
 
 def model_card(report: PruneReport, source: Path) -> str:
-    """A card with valid metadata and the measured numbers.
+    """A card with valid metadata that says how the model was made, what it is worth, and how to go on from there.
 
     Args:
         report: the run.
         source: folder of the dense model; licence, language and base model are carried over from its card.
     """
     name = Path(report.out).name
-    inherited = _inherited(source / "README.md")
-    pattern = report.sparsity["pattern"]
-    base = report.model["name"] if report.model["revision"] else inherited.get("base_model")
+    rows = "\n".join(f"| {key} | {value} |" for key, value in _facts(report))
+    parts = [
+        f"---\n{_metadata(report, source, name)}\n---",
+        f"# {name}",
+        f"{report.model['name']} pruned with llmprune {report.llmprune}: {report.sparsity['meaning']}, "
+        f"by {_recipe(report)}.",
+        f"| | |\n|---|---|\n{rows}",
+        *(f"> {warning}" for warning in report.warnings),
+        "## Load",
+        LOAD.format(name=name, note=report.sparsity["note"]),
+        "## How it was made",
+        _made(report),
+        "## Continue",
+        CONTINUE,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def card_for(folder: Path, report: PruneReport, repo: str) -> str:
+    """The card of a folder as it is uploaded: what stands in it, but the model goes by the repository's name.
+
+    Args:
+        folder: as `prune` left it, its card perhaps edited or deleted since.
+        report: of the folder.
+        repo: `ORG/NAME`.
+    """
+    path, local = folder / FILE, Path(report.out).name
+    text = path.read_text(encoding="utf-8") if path.exists() else model_card(report, folder)
+    for form in TITLES:
+        text = text.replace(form.format(local), form.format(repo.partition("/")[2]))
+    return text.replace(LOADED.format(local), LOADED.format(repo))
+
+
+def _metadata(report: PruneReport, source: Path, name: str) -> str:
+    inherited = _inherited(source / FILE)
     data = ModelCardData(
-        base_model=base,
-        language=inherited.get("language"),
-        license=inherited.get("license"),
-        license_name=inherited.get("license_name"),
-        license_link=inherited.get("license_link"),
+        base_model=report.model["name"] if report.model["revision"] else inherited.get("base_model"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pruned", "sparse", "llmprune", report.method["name"]],
         model_name=name if report.evaluation else None,
         eval_results=_results(report) or None,
         ignore_metadata_errors=True,
+        **{key: inherited.get(key) for key in INHERITED},
     )
-    lines = [
-        "---",
-        data.to_yaml(),
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"{report.model['name']} pruned with llmprune {report.llmprune}: "
-        f"method `{report.method['name']}`, {report.sparsity['meaning']}.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in _facts(report, pattern)),
-        "",
-        "```",
-        report.command,
-        "```",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        "```",
-        "",
-        "The pruned weights are exact zeros in plain safetensors: every loader reads them, the files are no smaller,",
-        "and a runtime that knows nothing of the zeros is no faster. `prune_report.json` has every layer's error.",
-        "",
-    ]
-    return "\n".join(lines)
+    return data.to_yaml()
 
 
 def _inherited(card: Path) -> dict[str, Any]:
@@ -79,36 +108,53 @@ def _inherited(card: Path) -> dict[str, Any]:
 
 
 def _results(report: PruneReport) -> list[EvalResult]:
-    if report.evaluation is None:
+    """The perplexities, pruned and dense, for the index of measured models."""
+    if (evaluation := report.evaluation) is None:
         return []
+    text, context = Path(evaluation["source"]).name, evaluation["seq_len"]
+    names = {"pruned": f"perplexity, context {context}", "dense": f"perplexity of the dense model, context {context}"}
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=Path(report.evaluation["source"]).name,
-            dataset_name=Path(report.evaluation["source"]).name,
+            dataset_type=text,
+            dataset_name=text,
             metric_type="perplexity",
-            metric_name=f"perplexity, context {report.evaluation['seq_len']}",
-            metric_value=round(report.evaluation["pruned"]["value"], 4),
+            metric_name=name,
+            metric_value=round(evaluation[key]["value"], 4),
         )
+        for key, name in names.items()
     ]
 
 
-def _facts(report: PruneReport, pattern: str) -> list[tuple[str, str]]:
-    calibration, coverage = report.calibration, report.coverage
-    facts = [
-        ("pattern", f"{pattern}, in {coverage['fraction']:.1%} of the block parameters"),
-        ("calibration", f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}"),
-        ("mean relative layer error", f"{report.mean_error:.4f}"),
-    ]
+def _facts(report: PruneReport) -> list[tuple[str, str]]:
+    calibration, coverage, machine = report.calibration, report.coverage, report.machine
+    facts = []
     if (evaluation := report.evaluation) is not None:
         text = f"{Path(evaluation['source']).name}, {evaluation['samples']} windows of {evaluation['seq_len']}"
         for key in ("dense", "pruned"):
             value = evaluation[key]
             facts.append((f"perplexity, {key} ({text})", f"{value['value']:.2f} ± {value['error']:.2f}"))
-    facts.append(
-        (
-            "size of the weights",
-            f"{report.size['pruned'] / 2**20:.0f} MiB (dense {report.size['dense'] / 2**20:.0f} MiB)",
-        )
-    )
+    size = f"{report.size['pruned'] / 2**20:.0f} MiB (dense {report.size['dense'] / 2**20:.0f} MiB)"
+    facts += [
+        ("pattern", f"{report.sparsity['pattern']}, in {coverage['fraction']:.1%} of the block parameters"),
+        ("mean relative layer error", f"{report.mean_error:.4f}"),
+        ("size of the weights", size),
+        ("calibration", f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}"),
+    ]
+    if "prune" in report.seconds:
+        facts.append(("time to prune", f"{report.seconds['prune']:.0f} s on {machine['device']}"))
     return facts
+
+
+def _recipe(report: PruneReport) -> str:
+    return Recipe(**{key: value for key, value in report.recipe.items() if key != "effort"}).describe()
+
+
+def _made(report: PruneReport) -> str:
+    """What it takes to do it again."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    calibration = report.calibration
+    seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
+    tokens = f"The calibration tokens (sha256 `{calibration['sha256']}`{seed}) come from {calibration['source']}."
+    command = f"```\n{report.command}\n```\n\n" if report.command else ""
+    return f"{command}{tokens} Made with {versions}."

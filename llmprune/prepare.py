@@ -10,7 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from llmprune.augment import with_noisy_copies
 from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
@@ -49,6 +51,12 @@ class Prepared:
     out: Path
 
     @property
+    def tokens(self) -> Tensor:
+        """The calibration windows with their noisy copies, `(samples, length)`."""
+        vocabulary = self.source.config.get_text_config().vocab_size
+        return with_noisy_copies(self.calibration.tokens, self.recipe.augment, vocabulary, self.job.seed)
+
+    @property
     def partial(self) -> Path:
         """Where the work in progress lives: beside `out`, so that the final rename is atomic."""
         return self.out.with_name(f".{self.out.name}.partial")
@@ -63,7 +71,7 @@ class Prepared:
         """Size of the hidden states that enter a block and leave it, in all streams."""
         hidden = self.source.config.get_text_config().hidden_size
         element = self.skeleton.compute.itemsize * (2 if self.recipe.twin else 1)
-        return 2 * self.calibration.tokens.numel() * int(hidden) * element
+        return 2 * self.calibration.tokens.numel() * (self.recipe.augment + 1) * int(hidden) * element
 
     @property
     def versions(self) -> dict[str, str]:
@@ -133,7 +141,7 @@ def applicable(recipe: Recipe, job: Job, pattern: SparsityPattern) -> Recipe:
 
 def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:
     """A block is judged on batches that it was not trained on, so one window is too few."""
-    windows = len(calibration.tokens)
+    windows = len(calibration.tokens) * (recipe.augment + 1)
     if recipe.refine and windows < LEAST_SAMPLES:
         raise InputError(
             f"refinement holds out some of the calibration windows: it needs {LEAST_SAMPLES}, there is {windows}",

@@ -7,9 +7,13 @@ import socket
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-SECONDS = 3.5
+SECONDS, HUB_SECONDS = 3.5, 4.5
+_HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "aiohttp"}
+T = TypeVar("T")
 
 
 class HubProbe:
@@ -23,7 +27,7 @@ class HubProbe:
 
     def _run(self) -> None:
         url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-        if urllib.request.getproxies():
+        if urllib.request.getproxies().keys() - {"no"}:
             self._answer = True
             return
         try:
@@ -54,3 +58,31 @@ def hub_reachable() -> bool:
     if not _probes:
         start_probe()
     return _probes[-1].reachable()
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """The result of `work`, or TimeoutError after some seconds: name look-ups cannot be given a time limit."""
+    box: list[Any] = []
+
+    def target() -> None:
+        try:
+            box.append((True, work()))
+        except BaseException as error:
+            box.append((False, error))
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not box:
+        raise TimeoutError(f"no answer within {seconds} s")
+    succeeded, value = box[0]
+    if not succeeded:
+        raise value
+    result: T = value
+    return result
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether an error means that there was no answer; the HTTP libraries' own (no route, no DNS) are no OSErrors."""
+    known = isinstance(error, OSError | TimeoutError | RuntimeError)
+    return known or type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES

@@ -23,6 +23,7 @@ class Recipe:
         steps: in how many nested steps the sparsity is reached.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
         refine: epochs in which a pruned block learns to give the dense block's output.
+        augment: how many noisy copies of every calibration window join it.
         allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
     """
 
@@ -32,6 +33,7 @@ class Recipe:
     steps: int = 1
     refit: bool = False
     refine: int = 0
+    augment: int = 0
     allocate: Allocate = "uniform"
 
     @property
@@ -52,6 +54,8 @@ class Recipe:
             stages.append("refit")
         if self.refine:
             stages.append(f"{self.refine} epoch{'s' if self.refine > 1 else ''} of refinement")
+        if self.augment:
+            stages.append(f"{self.augment} noisy cop{'ies' if self.augment > 1 else 'y'} of the text")
         if self.allocate != "uniform":
             stages.append(f"shares by {self.allocate}")
         return " + ".join(stages)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,12 @@ from typing import Any
 from llmprune.errors import InputError
 
 FILE = "prune_report.json"
+
+
+def split_name(layer: str) -> tuple[int, str]:
+    """`model.layers.3.mlp.up_proj` -> 3, `mlp.up_proj`."""
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", layer)
+    return (int(match[1]), match[2]) if match else (0, layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,24 @@ class Refinement:
     after: float
 
 
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """What a block took; see docs/report.md."""
+
+    name: str
+    seconds: float
+    peak_memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How the dense and the pruned model continue a text; see docs/report.md."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
 @dataclass(slots=True)
 class PruneReport:
     """One run; see docs/report.md."""
@@ -52,6 +78,8 @@ class PruneReport:
     coverage: dict[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
     refinements: list[Refinement] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     size: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -70,7 +98,10 @@ class PruneReport:
         """The inverse of `to_json`."""
         layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in value["layers"]]
         refinements = [Refinement(**refinement) for refinement in value["refinements"]]
-        return cls(**{**value, "layers": layers, "refinements": refinements})
+        blocks = [BlockReport(**block) for block in value.get("blocks", ())]
+        samples = [Sample(**sample) for sample in value.get("samples", ())]
+        lists = {"layers": layers, "refinements": refinements, "blocks": blocks, "samples": samples}
+        return cls(**{**value, **lists})
 
     @classmethod
     def read(cls, folder: Path) -> PruneReport:
@@ -83,10 +114,24 @@ class PruneReport:
             return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{folder / FILE} is no report of llmprune: {error}", "say what to check: --sparsity"
+                f"{folder / FILE} is no report of llmprune: {error}",
+                "name a folder that llmprune wrote, or say what it holds: --sparsity",
             ) from error
 
     @property
     def mean_error(self) -> float:
         """Mean relative output error of the pruned layers (fraction)."""
         return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the figures that matter, the layers left out."""
+        rows = {"sparsity": self.sparsity["meaning"], "method": self.method["name"]}
+        for key in ("dense", "pruned") if self.evaluation else ():
+            found = self.evaluation[key]  # type: ignore[index]
+            rows[f"perplexity, {key}"] = f"{found['value']:.2f} ± {found['error']:.2f}"
+        rows["mean relative layer error"] = f"{self.mean_error:.4f}"
+        rows["time"] = f"{self.seconds.get('total', 0):.0f} s"
+        rows |= {f"warning {number}": text for number, text in enumerate(self.warnings, 1)}
+        rows["saved to"] = self.out
+        cells = (f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items())
+        return f"<table>{''.join(cells)}</table>"

@@ -109,7 +109,7 @@ class Journal:
     def fill(self, report: PruneReport) -> None:
         """Put what was reported of the finished blocks into a report."""
         found = PruneReport.from_json({**report.to_json(), **self.state.get("report", {})})
-        report.layers, report.refinements = found.layers, found.refinements
+        report.layers, report.refinements, report.blocks = found.layers, found.refinements, found.blocks
 
     def save(self, stream: BlockStream, report: PruneReport, writer: ShardWriter) -> None:
         """Make a finished block durable: the shards are already, now come the hidden states and then the new state."""
@@ -124,7 +124,7 @@ class Journal:
             "shards": [asdict(shard) for shard in writer.shards],
             "dense": asdict(self.dense) if self.dense else None,
             "patterns": [pattern.name for pattern in self.patterns],
-            "report": {key: whole[key] for key in ("layers", "refinements")},
+            "report": {key: whole[key] for key in ("layers", "refinements", "blocks")},
             "stream": onward,
         }
         write_json(self.folder / STATE, {"sha256": _digest(self.state), "state": self.state})
@@ -257,7 +257,7 @@ def facts_of(run: Prepared) -> dict[str, str]:
         "--only": job.only,
         "--skip": job.skip,
         "--dtype": job.dtype,
-        "--seed": job.seed if run.recipe.refine else None,
+        "--seed": job.seed if run.recipe.refine or run.recipe.augment else None,
         "--device": f"{device.type} ({run.skeleton.compute})",
         "--threads": torch.get_num_threads(),
         **{

@@ -20,6 +20,7 @@ from llmprune.allocate import allocate
 from llmprune.checkpoint import SafetensorsFolder, copy_companions, replace_folder, write_json
 from llmprune.errors import CheckError
 from llmprune.estimate import Task, memory, product_rate, seconds
+from llmprune.html_report import write_report
 from llmprune.hub import model_card
 from llmprune.job import Job
 from llmprune.linalg import relative_error
@@ -32,7 +33,7 @@ from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
 from llmprune.refine import batch_tokens, refine
-from llmprune.report import FILE, LayerReport, PruneReport
+from llmprune.report import BlockReport, LayerReport, PruneReport
 from llmprune.resume import Journal, workplace
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BATCH_TOKENS, BlockStream, Group
@@ -46,7 +47,7 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
 
     Args:
         job: what to do.
-        progress: told what happens.
+        progress: told what happens; `ProgressBars()` draws it, None is silent.
 
     Raises:
         InputError: the job cannot be done; nothing was written.
@@ -71,8 +72,8 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
             with clock("pruned_evaluation"):
                 pruned = measure(run, run.unfinished, "pruned perplexity", progress)
             add_evaluation(run, report, journal.dense, pruned)
+            report.seconds = dict(clock.seconds)
             write_companions(run, report)
-            report.seconds = clock.seconds
             replace_folder(run.unfinished, run.out)
     finish_report(run, report, clock)
     return report
@@ -88,11 +89,8 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     report = new_report(run).to_json()
     tokens = run.calibration.tokens
     evaluation = run.evaluation.tokens.numel() if run.evaluation else 0
-    rate = product_rate()
-
-    task = Task(
-        run.skeleton, run.plan, run.recipe, tokens.numel(), tokens.shape[1], evaluation, run.job.activation_memory
-    )
+    rate, budget = product_rate(), run.job.activation_memory
+    task = Task(run.skeleton, run.plan, run.recipe, tokens.numel(), tokens.shape[1], evaluation, budget)
 
     return {
         **{key: report[key] for key in ("model", "sparsity", "method", "recipe", "coverage", "calibration", "out")},
@@ -105,7 +103,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
 
 def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Clock, progress: Progress) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
-    tokens = run.calibration.tokens
+    tokens = run.tokens
     patterns = journal.patterns = journal.patterns or block_patterns(run, clock, progress)
     stream = BlockStream(
         run.skeleton,
@@ -125,6 +123,7 @@ def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Cl
     if not writer.shards:
         writer.write(run.skeleton.export_outside())
     progress.start("pruning", len(stream) - stream.done)
+    began = time.perf_counter()
     for block in stream:
         first, pattern = len(report.layers), patterns[block.index]
         for group in stream.groups(block):
@@ -140,6 +139,9 @@ def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Cl
         with clock("write"), mapped_memory():
             writer.write(block.export())
             block.finish()
+            now = time.perf_counter()
+            report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory()))
+            began = now
             journal.save(stream, report, writer)
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
@@ -155,11 +157,7 @@ def block_patterns(run: Prepared, clock: Clock, progress: Progress) -> Sequence[
     progress.start("sharing out", len(run.skeleton.blocks))
     with clock("allocate"), TemporaryDirectory(dir=run.partial) as spare:
         stream = BlockStream(
-            run.skeleton,
-            run.calibration.tokens,
-            chosen=run.plan.names,
-            folder=Path(spare),
-            budget=run.job.activation_memory,
+            run.skeleton, run.tokens, chosen=run.plan.names, folder=Path(spare), budget=run.job.activation_memory
         )
         patterns = allocate(stream, run.pattern, run.recipe.allocate, progress.step)
     progress.finish()
@@ -277,7 +275,7 @@ def new_report(run: Prepared) -> PruneReport:
         },
         method={"name": run.recipe.method, "options": asdict(run.solver.method)},  # type: ignore[call-overload]
         recipe={"effort": job.effort if job.method == AUTO else None, **asdict(run.recipe)},
-        calibration={**asdict(run.calibration.provenance), "tokens": run.calibration.tokens.numel()},
+        calibration={**asdict(run.calibration.provenance), "tokens": run.tokens.numel()},
         evaluation=None,
         coverage=coverage(plan),
         machine={
@@ -345,7 +343,7 @@ def write_companions(run: Prepared, report: PruneReport) -> None:
         "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
     }
     (run.unfinished / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
-    write_json(run.unfinished / FILE, report.to_json())
+    write_report(report, run.unfinished)
 
 
 def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:
@@ -354,4 +352,4 @@ def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:
     if run.skeleton.device.type == "cuda":
         report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
     report.seconds = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
-    write_json(run.out / FILE, report.to_json())
+    write_report(report, run.out)

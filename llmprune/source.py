@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from llmprune.demo import demo_model
 from llmprune.errors import InputError
 from llmprune.gguf import cached_gguf
 from llmprune.progress import Progress
-from llmprune.reach import hub_reachable
+from llmprune.reach import HUB_SECONDS, hub_reachable, is_unreachable, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-HUB_SECONDS = 4.5
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +96,8 @@ def download(name: str, revision: str | None, progress: Progress) -> tuple[Path,
         ) from error
     except HfHubHTTPError as error:
         raise InputError(f"the Hub refused {name}: {str(error).splitlines()[0]}", "try again later") from error
-    except (OSError, TimeoutError, RuntimeError):
-        return _cached_snapshot(name, revision)
     except Exception as error:
-        # The HTTP library's own errors (no route, no DNS) are not OSErrors; all of them mean unreachable.
-        if type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}:
+        if is_unreachable(error):
             return _cached_snapshot(name, revision)
         raise
 
@@ -139,28 +132,6 @@ def _cached_snapshot(name: str, revision: str | None) -> tuple[Path, str]:
             "check the path or the network; `--model demo` needs the Python package index only",
         ) from missing
     return folder, folder.name
-
-
-def within(seconds: float, work: Callable[[], T]) -> T:
-    """The result of `work`, or TimeoutError after some seconds: name look-ups cannot be given a time limit."""
-    box: list[Any] = []
-
-    def target() -> None:
-        try:
-            box.append((True, work()))
-        except BaseException as error:
-            box.append((False, error))
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not box:
-        raise TimeoutError(f"no answer within {seconds} s")
-    succeeded, value = box[0]
-    if not succeeded:
-        raise value
-    result: T = value
-    return result
 
 
 def _refuse_adapters(folder: Path) -> None:

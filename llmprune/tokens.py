@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from llmprune.demo import CALIBRATION_YEARS, EVALUATION_YEARS, sotu_text
 from llmprune.errors import InputError
 from llmprune.progress import Progress
-from llmprune.reach import hub_reachable
+from llmprune.reach import HUB_SECONDS, hub_reachable, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,13 +163,18 @@ def read_text(source: str, role: str, tokens: int, seed: int, cache: Path, progr
         files = sorted(path.rglob("*.txt"))
         if not files:
             raise InputError(f"folder {source} holds no .txt file", "put plain text files into it, or name a file")
-        return "\n\n".join(_read_file(file) for file in files)
+        return "\n\n".join(read_file(file) for file in files)
     if not path.exists():
         raise InputError(f"there is no text {source!r}", f"name a text file or folder, or one of {', '.join(DATASETS)}")
-    return _read_file(path)
+    return read_file(path)
 
 
-def _read_file(path: Path) -> str:
+def read_file(path: Path) -> str:
+    """A plain text file.
+
+    Raises:
+        InputError: missing, empty, binary, not UTF-8, or no file at all.
+    """
     if path.is_char_device() or path.is_block_device():
         raise InputError(f"{path} is a device", "name a plain text file")
     try:
@@ -187,8 +193,6 @@ def _read_file(path: Path) -> str:
 
 def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) -> str:
     """Stream documents of a Hub data set until there is text enough."""
-    from llmprune.source import HUB_SECONDS, within
-
     entry = DATASETS[name]
     split = entry.calibration if role == "calibration" else entry.evaluation
     try:
@@ -221,10 +225,17 @@ def _join(documents: Iterable[dict[str, Any]], tokens: int) -> str:
     return "\n\n".join(parts)
 
 
-def save_tokens(batch: TokenBatch, path: Path) -> None:
-    """Write a frozen token file: one tensor `tokens` and its provenance."""
+def save_tokens(batch: TokenBatch, path: Path, recipe: dict[str, Any] | None = None) -> None:
+    """Write a frozen token file: one tensor `tokens`, its provenance, and the recipe that made it, if any."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"tokens": batch.tokens}, path, metadata={METADATA: json.dumps(asdict(batch.provenance))})
+    # One entry: safetensors writes several in any order, and the same tokens must give the same bytes.
+    metadata = {METADATA: json.dumps(asdict(batch.provenance) | ({"recipe": recipe} if recipe else {}))}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file({"tokens": batch.tokens}, partial, metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary: int) -> TokenBatch:
@@ -237,8 +248,9 @@ def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA])
             tokens = file.get_tensor("tokens").clone()
+        metadata.pop("recipe", None)
         kept = Provenance(**metadata)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no token file: {error}", "make one with `python -m calib`") from error
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel():
         raise InputError(
@@ -265,11 +277,11 @@ def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary
 
 def shared_runs(a: Tensor, b: Tensor, length: int = OVERLAP_RUN) -> float:
     """Share of the runs of `length` tokens in the windows `b` that also stand in the windows `a` (fraction)."""
-    hashes_a, hashes_b = _run_hashes(a, length), _run_hashes(b, length)
+    hashes_a, hashes_b = run_hashes(a, length), run_hashes(b, length)
     return float(np.isin(hashes_b, hashes_a).mean()) if hashes_b.size else 0.0
 
 
-def _run_hashes(tokens: Tensor, length: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def run_hashes(tokens: Tensor, length: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """A polynomial hash of every run of `length` tokens inside a window, modulo 2^64."""
     ids = tokens.numpy().astype(np.uint64) + np.uint64(1)
     count = max(ids.shape[1] - length + 1, 0)

@@ -109,7 +109,20 @@ def verify_folder(
     skip: tuple[str, ...],
     trust_remote_code: bool = False,
 ) -> FolderCheck:
-    """Check the pattern of a folder's layers, by its report or by what the user says.
+    """Check the pattern of a folder's layers, by its report or by what the user says; arguments as of `open_pruned`."""
+    skeleton, pattern, layers = open_pruned(folder, sparsity, scope, only, skip, trust_remote_code)
+    return FolderCheck(str(folder), pattern, check_layers(skeleton.checkpoint, layers))
+
+
+def open_pruned(
+    folder: Path,
+    sparsity: str | None = None,
+    scope: Scope | None = None,
+    only: tuple[str, ...] = (),
+    skip: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
+) -> tuple[Skeleton, SparsityPattern, list[tuple[LayerRef, SparsityPattern]]]:
+    """A model folder, its pattern, and its pruned layers, each with the pattern that it should hold.
 
     Args:
         folder: a model folder.
@@ -142,5 +155,4 @@ def verify_folder(
     skeleton = Skeleton(source.config, SafetensorsFolder(folder), trust_remote_code=trust_remote_code)
     # A report names layers exactly; one that the model lacks is an error, as a glob that matches nothing is.
     plan = make_plan(skeleton, pattern, only, () if names else skip)
-    layers = [(ref, own.get(ref.name, pattern)) for ref in plan.layers]
-    return FolderCheck(str(folder), pattern, check_layers(skeleton.checkpoint, layers))
+    return skeleton, pattern, [(ref, own.get(ref.name, pattern)) for ref in plan.layers]

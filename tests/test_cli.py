@@ -170,6 +170,8 @@ NONSENSE = {
     "--targets": ["sparse", ""],
     "--steps": ["0", "-1", "x", "1.5"],
     "--refine": ["-1", "x", "0.5", ""],
+    "--augment": ["-1", "x", "0.5", ""],
+    "--allocate": ["alike", ""],
     "--scope": ["column", ""],
     "--samples": ["0", "-1", "1.5", "many", "", "1e3", "99999999999999999999", "١"],
     "--seq-len": ["0", "1", "-8", "8.0", "x"],
@@ -875,7 +877,7 @@ def test_an_interrupt_ends_at_once_in_one_line_and_keeps_only_finished_blocks(
 
 def execute(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run another process, this checkout first on its path."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | environment
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment, timeout=90)
 
 
@@ -894,45 +896,17 @@ def test_module_and_script_are_the_same_program(flags: list[str], tmp_path: Path
 
 
 HUB = """
-import json, os, sys, threading, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import contextlib, io, json, os, sys, time
+from hub_server import Hub
 
-class Hub(BaseHTTPRequestHandler):
-    def do_GET(self):
-        status, code, body = 404, "RepoNotFound", {"error": "Repository not found"}
-        if "/slow" in self.path:
-            time.sleep(60)
-        if "/gated" in self.path:
-            status, code, body = 401, "GatedRepo", {"error": "Access to model org/gated is restricted."}
-        if "/listed" in self.path and "auth-check" in self.path:
-            status, code, body = 403, "GatedRepo", {"error": "Access to model org/listed is restricted."}
-        elif "/listed" in self.path:
-            status, code, body = 200, None, {"id": "org/listed", "gated": "manual", "sha": "0" * 40, "siblings": []}
-        if "/revision/gone" in self.path:
-            status, code, body = 404, "RevisionNotFound", {"error": "Invalid rev id: gone"}
-        if "/broken" in self.path:
-            status, code, body = 500, None, {"error": "Internal error"}
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-            self.send_header("X-Error-Message", body["error"])
-        raw = json.dumps(body).encode()
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(raw)
-    do_HEAD = do_GET
-    def log_message(self, *_): pass
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
-server = Server(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-import contextlib, io
+server = Hub().__enter__()
+server.fail("/slow", 0, delay=60)
+server.fail("/gated", 401, code="GatedRepo", says="Access to model org/gated is restricted.")
+server.fail("listed/auth-check", 403, code="GatedRepo", says="Access to model org/listed is restricted.")
+server.add("org/listed", gated="manual")
+server.add("org/any")
+server.fail("/broken", 500)
+os.environ["HF_ENDPOINT"] = server.url
 import llmprune.run
 from llmprune.cli import main
 
@@ -944,8 +918,7 @@ def case(model, *more):
 
 found = {name: case(f"org/{name}") for name in ("gated", "listed", "missing", "broken", "slow")}
 found["revision"] = case("org/any", "--revision", "gone")
-server.shutdown()
-server.server_close()
+server.stop()
 found["closed"] = case("org/any")
 tiny, text = sys.argv[1:]
 found["dataset"] = case(tiny, "--calib", "c4", "--eval-context", "32", "--seq-len", "32")

@@ -39,7 +39,7 @@ CASES = {
     "wanda": {"method": "wanda"},
     "sparsegpt": {"method": "sparsegpt"},
     "many tokens": {"method": "sparsegpt", "samples": 128},
-    "balanced": {},
+    "dense targets": {"method": "sparsegpt", "targets": "dense"},
     "evaluated": {"method": "magnitude", "evaluate": True},
 }
 

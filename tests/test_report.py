@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers import random_tokens, reload
 from huggingface_hub import ModelCard
 
 from llmprune import Job, PruneReport, prune
@@ -18,7 +21,8 @@ from llmprune.report import FILE
 
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
 FREE = ("versions", "method.options", "coverage.skipped", "layers[].stats")
-SOMETIMES = {"machine.device_memory", "seconds.allocate"}
+SAMPLE = {f"samples[].{key}" for key in ("prompt", "dense", "pruned")}
+SOMETIMES = {"machine.device_memory", "seconds.allocate"} | SAMPLE
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +147,12 @@ def test_the_card_has_valid_metadata(report: PruneReport) -> None:
     assert data.pipeline_tag == "text-generation"
     assert data.model_name == "tiny-pruned"
     assert data.eval_results
-    (result,) = data.eval_results
     assert report.evaluation
-    assert result.metric_type == "perplexity"
-    assert result.dataset_name == "words.txt"
-    assert result.metric_value == pytest.approx(report.evaluation["pruned"]["value"], abs=1e-3)
+    for result, key in zip(data.eval_results, ("pruned", "dense"), strict=True):
+        assert result.metric_type == "perplexity"
+        assert result.dataset_name == "words.txt"
+        assert result.metric_value == pytest.approx(report.evaluation[key]["value"], abs=1e-3)
+    assert "dense model" in str(data.eval_results[1].metric_name)
 
 
 def test_the_card_says_what_was_done_and_what_came_of_it(report: PruneReport) -> None:
@@ -161,6 +166,29 @@ def test_the_card_says_what_was_done_and_what_came_of_it(report: PruneReport) ->
         assert f"perplexity, {key} (words.txt, 3 windows of 32) | {value['value']:.2f} ± {value['error']:.2f}" in card
     assert f"{report.coverage['fraction']:.1%} of the block parameters" in card
     assert "exact zeros" in card
+
+
+def test_the_card_tells_how_to_keep_the_zeros_and_that_does_keep_them(report: PruneReport) -> None:
+    text = ModelCard.load(Path(report.out) / "README.md").text
+    code = re.findall(r"```python\n(.*?)```", text.partition("## Continue")[2], re.DOTALL)[0]
+    model = reload(Path(report.out))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    zeros = {name: weight == 0 for name, weight in model.named_parameters()}
+    tokens = random_tokens(2, 16)
+    before, after = code.split("# ... loss.backward(); optimizer.step()\n")
+    scope: dict[str, Any] = {"model": model, "torch": torch}
+    exec(before, scope)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    changed = dict(model.named_parameters())
+    assert any(bool(changed[layer.name + ".weight"][zeros[layer.name + ".weight"]].any()) for layer in report.layers)
+    exec(after, scope)
+    assert all(torch.equal(weight == 0, zeros[name]) for name, weight in model.named_parameters())
+
+
+def test_the_card_warns_of_what_the_run_warned_of(report: PruneReport, tiny: Path) -> None:
+    warned = replace(report, warnings=["this model is hardly usable"])
+    assert "\n> this model is hardly usable\n" in model_card(warned, tiny)
 
 
 def test_the_base_of_a_hub_model_is_that_model(report: PruneReport, tiny: Path) -> None:

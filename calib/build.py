@@ -1,0 +1,134 @@
+"""From documents to windows: packed or sampled, mixed by weight, none of them in the evaluation texts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib.documents import documents
+from calib.recipe import Part, Recipe
+from llmprune.errors import InputError
+from llmprune.progress import Progress
+from llmprune.tokens import OVERLAP_RUN, TokenBatch, read_text, run_hashes, token_batch
+
+AVOIDED_TOKENS = 400_000
+
+
+def build(recipe: Recipe, tokenizer: Any, cache: Path, progress: Progress) -> TokenBatch:
+    """The windows of a recipe, in random order.
+
+    Args:
+        recipe: what to make.
+        tokenizer: of the model that will be pruned.
+        cache: folder of the demo data.
+        progress: told about every window.
+
+    Raises:
+        InputError: a source that cannot be read, or is too small.
+    """
+    known = KnownRuns([_ids(text, tokenizer, cache, progress) for text in recipe.avoid])
+    chosen: list[list[int]] = []
+    names = []
+    progress.start("windows", recipe.samples)
+    for part, count in zip(recipe.parts, shares([part.weight for part in recipe.parts], recipe.samples), strict=True):
+        chosen += _windows_of(part, count, recipe, tokenizer, known, progress)
+        names.append(f"{count} of {part.name}")
+    progress.finish()
+    if known.refused:
+        progress.note(f"{known.refused} windows share {OVERLAP_RUN} tokens in a row with {', '.join(recipe.avoid)}")
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(recipe.seed))
+    return token_batch(torch.tensor(chosen)[order], f"{recipe.name}: {', '.join(names)}", recipe.seed)
+
+
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to the weights that add up to `total` (largest remainders; ties: first come)."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(value) for value in exact]
+    largest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in largest[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _windows_of(
+    part: Part, count: int, recipe: Recipe, tokenizer: Any, known: KnownRuns, progress: Progress
+) -> list[list[int]]:
+    ids = documents(part, tokenizer, recipe.seed, progress)
+    if recipe.windows == "packed":
+        found = packed(ids, recipe.seq_len, None if part.messages else tokenizer.eos_token_id)
+    else:
+        found = sampled(ids, recipe.seq_len, recipe.seed)
+    fit = (window for window in found if not known.hold(window))
+    if part.path or part.join:
+        pool = list(fit)
+        random.Random(recipe.seed).shuffle(pool)  # noqa: S311
+        fit = iter(pool)
+    taken = []
+    for window in islice(fit, count):
+        taken.append(window)
+        progress.step()
+    if len(taken) < count:
+        raise InputError(
+            f"{part.name} gives {len(taken)} windows of {recipe.seq_len} tokens, but the recipe asks for {count}",
+            "lower samples, seq_len or the source's weight, or add text",
+        )
+    return taken
+
+
+def packed(ids: Iterable[list[int]], length: int, end: int | None) -> Iterator[list[int]]:
+    """Documents laid end to end and cut; `end` is put behind each (None: nothing); the last, short piece is dropped."""
+    rest: list[int] = []
+    for document in ids:
+        rest += document if end is None else [*document, end]
+        full = len(rest) // length * length
+        yield from (rest[start : start + length] for start in range(0, full, length))
+        rest = rest[full:]
+
+
+def sampled(ids: Iterable[list[int]], length: int, seed: int) -> Iterator[list[int]]:
+    """One window at a random place of every document of at least `length` tokens."""
+    generator = random.Random(seed)  # noqa: S311
+    for document in ids:
+        if len(document) >= length:
+            start = generator.randrange(len(document) - length + 1)
+            yield document[start : start + length]
+
+
+class KnownRuns:
+    """The runs of `OVERLAP_RUN` tokens of some texts.
+
+    Args:
+        texts: token ids of each.
+    """
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        hashes = [_hashes(torch.tensor([ids])) for ids in texts]
+        self._runs = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)
+        self.refused = 0
+
+    def hold(self, window: list[int]) -> bool:
+        """Whether a run of the window is one of them."""
+        hashes = _hashes(torch.tensor([window]))
+        if not self._runs.size or not hashes.size:
+            return False
+        place = np.minimum(np.searchsorted(self._runs, hashes), self._runs.size - 1)
+        found = bool((self._runs[place] == hashes).any())
+        self.refused += found
+        return found
+
+
+def _hashes(tokens: Tensor) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    return run_hashes(tokens, OVERLAP_RUN)
+
+
+def _ids(source: str, tokenizer: Any, cache: Path, progress: Progress) -> list[int]:
+    text = read_text(source, "evaluation", AVOIDED_TOKENS, 0, cache, progress)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids

@@ -1,0 +1,295 @@
+"""A Hugging Face Hub on the loopback: repositories in memory, one user with one token, and failures on demand."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+Files = dict[str, bytes]
+MISSING = (404, "RepoNotFound", "Repository not found")
+
+
+@dataclass
+class Repository:
+    """The commits of every branch, newest last: address and files."""
+
+    private: bool = False
+    gated: str | bool = False
+    branches: dict[str, list[tuple[str, Files]]] = field(default_factory=dict)
+
+    def commit(self, branch: str, files: Files) -> str:
+        commits = self.branches.setdefault(branch, [])
+        text = repr([branch, len(commits), sorted((name, git_oid(data)) for name, data in files.items())])
+        commits.append((hashlib.sha1(text.encode()).hexdigest(), files))
+        return commits[-1][0]
+
+    def find(self, revision: str) -> tuple[str, Files] | None:
+        """The newest commit of a branch, or a commit by its address."""
+        if revision in self.branches:
+            return self.branches[revision][-1]
+        return next((c for commits in self.branches.values() for c in commits if c[0] == revision), None)
+
+
+@dataclass
+class Failure:
+    """What goes wrong at addresses that hold `part`: a status with an error code, or with status 0 a dropped line."""
+
+    part: str
+    status: int
+    code: str = ""
+    says: str = "Internal error"
+    times: float = float("inf")
+    delay: float = 0
+
+
+def git_oid(data: bytes) -> str:
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    """Use it as a context: it serves from its own thread until the end.
+
+    Args:
+        token: what the user `me` must send to write, or to see what is private.
+        role: of the token: `write` or `read`.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, token: str = "hf_sesame", role: str = "write") -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.token, self.role = token, role
+        self.orgs = {"team": "write", "readers": "read"}
+        self.repos: dict[str, Repository] = {}
+        self.failures: list[Failure] = []
+        self.requests: list[str] = []
+        self.stopping = threading.Event()
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self.shutdown()
+        self.server_close()
+
+    def add(self, repo: str, files: Files | None = None, **settings: Any) -> Repository:
+        """A repository that is there already."""
+        made = self.repos[repo] = Repository(**settings)
+        made.commit("main", {".gitattributes": b"", **(files or {})})
+        return made
+
+    def fail(self, part: str, status: int, **more: Any) -> None:
+        """Let requests whose method and address hold `part` fail; see `Failure`."""
+        self.failures.append(Failure(part, status, **more))
+
+    def failure(self, request: str) -> Failure | None:
+        """The failure due now."""
+        for failure in self.failures:
+            if failure.part in request and failure.times > 0:
+                failure.times -= 1
+                return failure
+        return None
+
+    def files(self, repo: str, branch: str = "main") -> Files:
+        """What a loader finds."""
+        found = self.repos[repo].find(branch)
+        assert found
+        return found[1]
+
+
+class Refused(Exception):
+    """An answer with a status of 400 or more: status, error code, message."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with JSON, but `resolve` with the bytes of a file."""
+
+    server: Hub
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        request = f"{self.command} {self.path}"
+        self.server.requests.append(request)
+        if failure := self.server.failure(request):
+            self.server.stopping.wait(failure.delay)
+            if not failure.status:
+                self.close_connection = True
+                self.connection.close()
+                return
+            self.refuse(failure.status, failure.code, failure.says)
+            return
+        try:
+            self.route(urlsplit(self.path).path, body)
+        except Refused as refusal:
+            self.refuse(*refusal.args)
+
+    do_GET = do_HEAD = do_POST = handle_any  # noqa: N815
+
+    def route(self, path: str, body: bytes) -> None:
+        for method, pattern, answer in ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and self.command in method:
+                answer(self, *map(unquote, match.groups("")), *([body] if method == "POST" else []))
+                return
+        raise Refused(404, "", f"no route for {self.command} {path}")
+
+    # What is asked for
+
+    def whoami(self) -> None:
+        self.need_token()
+        orgs = [{"name": name, "roleInOrg": role} for name, role in self.server.orgs.items()]
+        access = {"displayName": "test", "role": self.server.role}
+        self.say({"type": "user", "name": "me", "orgs": orgs, "auth": {"accessToken": access}})
+
+    def auth_check(self, repo: str) -> None:
+        self.repository(repo)
+        self.need_token()
+        self.need_rights(repo)
+        self.say({})
+
+    def create(self, body: bytes) -> None:
+        self.need_token()
+        wanted = json.loads(body)
+        repo = f"{wanted['organization'] or 'me'}/{wanted['name']}"
+        self.need_rights(repo)
+        if repo in self.server.repos:
+            self.refuse(409, "", "You already created this model repo", url=f"{self.server.url}/{repo}")
+            return
+        self.server.add(repo, private=wanted.get("visibility") == "private")
+        self.say({"url": f"{self.server.url}/{repo}"})
+
+    def validate(self, body: bytes) -> None:
+        content = json.loads(body)["content"]
+        if not re.match(r"---\n.*?\n---\n", content, re.DOTALL):
+            raise Refused(400, "", "no metadata")
+        self.say({"errors": [], "warnings": []})
+
+    def branch(self, repo: str, branch: str, _: bytes) -> None:
+        self.need_rights(repo)
+        found = self.repository(repo)
+        if branch in found.branches:
+            raise Refused(409, "", "Reference already exists")
+        found.branches[branch] = list(found.branches["main"])
+        self.say({})
+
+    def preupload(self, repo: str, revision: str, body: bytes) -> None:
+        self.need_rights(repo)
+        there = self.commit_at(repo, revision)[1]
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        oids = {path: git_oid(there[path]) for path in paths if path in there}
+        files = [{"path": p, "uploadMode": "regular", "shouldIgnore": False, "oid": oids.get(p)} for p in paths]
+        self.say({"files": files})
+
+    def commit(self, repo: str, revision: str, body: bytes) -> None:
+        self.need_rights(repo)
+        files = dict(self.commit_at(repo, revision)[1])
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
+        oid = self.repository(repo).commit(revision, files)
+        self.say({"commitUrl": f"{self.server.url}/{repo}/commit/{oid}", "commitOid": oid})
+
+    def info(self, repo: str, revision: str) -> None:
+        sha, files = self.commit_at(repo, revision or "main")
+        siblings = [{"rfilename": name} for name in sorted(files)]
+        found = self.server.repos[repo]
+        self.say({"id": repo, "sha": sha, "private": found.private, "gated": found.gated, "siblings": siblings})
+
+    def tree(self, repo: str, revision: str, folder: str = "") -> None:
+        files = {name: data for name, data in self.commit_at(repo, revision)[1].items() if name.startswith(folder)}
+        deep = "recursive" in parse_qs(urlsplit(self.path).query)
+        if folder and not files:
+            raise Refused(404, "EntryNotFound", f"{folder} does not exist")
+        named = {name: data for name, data in files.items() if deep or "/" not in name.removeprefix(f"{folder}/")}
+        self.say([{"type": "file", "path": n, "size": len(d), "oid": git_oid(d)} for n, d in sorted(named.items())])
+
+    def resolve(self, repo: str, revision: str, path: str) -> None:
+        sha, files = self.commit_at(repo, revision)
+        if path not in files:
+            raise Refused(404, "EntryNotFound", "Entry not found")
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{git_oid(files[path])}"', "Accept-Ranges": "bytes"}
+        self.reply(200, files[path], headers)
+
+    # What they need
+
+    def need_token(self) -> None:
+        if self.headers.get("Authorization") != f"Bearer {self.server.token}":
+            raise Refused(401, "", "Invalid credentials in Authorization header")
+
+    def need_rights(self, repo: str) -> None:
+        self.need_token()
+        owner = repo.partition("/")[0]
+        if self.server.role != "write" or (owner != "me" and self.server.orgs.get(owner) != "write"):
+            raise Refused(403, "", "you have no right to write here")
+
+    def repository(self, repo: str) -> Repository:
+        found = self.server.repos.get(repo)
+        if found is None:
+            raise Refused(*MISSING)
+        if found.private:
+            try:
+                self.need_token()
+            except Refused:
+                raise Refused(*MISSING) from None
+        return found
+
+    def commit_at(self, repo: str, revision: str) -> tuple[str, Files]:
+        found = self.repository(repo).find(revision)
+        if found is None:
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return found
+
+    # How it is said
+
+    def say(self, value: object) -> None:
+        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def refuse(self, status: int, code: str, says: str, **more: str) -> None:
+        headers = {"Content-Type": "application/json", "X-Error-Message": says}
+        if code:
+            headers["X-Error-Code"] = code
+        body = {"error": says, "errors": [{"message": says}], **more}
+        self.reply(status, json.dumps(body).encode(), headers)
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Tests read what clients say, not what the server does."""
+
+
+NAME = r"([\w.-]+/[\w.-]+)"
+ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("GET", "/api/whoami-v2", Handler.whoami),
+    ("GET", f"/api/models/{NAME}/auth-check(?:/write)?", Handler.auth_check),
+    ("POST", "/api/repos/create", Handler.create),
+    ("POST", "/api/validate-yaml", Handler.validate),
+    ("POST", f"/api/models/{NAME}/branch/(.+)", Handler.branch),
+    ("POST", f"/api/models/{NAME}/preupload/(.+)", Handler.preupload),
+    ("POST", f"/api/models/{NAME}/commit/(.+)", Handler.commit),
+    ("GET", f"/api/models/{NAME}(?:/revision/(.+))?", Handler.info),
+    ("GET", f"/api/models/{NAME}/tree/([^/]+)(?:/(.+))?", Handler.tree),
+    ("GET HEAD", f"/{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
+]
