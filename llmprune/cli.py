@@ -96,7 +96,7 @@ def epochs(text: str) -> int:
 
 def size(text: str) -> int:
     """A number of bytes: `512MiB`, `2GiB`, `1.5GB`, `0`."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?", text, re.ASCII | re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?", text, re.ASCII | re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512MiB or 2GiB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))

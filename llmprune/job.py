@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmprune.methods import METHODS
@@ -96,6 +96,10 @@ class Job:
         method = self.method if self.method in METHODS else AUTO
         criterion = self.method if self.method in CRITERIA else AUTO
         return make_recipe(method if goal.pattern is not None else "", self.effort, flags, criterion)
+
+    def at(self, effort: str) -> Job:
+        """The same job at an effort."""
+        return replace(self, method=AUTO, effort=effort)
 
     @property
     def label(self) -> str:

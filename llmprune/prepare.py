@@ -104,7 +104,7 @@ class Prepared:
         """Size of the hidden states that enter a block and leave it, in all streams."""
         hidden = self.source.config.get_text_config().hidden_size
         element = self.skeleton.compute.itemsize * (2 if self.recipe.twin else 1)
-        return 2 * self.calibration.tokens.numel() * int(hidden) * element
+        return 2 * self.calibration.tokens.numel() * (self.recipe.augment + 1) * int(hidden) * element
 
     @property
     def versions(self) -> dict[str, str]:

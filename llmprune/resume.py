@@ -161,18 +161,22 @@ class Journal:
     def _tidy(self) -> None:
         """Remove what the state does not name."""
         for path in set(self.folder.iterdir()) - self._files().keys() - {self.model, *self._own()}:
-            path.unlink()
+            _remove(path)
 
     def _own(self) -> list[Path]:
         return [self.folder / STATE, self.folder / LOCK]
 
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
+        for path in set(self.folder.iterdir()) - {self.folder / LOCK}:
+            _remove(path)
         self.model.mkdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _digest(state: dict[str, Any]) -> str:

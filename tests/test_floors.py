@@ -29,7 +29,7 @@ FLOORS = [
         "tokens",
     },
     {"activations", "carried", "coupling", "kinds", "rehearse", "skeleton", "stream", "structure", "surgery", "watch"},
-    {"hub", "perplexity", "plan", "prepare", "refine", "resume", "verify"},
+    {"estimate", "hub", "perplexity", "plan", "prepare", "refine", "resume", "verify"},
     {"allocate", "packing", "upload"},
     {"samples"},
     {"run"},
