@@ -102,6 +102,17 @@ def size(text: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def seed(text: str) -> int:
     """A whole number of at least 0."""
     if not text.isdecimal() or not text.isascii() or int(text) >= 2**63:
@@ -220,7 +231,7 @@ def _add_stages(parser: Parser) -> None:
         "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
     )
     stages.add_argument(
-        "--augment", type=epochs, metavar="K", help="add K copies of every calibration window, with random tokens in it"
+        "--noise", type=fraction, metavar="SHARE", help="replace this share of the calibration tokens by random ones"
     )
     stages.add_argument(
         "--allocate", choices=("uniform", "error", "owl"),
@@ -503,7 +514,7 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         steps=options.steps,
         refit=options.refit,
         refine=options.refine,
-        augment=options.augment,
+        noise=options.noise,
         allocate=options.allocate,
         options=tuple(options.option),
         round_to=options.round_to,

@@ -30,7 +30,7 @@ class Task:
         skeleton: the model.
         plan: the layers.
         recipe: what is done to them.
-        tokens: calibration tokens, without noisy copies.
+        tokens: calibration tokens.
         seq_len: tokens per window.
         evaluation: evaluation tokens, each used twice; 0 for none.
         budget: bytes of hidden states that may rest in memory.
@@ -60,11 +60,6 @@ class Task:
         return max(len(self.skeleton.blocks), 1)
 
     @property
-    def passing(self) -> int:
-        """Calibration tokens, noisy copies too."""
-        return self.tokens * (self.recipe.augment + 1)
-
-    @property
     def groups(self) -> set[tuple[str, int]]:
         """Layers that are likely fed by the same inputs: the module that holds them, and their width."""
         return {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in self.plan.layers}
@@ -82,7 +77,7 @@ def seconds(task: Task, rate: float) -> float:
         task: the run.
         rate: operations per second, from `product_rate`.
     """
-    plan, recipe, tokens = task.plan, task.recipe, task.passing
+    plan, recipe, tokens = task.plan, task.recipe, task.tokens
     forward = 2 * plan.block_parameters + 4 * task.seq_len * task.hidden * task.blocks
     gram = sum(width**2 for _, width in task.groups)
     product = sum(2 * rows * width**2 for rows, width in (layer.shape for layer in plan.layers))
@@ -116,7 +111,7 @@ def _reading(task: Task) -> int:
     """Up to the first block: the embeddings, and the largest tensor as it comes from the file."""
     names = task.skeleton.before_blocks()
     shard = min(SHARD_BYTES, _stored(task, task.skeleton.outside()))
-    return max(_loaded(task, names), shard + _largest(task)) + _resting(task, task.passing, _streams(task))
+    return max(_loaded(task, names), shard + _largest(task)) + _resting(task, task.tokens, _streams(task))
 
 
 def _evaluating(task: Task) -> int:
@@ -133,7 +128,7 @@ def _pruning(task: Task) -> int:
     held = _block(task) * task.element + share * (task.element if recipe.twin else 0)
     new = share * task.skeleton.checkpoint.stored_dtype(f"{task.plan.layers[0].name}.weight").itemsize
     solve = max(_solving(recipe, layer.shape[1], _rows(task, layer)) for layer in task.plan.layers)
-    pausing, repeating = _pausing(task), _resting(task, task.passing, _streams(task))
+    pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
     passing = pausing if pausing <= MEMORY else repeating
     window = _window(task)
     train = 4 * 6 * share + window if recipe.refine else 0
@@ -175,7 +170,7 @@ def _rows(task: Task, layer: LayerRef) -> int:
 def _pausing(task: Task) -> int:
     """Forwards of all batches that wait at a group: what entered, what is under way, the group's inputs and as much."""
     widths = sum(width for _, width in task.groups) // task.blocks
-    return _streams(task) * task.passing * task.element * 2 * widths
+    return _streams(task) * task.tokens * task.element * 2 * widths
 
 
 def _resting(task: Task, tokens: int, streams: int) -> int:
@@ -186,12 +181,12 @@ def _resting(task: Task, tokens: int, streams: int) -> int:
 
 def _window(task: Task) -> int:
     """What a forward of one batch makes on its way."""
-    return 3 * _widest(task) + 4 * min(BATCH_TOKENS, task.passing) * task.element * task.hidden
+    return 3 * _widest(task) + 4 * min(BATCH_TOKENS, task.tokens) * task.element * task.hidden
 
 
 def _widest(task: Task) -> int:
     """The largest activation of one batch."""
-    return min(BATCH_TOKENS, task.passing) * task.element * max(max(layer.shape) for layer in task.plan.layers)
+    return min(BATCH_TOKENS, task.tokens) * task.element * max(max(layer.shape) for layer in task.plan.layers)
 
 
 def _streams(task: Task) -> int:

@@ -258,7 +258,7 @@ def facts_of(run: Prepared) -> dict[str, str]:
         "--only": job.only,
         "--skip": job.skip,
         "--dtype": job.dtype,
-        "--seed": job.seed if run.recipe.refine or run.recipe.augment else None,
+        "--seed": job.seed if run.recipe.refine or run.recipe.noise else None,
         "--device": f"{device.type} ({run.skeleton.compute})",
         "--threads": torch.get_num_threads(),
         **{

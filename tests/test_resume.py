@@ -103,7 +103,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt"},
     "balanced": {"method": "auto", "effort": "balanced"},
     "best": {"method": "auto", "effort": "best"},
-    "noisy": {"targets": "dense", "augment": 1},
+    "noisy": {"targets": "dense", "noise": 0.2},
     "shares": {"sparsity": "50%", "allocate": "error"},
 }
 
@@ -284,7 +284,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "targets": ({"targets": "dense"}, "--targets was pruned, now dense"),
     "steps": ({"steps": 2}, "--steps was 1, now 2"),
     "refine": ({"refine": 1}, "--refine was 0, now 1"),
-    "noise": ({"augment": 1}, "--augment was 0, now 1"),
+    "noise": ({"noise": 0.2}, "--noise was 0.0, now 0.2"),
     "skip": ({"skip": ("*.q_proj",)}, "--skip was"),
     "dtype": ({"dtype": "bfloat16"}, "--dtype was None, now bfloat16"),
     "threads": ({"threads": 7}, r"--threads was \d+, now 7"),
