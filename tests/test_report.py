@@ -186,6 +186,13 @@ def test_the_card_tells_how_to_keep_the_zeros_and_that_does_keep_them(report: Pr
     assert all(torch.equal(weight == 0, zeros[name]) for name, weight in model.named_parameters())
 
 
+def test_a_card_without_pruned_weights_speaks_of_no_zeros(report: PruneReport, tiny: Path) -> None:
+    smaller = replace(report, sparsity=report.sparsity | {"fraction": 0.0, "note": "the model is smaller"})
+    card = model_card(smaller, tiny)
+    assert "zeros" not in card
+    assert "\nthe model is smaller.\n" in card
+
+
 def test_the_card_warns_of_what_the_run_warned_of(report: PruneReport, tiny: Path) -> None:
     warned = replace(report, warnings=["this model is hardly usable"])
     assert "\n> this model is hardly usable\n" in model_card(warned, tiny)
