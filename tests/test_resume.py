@@ -102,6 +102,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "balanced": {"method": "auto", "effort": "balanced"},
     "best": {"method": "auto", "effort": "best"},
     "shares": {"sparsity": "50%", "allocate": "error"},
+    "smaller": {"sparsity": "channels:25%+heads:50%+2:4", "method": "auto"},
 }
 
 
