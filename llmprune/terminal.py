@@ -125,7 +125,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         ("reached", f"{share:.2%} of {weights / 1e6:.1f} M weights in {len(layers)} layers"),
         *[("done", text) for text in report.sparsity["done"]],
         ("coverage", coverage_text(report.coverage)),
-        ("method", f"{recipe_text(report.recipe)}, mean relative layer error {report.mean_error:.4f}"),
+        ("method", f"{recipe_text(report.recipe)}, mean relative layer error {_errors(report)}"),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
         ("calibration", calibration_text(report.calibration)),
         ("size", f"{size(report.size['dense'])} dense, {size(report.size['pruned'])} pruned"),
@@ -135,6 +135,16 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         ("load with", f'AutoModelForCausalLM.from_pretrained("{report.out}")'),
     ]
     return rows
+
+
+def _errors(report: PruneReport) -> str:
+    """The mean error; of layers that lost inputs also what it was before their reconstruction."""
+    key, mean = "error_unfitted", f"{report.mean_error:.4f}"
+    pairs = [(layer.stats[key], layer.error) for layer in report.layers if key in layer.stats]
+    if not pairs or not report.recipe["reconstruct"]:
+        return mean
+    was, now = (sum(errors) / len(pairs) for errors in zip(*pairs, strict=True))
+    return f"{mean}; of layers that lost inputs {was:.4f} before the refit, {now:.4f} after"
 
 
 def _perplexity_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:

@@ -105,6 +105,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {"method": "auto", "effort": "best"},
     "noisy": {"targets": "dense", "noise": 0.2},
     "shares": {"sparsity": "50%", "allocate": "error"},
+    "smaller": {"sparsity": "channels:25%+heads:50%+2:4", "method": "auto"},
 }
 
 
