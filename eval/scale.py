@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.cli import Parser, hush_libraries, positive, run_command, size
+from llmprune.flags import positive, size
 from llmprune.methods import METHODS
 from llmprune.recipe import AUTO, DEFAULT_EFFORT
+from llmprune.shell import Parser, hush_libraries, run_command
 
 IO = ("rchar", "wchar", "read_bytes", "write_bytes")
 

@@ -23,7 +23,8 @@ import pytest
 from helpers import edit_tensor, save_tiny, with_entry
 from safetensors.torch import load_file, save_file
 
-from llmprune.cli import build_parser, main, verify_parser
+from llmprune.cli import main
+from llmprune.flags import build_parser, verify_parser
 from llmprune.methods import METHODS
 from llmprune.terminal import TerminalProgress
 
