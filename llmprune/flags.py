@@ -197,7 +197,10 @@ def _add_stages(parser: Parser) -> None:
         "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
     )
     stages.add_argument(
-        "--noise", type=fraction, metavar="SHARE", help="replace this share of the calibration tokens by random ones"
+        "--noise",
+        type=fraction,
+        metavar="SHARE",
+        help="replace this share of the calibration tokens by others that it lacks",
     )
     stages.add_argument(
         "--allocate", choices=("uniform", "error", "owl"),

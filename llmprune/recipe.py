@@ -23,7 +23,7 @@ class Recipe:
         steps: in how many nested steps the sparsity is reached.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
         refine: epochs in which a pruned block learns to give the dense block's output.
-        noise: share of the calibration tokens that random ones replace.
+        noise: share of the calibration tokens that random ones replace, which the text lacks.
         allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
         criterion: by which channels or heads go, a name of the CRITERIA table; '' where none do.
         reconstruct: whether what is left of a layer makes up, by least squares, for the inputs that went.
