@@ -200,7 +200,7 @@ def _add_stages(parser: Parser) -> None:
         "--noise",
         type=fraction,
         metavar="SHARE",
-        help="replace this share of the calibration tokens by others that it lacks",
+        help="put tokens into the calibration text that it lacks, in this share",
     )
     stages.add_argument(
         "--allocate", choices=("uniform", "error", "owl"),

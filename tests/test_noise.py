@@ -1,4 +1,4 @@
-"""Noise: only tokens that the text does not hold, as many as was said and the text has room for; same seed same bytes."""
+"""Noise: only tokens that the text does not hold, in the share that was said; same seed, same bytes."""
 
 from __future__ import annotations
 
