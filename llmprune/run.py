@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
         "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
         "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
         "estimate": asdict(cost(run.recipe)),
-        "efforts": {name: cost(recipe).seconds for name, recipe in EFFORTS.items()},
+        "efforts": {name: cost(replace(job, method=AUTO, effort=name).recipe).seconds for name in EFFORTS},
     }
 
 
