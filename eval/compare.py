@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llmprune import chart
-from llmprune.cli import Parser, run_command
 from llmprune.errors import InputError
 from llmprune.html_report import by_kind, page, table
 from llmprune.report import FILE
+from llmprune.shell import Parser, run_command
 
 COLUMNS = ("run", "pattern", "perplexity, dense", "perplexity, pruned", "layer error", "pruning, s", "peak, MiB")
 

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.sweep import ROOT, commit
-from llmprune.cli import Parser, hush_libraries, positive, run_command, seed, window
 from llmprune.errors import InputError, PruneError
+from llmprune.flags import positive, seed, window
+from llmprune.shell import Parser, hush_libraries, run_command
 
 WORKER = Path(__file__).with_name("llmcompressor_worker.py")
 PEER = "LLM Compressor"

@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.cli import Parser, hush_libraries, positive, run_command, window
+from llmprune.flags import positive, window
+from llmprune.shell import Parser, hush_libraries, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor

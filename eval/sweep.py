@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.perplexity import measure
-from llmprune.cli import Parser, hush_libraries, run_command
 from llmprune.errors import InputError
+from llmprune.shell import Parser, hush_libraries, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.cli import Parser, hush_libraries, positive, run_command
+from llmprune.flags import positive
+from llmprune.shell import Parser, hush_libraries, run_command
 
 ANSWER = "\nAnswer:"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from llmprune import chart
 from llmprune.checkpoint import write_json
+from llmprune.durable import replacing
 from llmprune.report import FILE, LayerReport, PruneReport, split_name
 
 PAGE = "prune_report.html"
@@ -33,9 +33,8 @@ td.number, th.number { text-align: right; } pre { background: var(--panel); bord
 def write_report(report: PruneReport, folder: Path) -> None:
     """Put `prune_report.json` and `prune_report.html` into a folder; each appears only when it is whole."""
     write_json(folder / FILE, report.to_json())
-    temporary = folder / f".{PAGE}.tmp"
-    temporary.write_text(report_page(report), encoding="utf-8")
-    os.replace(temporary, folder / PAGE)
+    with replacing(folder / PAGE) as temporary:
+        temporary.write_text(report_page(report), encoding="utf-8")
 
 
 def report_page(report: PruneReport) -> str:

@@ -9,9 +9,11 @@ that is cheap.
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -42,3 +44,27 @@ def give_back_memory() -> None:
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    # What getrusage says may be that of the process which started this one.
+    return _status("VmHWM") or _most_ever()
+
+
+def resident_memory() -> int:
+    """Resident size of this process, in bytes; where the system does not tell, the largest so far."""
+    return _status("VmRSS") or _most_ever()
+
+
+def _status(key: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
+
+
+def _most_ever() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import functional
 from llmprune.errors import InputError
 from llmprune.rehearse import Wrap, logits
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BlockStream
+from llmprune.stream import BUDGET, BlockStream
 
 CHUNK_ELEMENTS = 2**25
 MAX_LOSS = 700.0  # beyond this, exp leaves the range of floats
@@ -49,15 +50,23 @@ def from_losses(losses: Tensor, context: int) -> Perplexity:
 
 
 @torch.no_grad()
-def perplexity(skeleton: Skeleton, tokens: Tensor, step: Callable[[], None] = lambda: None) -> Perplexity:
+def perplexity(
+    skeleton: Skeleton,
+    tokens: Tensor,
+    step: Callable[[], None] = lambda: None,
+    folder: Path | None = None,
+    budget: int = BUDGET,
+) -> Perplexity:
     """Measure a model on windows of text, each predicted on its own (SparseGPT, Wanda: non-overlapping windows).
 
     Args:
         skeleton: the model; one block at a time is in memory.
         tokens: `(windows, context)`, int64.
         step: called after every block and once at the end.
+        folder: where hidden states rest that exceed the budget; None if all are to stay in memory.
+        budget: bytes of hidden states that may rest in memory.
     """
-    stream = BlockStream(skeleton, tokens)
+    stream = BlockStream(skeleton, tokens, folder=folder, budget=budget)
     for _ in stream:
         step()
     with skeleton.loaded(skeleton.outside()):

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-import torch
-
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, Skipped, find_layers, find_other_weights, select
-from llmprune.methods import METHODS
 from llmprune.pattern import SparsityPattern
-from llmprune.recipe import Recipe
 from llmprune.skeleton import Skeleton
-from llmprune.structured import CRITERIA
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,73 +128,3 @@ def _check_globs(layers: list[LayerRef], only: tuple[str, ...], skip: tuple[str,
                 raise InputError(
                     f"{flag} {glob!r} matches none of {len(layers)} layers", f"a layer is called {example!r}"
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a run will roughly take.
-
-    Args:
-        seconds: wall time on this machine, from its matrix-product rate.
-        memory: peak bytes above the libraries' own.
-    """
-
-    seconds: float
-    memory: int
-
-
-def estimate(
-    skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: int, seq_len: int, eval_tokens: int, rate: float
-) -> Estimate:
-    """Count operations and bytes of a run.
-
-    Args:
-        skeleton: the model.
-        plan: the layers.
-        recipe: what is done to them.
-        tokens: calibration tokens.
-        seq_len: tokens per window.
-        eval_tokens: evaluation tokens, each used twice; 0 for none.
-        rate: operations per second, from `product_rate`.
-    """
-    hidden = skeleton.config.get_text_config().hidden_size
-    vocabulary = skeleton.config.get_text_config().vocab_size
-    blocks = max(len(skeleton.blocks), 1)
-    widths = {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in plan.layers}
-    forward = 2 * plan.block_parameters + 4 * seq_len * hidden * blocks
-    gram = sum(width**2 for _, width in widths)
-    product = sum(2 * rows * width**2 for rows, width in (layer.shape for layer in plan.layers))
-    factor = sum(4 * width**3 / 3 for _, width in widths)
-    evaluate = 2 * eval_tokens * (forward + 2 * hidden * vocabulary)
-    # With a twin: two forwards, three Grams and a full cross Gram; a gradient costs about two forwards more.
-    stream = tokens * ((2 * forward + 5 * gram) if recipe.twin else forward + gram)
-    train = recipe.refine * tokens * 3 * forward
-    products = recipe.steps * METHODS[recipe.method].products if recipe.method else 0
-    products += CRITERIA[recipe.criterion].products * recipe.steps if recipe.criterion else 0
-    products += 10 if recipe.refit else 0
-    factors = 1
-    if recipe.targets == "dense":
-        products, factors = products + 8, 3
-    if recipe.allocate != "uniform":
-        stream += tokens * (forward + gram)
-        products, factors = products + 2 * METHODS["sparsegpt"].products, factors + 2
-    seconds = (stream + train + (products + 2) * product + factors * factor + evaluate) / rate
-    size = 4 if skeleton.compute == torch.float32 else 2
-    outside = (plan.parameters - plan.block_parameters) * size
-    block = plan.block_parameters // blocks * (size + 4)
-    largest = max(layer.shape[1] for layer in plan.layers)
-    statistics = 4 * ((9 if recipe.twin else 3) * largest**2 + 3 * max(layer.weights for layer in plan.layers))
-    streams = 2 if recipe.twin else 1
-    activations = streams * size * tokens * (hidden + 2 * sum(width for _, width in widths) // blocks)
-    return Estimate(seconds, max(outside, block + statistics) + activations)
-
-
-def product_rate(size: int = 768) -> float:
-    """Floating-point operations per second of this machine's float32 matrix products."""
-    a = torch.ones(size, size)
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

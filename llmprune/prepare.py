@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmprune.augment import with_noisy_copies
 from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
 from llmprune.job import Job
 from llmprune.kinds import all_kinds
 from llmprune.methods import METHODS, load_method
+from llmprune.noise import with_noise
 from llmprune.pattern import NM, SparsityPattern, Unstructured
 from llmprune.plan import Plan, make_plan
 from llmprune.progress import Progress
@@ -85,9 +85,9 @@ class Prepared:
 
     @property
     def tokens(self) -> Tensor:
-        """The calibration windows with their noisy copies, `(samples, length)`."""
+        """The calibration windows with their noise, `(samples, length)`."""
         vocabulary = self.source.config.get_text_config().vocab_size
-        return with_noisy_copies(self.calibration.tokens, self.recipe.augment, vocabulary, self.job.seed)
+        return with_noise(self.calibration.tokens, self.recipe.noise, vocabulary, self.job.seed)
 
     @property
     def partial(self) -> Path:
@@ -240,7 +240,7 @@ def _check_scales(skeleton: Skeleton, plan: Plan, tokens: torch.Tensor) -> None:
 
 def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:
     """A block is judged on batches that it was not trained on, so one window is too few."""
-    windows = len(calibration.tokens) * (recipe.augment + 1)
+    windows = len(calibration.tokens)
     if recipe.refine and windows < LEAST_SAMPLES:
         raise InputError(
             f"refinement holds out some of the calibration windows: it needs {LEAST_SAMPLES}, there is {windows}",

@@ -23,7 +23,7 @@ class Recipe:
         steps: in how many nested steps the sparsity is reached.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
         refine: epochs in which a pruned block learns to give the dense block's output.
-        augment: how many noisy copies of every calibration window join it.
+        noise: share of the calibration tokens that random ones replace.
         allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
         criterion: by which channels or heads go, a name of the CRITERIA table; '' where none do.
         reconstruct: whether what is left of a layer makes up, by least squares, for the inputs that went.
@@ -35,7 +35,7 @@ class Recipe:
     steps: int = 1
     refit: bool = False
     refine: int = 0
-    augment: int = 0
+    noise: float = 0.0
     allocate: Allocate = "uniform"
     criterion: str = ""
     reconstruct: bool = True
@@ -65,8 +65,8 @@ class Recipe:
             stages.append("refit")
         if self.refine:
             stages.append(f"{self.refine} epoch{'s' if self.refine > 1 else ''} of refinement")
-        if self.augment:
-            stages.append(f"{self.augment} noisy cop{'ies' if self.augment > 1 else 'y'} of the text")
+        if self.noise:
+            stages.append(f"{self.noise:.0%} noise in the text")
         if self.allocate != "uniform":
             stages.append(f"shares by {self.allocate}")
         return " + ".join(stages)
@@ -74,13 +74,13 @@ class Recipe:
 
 EFFORTS = {
     "fast": Recipe("sparsegpt"),
-    "balanced": Recipe("admm", targets="dense", permute=True),
-    "best": Recipe("admm", targets="dense", permute=True, refine=4),
+    "balanced": Recipe("admm", targets="dense", permute=True, noise=0.15),
+    "best": Recipe("admm", targets="dense", permute=True, noise=0.15, refine=4),
 }
 REMOVALS = {
     "fast": Recipe("", criterion="wanda"),
-    "balanced": Recipe("", targets="dense", criterion="obs"),
-    "best": Recipe("", targets="dense", criterion="obs", refine=4),
+    "balanced": Recipe("", targets="dense", criterion="obs", noise=0.15),
+    "best": Recipe("", targets="dense", criterion="obs", noise=0.15, refine=4),
 }
 """What the efforts stand for where channels or heads are removed and no weights after that."""
 DEFAULT_EFFORT = "balanced"

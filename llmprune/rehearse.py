@@ -195,7 +195,7 @@ def rehearse(
     """
     streams = (pruned or Activations(), dense)
     batches: list[Batch] = []
-    with skeleton.loaded(skeleton.outside()):
+    with skeleton.loaded(skeleton.before_blocks()):
         wrap = wrap or _probe_output(skeleton, tokens[:1])
         for part in torch.split(tokens, batch_size):
             hidden, calls = _record(skeleton, part, wrap)

@@ -85,6 +85,7 @@ class PruneReport:
     seconds: dict[str, float] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     peak_memory: int = 0
+    baseline_memory: int = 0
     out: str = ""
 
     def to_json(self) -> dict[str, Any]:

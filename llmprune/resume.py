@@ -161,18 +161,22 @@ class Journal:
     def _tidy(self) -> None:
         """Remove what the state does not name."""
         for path in set(self.folder.iterdir()) - self._files().keys() - {self.model, *self._own()}:
-            path.unlink()
+            _remove(path)
 
     def _own(self) -> list[Path]:
         return [self.folder / STATE, self.folder / LOCK]
 
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
+        for path in set(self.folder.iterdir()) - {self.folder / LOCK}:
+            _remove(path)
         self.model.mkdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _digest(state: dict[str, Any]) -> str:
@@ -254,7 +258,7 @@ def facts_of(run: Prepared) -> dict[str, str]:
         "--only": job.only,
         "--skip": job.skip,
         "--dtype": job.dtype,
-        "--seed": job.seed if run.recipe.refine or run.recipe.augment else None,
+        "--seed": job.seed if run.recipe.refine or run.recipe.noise else None,
         "--device": f"{device.type} ({run.skeleton.compute})",
         "--threads": torch.get_num_threads(),
         **{

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,18 +19,19 @@ from torch import Tensor
 from llmprune.allocate import allocate
 from llmprune.checkpoint import SafetensorsFolder, copy_companions, replace_folder, write_json
 from llmprune.errors import CheckError
+from llmprune.estimate import Task, memory, product_rate, seconds
 from llmprune.html_report import write_report
 from llmprune.hub import model_card
 from llmprune.job import Job
 from llmprune.linalg import relative_error
-from llmprune.memory import mapped_memory
+from llmprune.memory import mapped_memory, peak_memory, resident_memory
 from llmprune.pattern import SparsityPattern, Unstructured
 from llmprune.perplexity import Perplexity, perplexity
-from llmprune.plan import Estimate, Plan, estimate, product_rate
+from llmprune.plan import Plan
 from llmprune.prepare import Prepared, prepare
 from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
-from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe
+from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
 from llmprune.refine import batch_tokens, refine
 from llmprune.report import BlockReport, LayerReport, PruneReport
 from llmprune.resume import Journal, workplace
@@ -60,6 +60,7 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
         with clock("prepare"):
             run = prepare(job, progress)
             report = new_report(run)
+            report.baseline_memory = resident_memory()
         with workplace(run, progress) as journal:
             with clock("prepare"):
                 journal.agree({"the model's weights": check_weights(run, progress)})
@@ -89,18 +90,15 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     report = new_report(run).to_json()
     tokens = run.calibration.tokens
     evaluation = run.evaluation.tokens.numel() if run.evaluation else 0
-    rate = product_rate()
-
-    def cost(recipe: Recipe) -> Estimate:
-        count = tokens.numel() * (recipe.augment + 1)
-        return estimate(run.skeleton, run.plan, recipe, count, tokens.shape[1], evaluation, rate)
+    rate, budget = product_rate(), run.job.activation_memory
+    task = Task(run.skeleton, run.plan, run.recipe, tokens.numel(), tokens.shape[1], evaluation, budget)
 
     return {
         **{key: report[key] for key in ("model", "sparsity", "method", "recipe", "coverage", "calibration", "out")},
         "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
         "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
-        "estimate": asdict(cost(run.recipe)),
-        "efforts": {name: cost(replace(job, method=AUTO, effort=name).recipe).seconds for name in EFFORTS},
+        "estimate": {"seconds": seconds(task, rate), "memory": memory(task)},
+        "efforts": {name: seconds(replace(task, recipe=job.at(name).recipe), rate) for name in EFFORTS},
     }
 
 
@@ -176,8 +174,10 @@ def block_patterns(run: Prepared, clock: Clock, progress: Progress) -> Sequence[
     if run.recipe.allocate == "uniform" or not isinstance(run.pattern, Unstructured):
         return [run.pattern] * len(run.skeleton.blocks)
     progress.start("sharing out", len(run.skeleton.blocks))
-    with clock("allocate"):
-        stream = BlockStream(run.skeleton, run.tokens, chosen=run.plan.names)
+    with clock("allocate"), TemporaryDirectory(dir=run.partial) as spare:
+        stream = BlockStream(
+            run.skeleton, run.tokens, chosen=run.plan.names, folder=Path(spare), budget=run.job.activation_memory
+        )
         patterns = allocate(stream, run.pattern, run.recipe.allocate, progress.step)
     progress.finish()
     return patterns
@@ -233,7 +233,10 @@ def measure(run: Prepared, folder: Path, label: str, progress: Progress) -> Perp
         return None
     skeleton = skeleton_of(run, folder)
     progress.start(label, len(skeleton.blocks) + 1)
-    result = perplexity(skeleton, run.evaluation.tokens, progress.step)
+    with TemporaryDirectory(dir=run.partial) as spare:
+        result = perplexity(
+            skeleton, run.evaluation.tokens, progress.step, folder=Path(spare), budget=run.job.activation_memory
+        )
     progress.finish()
     return result
 
@@ -373,9 +376,3 @@ def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:
         report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
     report.seconds = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
     write_report(report, run.out)
-
-
-def peak_memory() -> int:
-    """Largest resident size of the process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

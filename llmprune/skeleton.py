@@ -64,6 +64,16 @@ class Skeleton:
         """Names of the parameters and persistent buffers outside the blocks: embeddings, last norm, head."""
         return [name for name in self.checkpoint if not name.startswith(self.block_path + ".")]
 
+    def before_blocks(self) -> list[str]:
+        """Those of them that a forward needs up to the last block: all but a head of its own."""
+        head = self.model.get_output_embeddings()
+        own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        slots = {name: self._slot(name)[2] for name in self.outside()}
+        return [name for name, tensor in slots.items() if id(tensor) not in own or self._is_tied(name)]
+
+    def _is_tied(self, name: str) -> bool:
+        return len(self.checkpoint.users(self.checkpoint.disk_names([name])[0])) > 1
+
     def export_outside(self) -> Iterator[tuple[str, Tensor]]:
         """What lies outside the blocks, by its names on disk, with what the model does not use."""
         yield from self.checkpoint.export(self.outside(), {})

@@ -36,6 +36,12 @@ from llmprune.watch import Observer, watched
 BATCH_TOKENS = 2048
 """Tokens that pass through a block together."""
 
+MEMORY = 2 * 2**30
+"""Bytes that a block's intermediate activations may take."""
+
+BUDGET = 2 * 2**30
+"""Bytes of hidden states that rest in memory between blocks."""
+
 
 @dataclass(slots=True)
 class Group:
@@ -446,7 +452,7 @@ class BlockStream:
         *,
         batch_tokens: int = BATCH_TOKENS,
         chosen: frozenset[str] = frozenset(),
-        memory: int = 2 * 2**30,
+        memory: int = MEMORY,
         twin: bool = False,
         paired: bool = True,
         permute: bool = False,
@@ -455,7 +461,7 @@ class BlockStream:
         scales: bool = False,
         again: bool = False,
         folder: Path | None = None,
-        budget: int = 2 * 2**30,
+        budget: int = BUDGET,
         saved: dict[str, Any] | None = None,
     ) -> None:
         self.skeleton, self.chosen, self.memory, self.folder = skeleton, chosen, memory, folder

@@ -23,7 +23,8 @@ import pytest
 from helpers import edit_tensor, save_tiny, with_entry
 from safetensors.torch import load_file, save_file
 
-from llmprune.cli import build_parser, main, verify_parser
+from llmprune.cli import main
+from llmprune.flags import build_parser, verify_parser
 from llmprune.methods import METHODS
 from llmprune.terminal import TerminalProgress
 
@@ -170,7 +171,7 @@ NONSENSE = {
     "--targets": ["sparse", ""],
     "--steps": ["0", "-1", "x", "1.5"],
     "--refine": ["-1", "x", "0.5", ""],
-    "--augment": ["-1", "x", "0.5", ""],
+    "--noise": ["-1", "x", "1.5", "nan", "15%", ""],
     "--allocate": ["alike", ""],
     "--scope": ["column", ""],
     "--samples": ["0", "-1", "1.5", "many", "", "1e3", "99999999999999999999", "١"],

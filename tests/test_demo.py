@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune import Job, prune
 from llmprune.checkpoint import SafetensorsFolder
-from llmprune.cli import hush_libraries
 from llmprune.demo import (
     CALIBRATION_YEARS,
     EVALUATION_YEARS,
@@ -38,6 +37,7 @@ from llmprune.pattern import parse_pattern
 from llmprune.perplexity import perplexity
 from llmprune.prepare import output_folder
 from llmprune.progress import Progress
+from llmprune.shell import hush_libraries
 from llmprune.skeleton import Skeleton
 from llmprune.source import open_source
 from llmprune.terminal import TerminalProgress

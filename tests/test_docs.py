@@ -10,7 +10,7 @@ import pytest
 
 import llmprune
 from eval import sweep, tables
-from llmprune.cli import build_parser, pack_parser, report_parser, unpack_parser, verify_parser
+from llmprune.flags import build_parser, pack_parser, report_parser, unpack_parser, verify_parser
 from llmprune.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,13 +23,14 @@ from transformers.modeling_outputs import CausalLMOutput
 from llmprune import Job, prune
 from llmprune.activations import Filed
 from llmprune.errors import InputError, PruneError
+from llmprune.html_report import PAGE
 from llmprune.progress import Progress
 from llmprune.resume import LOCK, STATE, Journal
 from llmprune.skeleton import Skeleton
 from llmprune.stream import Block
 
 BLOCKS = 4
-FREE = {"seconds", "peak_memory", "out"}
+FREE = {"seconds", "peak_memory", "baseline_memory", "blocks", "out"}
 
 
 class Told(Progress):
@@ -45,10 +46,11 @@ class Told(Progress):
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """All files of a finished run; of the report all but times, memory and the place."""
-    found: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All files of a finished run but the page that draws the report; of that all but times, memory and the place."""
+    found: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != PAGE}
     report = json.loads((folder / "prune_report.json").read_text())
-    return found | {"prune_report.json": {key: value for key, value in report.items() if key not in FREE}}
+    card = [line for line in (folder / "README.md").read_text().splitlines() if "time to prune" not in line]
+    return found | {"prune_report.json": {key: report[key] for key in report.keys() - FREE}, "README.md": card}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt"},
     "balanced": {"method": "auto", "effort": "balanced"},
     "best": {"method": "auto", "effort": "best"},
+    "noisy": {"targets": "dense", "noise": 0.2},
     "shares": {"sparsity": "50%", "allocate": "error"},
     "smaller": {"sparsity": "channels:25%+heads:50%+2:4", "method": "auto"},
 }
@@ -282,6 +285,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "targets": ({"targets": "dense"}, "--targets was pruned, now dense"),
     "steps": ({"steps": 2}, "--steps was 1, now 2"),
     "refine": ({"refine": 1}, "--refine was 0, now 1"),
+    "noise": ({"noise": 0.2}, "--noise was 0.0, now 0.2"),
     "skip": ({"skip": ("*.q_proj",)}, "--skip was"),
     "dtype": ({"dtype": "bfloat16"}, "--dtype was None, now bfloat16"),
     "threads": ({"threads": 7}, r"--threads was \d+, now 7"),

@@ -37,11 +37,14 @@ class MethodEntry:
         target: `module:Class`.
         help: one line.
         products: what a solve takes, in products of the layer's weight by its Gram.
+        squares, stacks: the memory that it takes, in float32 matrices of a Gram's size and of the weights' size.
     """
 
     target: str
     help: str
     products: int = 0
+    squares: float = 0.5
+    stacks: float = 4.8
 
 
 METHODS = {
@@ -56,10 +59,18 @@ METHODS = {
         "llmprune.methods.scaling:Scaling", "smallest |weight| x learned scale of the norm that feeds the layer goes"
     ),
     "sparsegpt": MethodEntry(
-        "llmprune.methods.sparsegpt:SparseGPT", "second-order choice, the kept weights make up for the pruned ones", 4
+        "llmprune.methods.sparsegpt:SparseGPT",
+        "second-order choice, the kept weights make up for the pruned ones",
+        4,
+        1.7,
+        4.0,
     ),
     "admm": MethodEntry(
-        "llmprune.methods.admm:ADMM", "mask and weights sought together, at several times the price", 15
+        "llmprune.methods.admm:ADMM",
+        "mask and weights sought together, at several times the price",
+        products=15,
+        squares=6.6,
+        stacks=7.0,
     ),
 }
 

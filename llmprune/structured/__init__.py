@@ -35,10 +35,10 @@ CRITERIA = {
     "wanda": MethodEntry("llmprune.structured.criteria:Wanda", "smallest column x input norm goes"),
     "apoz": MethodEntry("llmprune.structured.criteria:APoZ", "inputs that are most often zero, or nearly so, go"),
     "obs": MethodEntry(
-        "llmprune.structured.obs:OBS", "what the rest can best make up for goes, greedily, with swaps", 8
+        "llmprune.structured.obs:OBS", "what the rest can best make up for goes, greedily, with swaps", 8, 8.0
     ),
     "lasso": MethodEntry(
-        "llmprune.structured.lasso:Lasso", "the Lasso path chooses what the output is best made of", 8
+        "llmprune.structured.lasso:Lasso", "the Lasso path chooses what the output is best made of", 8, 8.0
     ),
 }
 

