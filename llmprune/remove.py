@@ -12,12 +12,16 @@ from llmprune.linalg import relative_error
 from llmprune.pattern import SparsityPattern
 from llmprune.permutation import classes_left
 from llmprune.problem import GroupProblem, InputStats, LayerSolution
+from llmprune.refit import refit
 from llmprune.solve import Solver
 from llmprune.structured import Criterion
 from llmprune.structured.criteria import APoZ, Scaling
 from llmprune.structured.problem import RemovalProblem
 from llmprune.structured.reconstruct import least_squares
 from llmprune.targets import toward_dense
+
+ZERO_STEPS = 50
+"""Conjugate-gradient steps of the refit where the source has zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +86,15 @@ class Remover:
         stats["error_unfitted"] = relative_error(layer.weight, weight.float(), problem.stats)
         if self.reconstruct:
             weight[:, kept] = least_squares(target, gram, kept)
-        weight = weight.float()
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        mask[:, kept] = layer.weight[:, kept] != 0
+        solution = LayerSolution((weight * mask).float(), mask, stats=stats)
+        if self.reconstruct and not bool(mask[:, kept].all()):
+            # Zeros of the source stay zero, so every row has a support of its own.
+            (solution,) = refit(goal, [solution], iterations=ZERO_STEPS)
         if pattern is None or self.solver is None:
-            mask = torch.zeros_like(weight, dtype=torch.bool)
-            mask[:, kept] = True
-            return [LayerSolution(weight, mask & (weight != 0), stats=stats)], kept
-        return self._sparse(problem, weight, kept, pattern, classes, stats)
+            return [solution], kept
+        return self._sparse(problem, solution.weight, kept, pattern, classes, stats)
 
     def _choose(self, problem: RemovalProblem, count: int) -> Tensor:
         """The inputs that stay, in nested steps: each step's criterion sees the weights that the one before left."""

@@ -70,11 +70,12 @@ class Sparsity:
 
     def describe(self) -> str:
         """One phrase that leaves no doubt what goes."""
-        return ", then ".join(part.describe() for part in (*self.removals, self.pattern) if part is not None)
+        removed = " and ".join(removal.describe() for removal in self.removals)
+        return ", then ".join(filter(None, (removed, self.pattern.describe() if self.pattern is not None else "")))
 
     def speed_note(self) -> str:
         """What it does to file size and speed, said honestly."""
-        notes = ["the model is smaller and faster wherever it runs"] if self.removals else []
+        notes = ["The model is smaller and faster wherever it runs"] if self.removals else []
         return "; ".join(notes + ([self.pattern.speed_note()] if self.pattern is not None else []))
 
 

@@ -123,7 +123,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
     rows += [
         ("sparsity", report.sparsity["meaning"]),
         ("reached", f"{share:.2%} of {weights / 1e6:.1f} M weights in {len(layers)} layers"),
-        *[("done", text) for text in report.sparsity["done"]],
+        *[("gives", text) for text in report.sparsity["done"]],
         ("coverage", coverage_text(report.coverage)),
         ("method", f"{recipe_text(report.recipe)}, mean relative layer error {_errors(report)}"),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
@@ -183,6 +183,7 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("model", f"{model['name']}: {model['class']}, {model['parameters'] / 1e6:.1f} M parameters"),
         ("blocks", f"{model['blocks']}, with {len(facts['layers'])} layers to prune"),
         ("sparsity", facts["sparsity"]["meaning"]),
+        *[("gives", text) for text in facts["sparsity"]["done"]],
         ("method", recipe_text(facts["recipe"])),
         ("coverage", coverage_text(facts["coverage"])),
         ("calibration", calibration_text(facts["calibration"])),

@@ -239,6 +239,23 @@ def test_zeros_are_counted_exactly_where_there_are_any() -> None:
     assert smooth.share(2).tolist() == [1.0, 0.5, 0.0]
 
 
+def test_zeros_of_the_source_stay_zero() -> None:
+    given = problem_of(rows=16)
+    holes = torch.rand(given.weight.shape, generator=torch.Generator().manual_seed(3)) < 0.3
+    weight = given.weight.masked_fill(holes, 0).float()
+    problem = GroupProblem((LayerProblem("sink", weight),), InputStats(100, given.gram.float()))
+    (fitted,), kept = Remover(load_criterion("wanda")).solve(problem, given.units, 5)
+    (bare,), same = Remover(load_criterion("wanda"), reconstruct=False).solve(problem, given.units, 5)
+    assert torch.equal(kept, same)
+    assert not fitted.weight[holes].any()
+    A = damped(given).numpy()
+    for row, source in zip(fitted.weight.double().numpy(), weight.double().numpy(), strict=True):
+        at = [int(j) for j in kept if source[j] != 0]
+        best = np.linalg.solve(A[np.ix_(at, at)], (A @ source)[at])
+        assert np.abs(row[at] - best).max() < 1e-3
+    assert not torch.equal(fitted.weight, bare.weight)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 20])
 @pytest.mark.parametrize("reconstruct", [True, False])
 def test_steps_are_nested_and_end_at_the_count(steps: int, reconstruct: bool) -> None:

@@ -35,14 +35,15 @@ class Lasso:
         units = len(products)
         mean = float(products.diagonal().mean())
         if mean <= 0:
-            return problem.lowest(torch.zeros(problem.units.shape[:2]), count)
+            return problem.lowest(torch.zeros(problem.units.shape[:2], device=problem.weight.device), count)
         target = products.sum(1) / mean
         products = products / mean
         products.diagonal().add_(self.jitter)
         pools = problem.units.shape[0]
         kept = units - count * pools
-        path = _path(products, target, kept if pools == 1 else units)
-        return problem.lowest(_worth(path, kept).view(problem.units.shape[:2]), count)
+        path = _path(products.cpu(), target.cpu(), kept if pools == 1 else units)
+        score = _worth(path, kept).view(problem.units.shape[:2]).to(problem.weight.device)
+        return problem.lowest(score, count)
 
 
 def design_gram(problem: RemovalProblem) -> Tensor:
