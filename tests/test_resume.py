@@ -25,7 +25,7 @@ from llmprune.activations import Filed
 from llmprune.errors import InputError, PruneError
 from llmprune.html_report import PAGE
 from llmprune.progress import Progress
-from llmprune.resume import LOCK, STATE, Journal
+from llmprune.resume import LOCK, STATE, Journal, read_state
 from llmprune.skeleton import Skeleton
 from llmprune.stream import Block
 
@@ -152,6 +152,15 @@ def test_a_resumed_run_gives_the_same_bytes_and_runs_no_block_again(
     assert result(work) == wanted
     assert ran == set(range(blocks, BLOCKS))
     assert {int(name.split(".")[2]) for name in loaded if name.startswith("model.layers.")} == ran
+
+
+def test_time_before_the_stop_counts(work: Job, stop: Stop) -> None:
+    stop(work, BLOCKS)
+    before = read_state(partial(work) / STATE)["report"]["seconds"]
+    report = prune(work)
+    assert {"solve", "error", "write", "prune", "total", "prepare", "dense_evaluation"} <= before.keys()
+    assert all(report.seconds[stage] >= round(spent, 3) for stage, spent in before.items())
+    assert len(report.blocks) == BLOCKS
 
 
 def test_the_dense_model_is_measured_once(
