@@ -75,8 +75,9 @@ def _windows_of(
         taken.append(window)
         progress.step()
     if len(taken) < count:
+        lost = f" ({known.refused} share text with {', '.join(recipe.avoid)})" if known.refused else ""
         raise InputError(
-            f"{part.name} gives {len(taken)} windows of {recipe.seq_len} tokens, but the recipe asks for {count}",
+            f"{part.name} gives {len(taken)} windows of {recipe.seq_len} tokens{lost}, but the recipe asks for {count}",
             "lower samples, seq_len or the source's weight, or add text",
         )
     return taken

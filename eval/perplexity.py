@@ -1,12 +1,27 @@
-"""`python -m eval.perplexity MODEL --text SRC [SRC ...]`: measure a model on texts, one block in memory at a time."""
+"""`python -m eval.perplexity MODEL --text SRC [SRC ...]`: measure a model on texts, one block in memory at a time.
+
+With `--dense MODEL` also how far it is from that model: the Kullback-Leibler divergence of its next-token
+distribution, and how often both would say the same next token. Every figure has a standard error, from the spread over
+windows.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llmprune.cli import Parser, hush_libraries, positive, run_command, window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmprune.skeleton import Skeleton
+    from llmprune.stream import BlockStream
+
+FIGURES = (("perplexity", "value"), ("dense", "dense"), ("KL, nats", "kl"), ("same top token", "top1"))
 
 
 def build_parser() -> Parser:
@@ -14,50 +29,162 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m eval.perplexity", description=__doc__, allow_abbrev=False)
     parser.add_argument("model", help="model folder, Hub id, .gguf file, or demo")
     parser.add_argument("--text", nargs="+", required=True, metavar="SRC", help="text files, folders or data set names")
+    parser.add_argument("--dense", metavar="MODEL", help="model to compare with; it must have the same tokenizer")
     parser.add_argument("--windows", type=positive, default=20, metavar="N", help="windows per text (default: 20)")
-    parser.add_argument("--context", type=window, default=1024, metavar="N", help="tokens per window (default: 1024)")
+    parser.add_argument(
+        "--context", type=window, nargs="+", default=[1024], metavar="N", help="tokens per window (default: 1024)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def measure(model: str, texts: list[str], windows: int, context: int) -> dict[str, dict[str, float]]:
-    """The perplexity of a model on each text, with its standard error."""
-    from dataclasses import asdict
-
+def open_model(name: str, device: str = "cpu") -> tuple[Skeleton, Any]:
+    """A model without its weights in memory, and its tokenizer."""
     from llmprune.checkpoint import SafetensorsFolder
     from llmprune.demo import default_cache
-    from llmprune.perplexity import perplexity
+    from llmprune.prepare import pick_device
     from llmprune.progress import Progress
     from llmprune.skeleton import Skeleton
     from llmprune.source import load_tokenizer, open_source
+
+    source = open_source(name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress())
+    skeleton = Skeleton(source.config, SafetensorsFolder(source.folder), device=pick_device(device))
+    return skeleton, load_tokenizer(source, False)
+
+
+def measure(
+    model: str, texts: list[str], windows: int, context: int, dense: str | None = None, device: str = "cpu"
+) -> dict[str, dict[str, Any]]:
+    """The perplexity of a model on each text, with its standard error; with a dense model also `distance` from it."""
+    from llmprune.demo import default_cache
+    from llmprune.perplexity import perplexity
+    from llmprune.progress import Progress
     from llmprune.tokens import evaluation_tokens
 
-    quiet = Progress()
-    source = open_source(model, revision=None, cache=default_cache(), trust_remote_code=False, progress=quiet)
-    tokenizer = load_tokenizer(source, False)
-    skeleton = Skeleton(source.config, SafetensorsFolder(source.folder))
+    skeleton, tokenizer = open_model(model, device)
+    reference = open_model(dense, device)[0] if dense else None
     result = {}
     for text in texts:
         batch = evaluation_tokens(
-            text, tokenizer, windows=windows, context=context, cache=default_cache(), progress=quiet
+            text, tokenizer, windows=windows, context=context, cache=default_cache(), progress=Progress()
         )
-        result[Path(text).name] = {
-            **asdict(perplexity(skeleton, batch.tokens)),
-            "sha256": batch.provenance.sha256,
-        }
+        found = distance(skeleton, reference, batch.tokens) if reference else asdict(perplexity(skeleton, batch.tokens))
+        result[Path(text).name] = {**found, "sha256": batch.provenance.sha256}
     return result
+
+
+def distance(model: Skeleton, dense: Skeleton, tokens: Tensor) -> dict[str, Any]:
+    """Perplexities of both, the divergence `KL(dense ‖ model)` in nats per token, and the agreement of the top tokens.
+
+    Args:
+        model, dense: with the same vocabulary.
+        tokens: `(windows, context)`, int64.
+
+    Raises:
+        InputError: the vocabularies differ.
+    """
+    import torch
+
+    from llmprune.errors import InputError
+    from llmprune.perplexity import from_losses, window_losses
+
+    sizes = [skeleton.config.get_text_config().vocab_size for skeleton in (model, dense)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"the model has {sizes[0]} tokens, the dense one {sizes[1]}", "--dense names the model it was pruned from"
+        )
+    streams = [run_through(skeleton, tokens) for skeleton in (model, dense)]
+    losses: tuple[list[Tensor], list[Tensor]] = ([], [])
+    gaps = []
+    with torch.no_grad(), model.loaded(model.outside()), dense.loaded(dense.outside()):
+        for pair in zip(*(stream.rehearsal.batches for stream in streams), strict=True):
+            for found, skeleton, stream, batch in zip(losses, (model, dense), streams, pair, strict=True):
+                found.append(window_losses(skeleton, batch.tokens, batch.hidden, stream.rehearsal.wrap))
+            gaps.append(window_gaps((model, dense), streams, pair))
+    context = tokens.shape[1]
+    mine, theirs = (from_losses(torch.cat(found), context) for found in losses)
+    kl, top1 = torch.cat(gaps).unbind(1)
+    return {
+        **asdict(mine),
+        "dense": theirs.value,
+        "dense_error": theirs.error,
+        "kl": float(kl.mean()),
+        "kl_error": standard_error(kl),
+        "top1": float(top1.mean()),
+        "top1_error": standard_error(top1),
+    }
+
+
+def run_through(skeleton: Skeleton, tokens: Tensor) -> BlockStream:
+    """The stream behind its last block."""
+    import torch
+
+    from llmprune.stream import BlockStream
+
+    with torch.no_grad():
+        stream = BlockStream(skeleton, tokens)
+        for _ in stream:
+            pass
+    return stream
+
+
+def window_gaps(models: tuple[Skeleton, Skeleton], streams: list[BlockStream], pair: tuple[Any, Any]) -> Tensor:
+    """Mean divergence and agreement of every window, `(batch, 2)`; logits are formed for a few positions at a time."""
+    import torch
+
+    from llmprune.perplexity import CHUNK_ELEMENTS
+    from llmprune.rehearse import logits
+
+    tokens = pair[0].tokens
+    batch, context = tokens.shape
+    chunk = max(1, CHUNK_ELEMENTS // (2 * batch * models[0].config.get_text_config().vocab_size))
+    total = torch.zeros(batch, 2, dtype=torch.float64)
+    for start in range(0, context - 1, chunk):
+        part = slice(start, min(start + chunk, context - 1))
+        p, q = (
+            logits(skeleton, tokens[:, part], one.hidden[:, part].to(skeleton.device), stream.rehearsal.wrap)
+            .float()
+            .log_softmax(-1)
+            for skeleton, stream, one in zip(models, streams, pair, strict=True)
+        )
+        total[:, 0] += (q.exp() * (q - p)).sum(-1).sum(1, dtype=torch.float64).cpu()
+        total[:, 1] += (p.argmax(-1) == q.argmax(-1)).sum(1).cpu()
+    return total / (context - 1)
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean; 0 for a single value."""
+    return float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One result for every context and text."""
+    return [
+        {"text": text, **found}
+        for context in options.context
+        for text, found in measure(
+            options.model, options.text, options.windows, context, options.dense, options.device
+        ).items()
+    ]
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print."""
     hush_libraries(options.debug)
-    result = measure(options.model, options.text, options.windows, options.context)
+    results = rows(options)
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps({"model": options.model, "dense": options.dense, "results": results}, indent=2))
         return 0
-    for text, found in result.items():
-        print(f"{text:<24} {found['value']:10.3f} ± {found['error']:.3f}  ({found['windows']} x {found['context']})")
+    for found in results:
+        errors = {"value": "error"}
+        figures = [
+            f"{title} {found[key]:.4g} ± {found[errors.get(key, f'{key}_error')]:.2g}"
+            for title, key in FIGURES
+            if key in found
+        ]
+        print(f"{found['text']} ({found['windows']} x {found['context']}): {', '.join(figures)}")
     return 0
 
 

@@ -12,14 +12,15 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune.errors import InputError, PruneError
-from llmprune.methods import METHODS
+from llmprune.methods import METHODS, MethodEntry
 from llmprune.reach import start_probe
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
+from llmprune.structured import CRITERIA
 
 if TYPE_CHECKING:
     from llmprune.job import Job
@@ -41,6 +42,7 @@ examples:
   llmprune --model demo --sparsity 2:4 --samples 32 --seq-len 512
   llmprune --model ./my-llama --sparsity 50% --method wanda --calib notes.txt --eval wikitext2
   llmprune --model org/name --sparsity 4:8 --dry-run
+  llmprune --model demo --sparsity channels:25%+heads:33%
   llmprune verify demo-balanced-2of4
   llmprune push demo-balanced-2of4 you/demo-2of4 --private
 """
@@ -122,9 +124,14 @@ class Version(argparse.Action):
         parser.exit()
 
 
+def table(title: str, entries: Mapping[str, MethodEntry]) -> str:
+    """Names and their lines of help."""
+    return "\n".join([f"{title}:", *(f"  {name:<12}{entry.help}" for name, entry in entries.items()), ""])
+
+
 def build_parser() -> Parser:
     """All flags of the main command."""
-    methods = "\n".join(f"  {name:<12}{entry.help}" for name, entry in METHODS.items())
+    methods = table("methods for weights", METHODS) + "\n" + table("criteria for channels and heads", CRITERIA)
     parser = Parser(
         prog="llmprune",
         usage="llmprune --model MODEL --sparsity PATTERN [options]\n       llmprune verify DIR [--sparsity PATTERN]\n"
@@ -133,7 +140,7 @@ def build_parser() -> Parser:
         "       llmprune report DIR [--generate N]",
         description="Prune a Hugging Face language model block by block, after training, on one machine;\n"
         "measure its perplexity before and after; leave a folder that plain transformers loads.",
-        epilog=f"methods:\n{methods}\n\n{EXAMPLES}\n{EXIT_CODES}",
+        epilog=f"{methods}\n{EXAMPLES}\n{EXIT_CODES}",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
         allow_abbrev=False,
         add_help=False,
@@ -152,19 +159,26 @@ def _add_what(parser: Parser) -> None:
         "--model", required=True, help="model folder, Hub id, .gguf file, or demo (SmolLM2-135M-Instruct)"
     )
     what.add_argument(
-        "--sparsity", required=True, metavar="PATTERN", help="2:4 (any N:M prunes N of every M weights), or 50%% or 0.5"
-    )
+        "--sparsity", required=True, metavar="PATTERN",
+        help="2:4 (any N:M prunes N of every M weights), 50%% or 0.5; channels:25%% or heads:33%% for a smaller model; "
+        "several with + between: channels:20%%+2:4",
+    )  # fmt: skip
     what.add_argument(
         "--effort", choices=EFFORTS, default=DEFAULT_EFFORT, metavar="HOW",
         help=f"{', '.join(EFFORTS)}: time for quality (default: {DEFAULT_EFFORT}); --dry-run tells the time of each",
     )  # fmt: skip
     what.add_argument(
-        "--method", choices=(AUTO, *METHODS), default=AUTO, metavar="NAME",
-        help=f"{', '.join(METHODS)}, alone unless flags below add to it; or {AUTO}: what --effort stands for (default)",
+        "--method", choices=tuple(dict.fromkeys((AUTO, *METHODS, *CRITERIA))), default=AUTO, metavar="NAME",
+        help=f"{', '.join(METHODS)}; for channels and heads {', '.join(CRITERIA)}; alone unless flags below add to it; "
+        f"or {AUTO}: what --effort stands for (default)",
     )  # fmt: skip
     what.add_argument(
         "--option", type=pair, metavar="KEY=VALUE", action="append", default=[],
         help="an option of the method, e.g. damping=0.03; repeatable",
+    )  # fmt: skip
+    what.add_argument(
+        "--round-to", type=positive, metavar="N",
+        help="channels that stay are a multiple of this (default: 64, or a smaller power of two in a tiny model)",
     )  # fmt: skip
     what.add_argument(
         "--scope", choices=("row", "layer"),
@@ -198,7 +212,10 @@ def _add_stages(parser: Parser) -> None:
         "--permute", action=switch, default=None, help="reorder channels for N:M where it folds into the layers before"
     )
     stages.add_argument("--steps", type=positive, metavar="K", help="reach the sparsity in K nested steps")
-    stages.add_argument("--refit", action=switch, default=None, help="fit the weights exactly on the mask found")
+    stages.add_argument(
+        "--refit", action=switch, default=None,
+        help="fit the weights exactly on what is left (default: yes for channels and heads, no for a named method)",
+    )  # fmt: skip
     stages.add_argument(
         "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
     )
@@ -489,6 +506,7 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         augment=options.augment,
         allocate=options.allocate,
         options=tuple(options.option),
+        round_to=options.round_to,
         scope=options.scope,
         calib=options.calib,
         samples=options.samples,

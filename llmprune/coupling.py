@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llmprune.families import LayerRef
+from llmprune.watch import is_scale
 
 TOLERANCE = 1e-10
 Run = Callable[[nn.Module, Tensor], Any]
@@ -42,6 +43,33 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Feed:
+    """Which inputs of a sink the rows of a layer, or the entries of a norm's scale, feed.
+
+    Args:
+        local: module name inside the block.
+        single: `(rows,)`, int64, the only input that a row feeds, −1 for none or several.
+        several: `(k,)`, int64, the rows that feed several (query and key rows feed all inputs of their heads).
+        support: `(k, in)`, bool: which ones.
+        transposed: True where the module stores `(in, out)` (Conv1D).
+    """
+
+    local: str
+    single: Tensor
+    several: Tensor
+    support: Tensor
+    transposed: bool = False
+
+    def staying(self, gone: Tensor) -> Tensor:
+        """The rows that stay, `(k,)`, int64, if the inputs `gone (in,)` go: a row goes with all that it feeds."""
+        stays = torch.ones(len(self.single), dtype=torch.bool)
+        alone = self.single >= 0
+        stays[alone] = ~gone[self.single[alone]]
+        stays[self.several] = (self.support & ~gone).any(1)
+        return stays.nonzero().flatten()
+
+
+@dataclass(frozen=True, slots=True)
 class Coupling:
     """How a sink's inputs hang together with its sources' rows.
 
@@ -52,7 +80,10 @@ class Coupling:
         classes: each `(copies, free)`, int64, inputs of the sink. The inputs in one column are fed by the same rows and
             go together; the columns of a class may change places with each other, those of different classes may not
             (attention heads). Inputs that no row feeds alone are in no class.
-        sources: the layers that feed them.
+        sources: the layers whose rows feed them one by one.
+        feeds: all that feeds them, query and key rows and shared norms too.
+        severable: whether inputs can be removed: without the rows that feed only them, they are zero, and the others
+            are what they were (behind a norm over all of them they are not).
     """
 
     sink: str
@@ -60,11 +91,20 @@ class Coupling:
     width: int
     classes: tuple[Tensor, ...]
     sources: tuple[Source, ...]
+    feeds: tuple[Feed, ...] = ()
+    severable: bool = False
 
     def parameters(self, block: nn.Module) -> list[str]:
         """Names in the block of the parameters that a permutation moves."""
+        return self._parameters(block, [source.local for source in self.sources])
+
+    def fed(self, block: nn.Module) -> list[str]:
+        """Names in the block of the parameters that shrink when inputs are removed."""
+        return self._parameters(block, [feed.local for feed in self.feeds])
+
+    def _parameters(self, block: nn.Module, locals_: list[str]) -> list[str]:
         own = {name for name, _ in block.named_parameters()}
-        names = [f"{source.local}.{kind}" for source in self.sources for kind in ("weight", "bias")]
+        names = [f"{local}.{kind}" for local in locals_ for kind in ("weight", "bias")]
         return [name for name in [*names, f"{self.sink}.weight"] if name in own]
 
 
@@ -158,7 +198,8 @@ def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[
         return []
     with Float64(), torch.no_grad():
         dense = _tensors(run(copy, noise))
-        return [guess for guess in guesses if _holds(guess, copy, run, noise, dense, generator)]
+        held = [guess for guess in guesses if _holds(guess, copy, run, noise, dense, generator)]
+        return [replace(guess, severable=_severs(guess, copy, run, noise)) for guess in held]
 
 
 def _random_copy(block: nn.Module, device: torch.device, generator: torch.Generator) -> nn.Module:
@@ -229,6 +270,63 @@ def _holds(
     return distance(sink=True) <= TOLERANCE < distance(sink=False)
 
 
+def _severs(guess: Coupling, block: nn.Module, run: Run, hidden: Tensor) -> bool:
+    """Whether inputs whose rows are zero are zero, and all others what they were.
+
+    A class goes as a whole, or every other column of one, or one copy of every class (query heads, whose value rows
+    then stay for the other copies, so that the inputs need not be zero).
+    """
+    parameters, inputs = dict(block.named_parameters()), _inputs_of(guess.sink, block, run)
+    dense = inputs(hidden)
+    for columns, wholly in _samples(guess.classes):
+        gone = torch.zeros(guess.width, dtype=torch.bool)
+        gone[columns] = True
+        with _swapped(parameters, _zeroed(guess, gone, parameters)):
+            left = inputs(hidden)
+        gone = gone.to(left.device)
+        if (wholly and bool(left[..., gone].any())) or _distance([dense[..., ~gone]], [left[..., ~gone]]) > TOLERANCE:
+            return False
+    return True
+
+
+def _samples(classes: tuple[Tensor, ...]) -> list[tuple[Tensor, bool]]:
+    """Inputs to be removed on trial, and whether all their copies are among them."""
+    samples = [(classes[0][:, ::2].flatten(), True)]
+    samples += [(classes[0].flatten(), True)] if len(classes) > 1 else []
+    samples += [(torch.cat([slots[0] for slots in classes]), False)] if len(classes[0]) > 1 else []
+    return samples
+
+
+def _zeroed(guess: Coupling, gone: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that feed a sink, zero in all rows that feed nothing but the inputs `gone (in,)`, bool."""
+    changed = {}
+    for feed in guess.feeds:
+        stays = torch.zeros(len(feed.single))
+        stays[feed.staying(gone)] = 1
+        for name in (f"{feed.local}.weight", f"{feed.local}.bias"):
+            if name in parameters:
+                value = parameters[name].detach()
+                across = value.dim() > 1 and not feed.transposed
+                changed[name] = value * (stays[:, None] if across else stays).to(value)
+    return changed
+
+
+def _inputs_of(local: str, block: nn.Module, run: Run) -> Callable[[Tensor], Tensor]:
+    """A function that runs the block and returns what one of its layers is fed."""
+
+    def inputs(hidden: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        handle = block.get_submodule(local).register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args[0] if args else next(iter(kwargs.values()))).clone()),
+            with_kwargs=True,
+        )
+        with handle:
+            run(block, hidden)
+        return seen[0]
+
+    return inputs
+
+
 def _cycle(size: int, generator: torch.Generator) -> Tensor:
     """A random permutation that leaves nothing in its place."""
     cycle = torch.randperm(size, generator=generator)
@@ -293,7 +391,7 @@ class _Probe:
             for local, module in self.block.named_modules():
                 if local in self.layers:
                     hook = module.register_forward_hook(self._cut(local), with_kwargs=True)
-                elif _is_scale(module):
+                elif is_scale(module):
                     hook = module.register_forward_hook(self._scale(local))
                 else:
                     continue
@@ -337,7 +435,7 @@ class _Probe:
         feeds = self._feeds(inputs[0])
         return None if feeds is None else _couple(sink, feeds, self.layers)
 
-    def _feeds(self, inputs: Tensor) -> list[_Feed] | None:
+    def _feeds(self, inputs: Tensor) -> list[Feed] | None:
         """What feeds the inputs; None if the block's own input does, or a layer that was called more than once."""
         leaves = [(local, leaf) for local, leaves in self.leaves.items() for leaf in leaves]
         weights = torch.rand(inputs.shape, generator=self.generator, dtype=torch.float64).to(inputs.device) + 0.5
@@ -356,30 +454,7 @@ class _Probe:
         return _read(inputs.shape[-1], [local for local, _ in leaves], lambda wanted: touched(wanted, counting))
 
 
-def _is_scale(module: nn.Module) -> bool:
-    """A norm, or anything else that has a weight for every channel."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 1 and not any(True for _ in module.children())
-
-
-@dataclass(frozen=True, slots=True)
-class _Feed:
-    """Which inputs of a sink the rows of a layer feed.
-
-    Args:
-        local: the layer.
-        single: `(rows,)`, the only input that a row feeds, −1 for none or several.
-        several: the rows that feed several, as numbers.
-        support: `(len(several), in)`, bool: which ones.
-    """
-
-    local: str
-    single: Tensor
-    several: Tensor
-    support: Tensor
-
-
-def _read(width: int, locals_: list[str], touched: Callable[[Tensor], list[Tensor]]) -> list[_Feed]:
+def _read(width: int, locals_: list[str], touched: Callable[[Tensor], list[Tensor]]) -> list[Feed]:
     """Find every row's inputs: a single one by the bits of its number, several ones by asking for each input.
 
     A row feeds a single input if, for every bit, it feeds inputs with that bit set or inputs without it, not both.
@@ -396,7 +471,7 @@ def _read(width: int, locals_: list[str], touched: Callable[[Tensor], list[Tenso
         number = (ones.long() << torch.tensor(bits)[:, None]).sum(0)
         several = ((ones | zeros).any(0) & ~alone).nonzero().flatten()
         support = torch.zeros(len(several), width, dtype=torch.bool)
-        feeds.append(_Feed(local, torch.where(alone, number, -1), several, support))
+        feeds.append(Feed(local, torch.where(alone, number, -1), several, support))
     if any(len(feed.several) for feed in feeds):
         for at in range(width):
             for feed, rows in zip(feeds, touched(place == at), strict=True):
@@ -404,7 +479,7 @@ def _read(width: int, locals_: list[str], touched: Callable[[Tensor], list[Tenso
     return feeds
 
 
-def _couple(sink: LayerRef, feeds: list[_Feed], layers: Mapping[str, LayerRef]) -> Coupling | None:
+def _couple(sink: LayerRef, feeds: list[Feed], layers: Mapping[str, LayerRef]) -> Coupling | None:
     """Sort inputs and rows into columns that move together, and these into classes within which they may move.
 
     Rows of one layer that feed the same several inputs mix channels (the query rows of a head). Inputs that the same
@@ -441,10 +516,13 @@ def _couple(sink: LayerRef, feeds: list[_Feed], layers: Mapping[str, LayerRef]) 
             matrices = tuple(torch.tensor(labels, dtype=torch.long).T for labels in index)
             sources.append(Source(feed.local, layer is not None and layer.transposed, matrices))
     slots = tuple(torch.tensor([columns[label] for label in labels]).T for labels in movable)
-    return Coupling(sink.local, sink.transposed, sink.shape[1], slots, tuple(sources))
+    marked = [
+        replace(feed, transposed=(layer := layers.get(feed.local)) is not None and layer.transposed) for feed in feeds
+    ]
+    return Coupling(sink.local, sink.transposed, sink.shape[1], slots, tuple(sources), tuple(marked))
 
 
-def _kinds(width: int, feeds: list[_Feed]) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
+def _kinds(width: int, feeds: list[Feed]) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
     """The kind of every input, and the rows that do not mix: `(number of the feed, row, its inputs)`."""
     generator = torch.Generator().manual_seed(0)
     signature = torch.zeros(width, dtype=torch.long)

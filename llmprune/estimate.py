@@ -11,12 +11,13 @@ import torch
 from llmprune.checkpoint import SHARD_BYTES
 from llmprune.families import LayerRef
 from llmprune.memory import HEAP, KEPT
-from llmprune.methods import METHODS
+from llmprune.methods import METHODS, MethodEntry
 from llmprune.perplexity import CHUNK_ELEMENTS
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BATCH_TOKENS, MEMORY
+from llmprune.structured import CRITERIA
 
 LATE = 24 * 2**20  # of the libraries, what is paged in only when it is used
 
@@ -90,7 +91,7 @@ def seconds(task: Task, rate: float) -> float:
     # With a twin: two forwards, three Grams and a full cross Gram; a gradient costs about two forwards more.
     stream = tokens * ((2 * forward + 5 * gram) if recipe.twin else forward + gram)
     train = recipe.refine * tokens * 3 * forward
-    products = recipe.steps * METHODS[recipe.method].products + (10 if recipe.refit else 0)
+    products = recipe.steps * sum(stage.products for stage in _entries(recipe)) + (10 if recipe.refit else 0)
     factors = 1
     if recipe.targets == "dense":
         products, factors = products + 8, 3
@@ -144,9 +145,8 @@ def _pruning(task: Task) -> int:
 def _solving(recipe: Recipe, width: int, rows: int) -> int:
     """A group of so many inputs and stacked rows: statistics, weights, and what the stages around the method need."""
     square, stack = width**2, rows * width
-    method = METHODS[recipe.method]
     paired = recipe.targets == "dense"
-    stages = [(method.squares, method.stacks + (1 if paired else 0))]
+    stages = [(entry.squares, entry.stacks + (1 if paired else 0)) for entry in _entries(recipe)]
     if paired:
         stages.append((1.5, 5.5))
     if recipe.refit:
@@ -158,6 +158,12 @@ def _solving(recipe: Recipe, width: int, rows: int) -> int:
     most = max(squares * square + stacks * stack for squares, stacks in stages)
     statistics = (5 if paired else 1) * square
     return int(4 * (statistics + stack + most))
+
+
+def _entries(recipe: Recipe) -> list[MethodEntry]:
+    """The criterion for channels and heads, and the method for weights, as far as there are such."""
+    found = [CRITERIA[recipe.criterion]] if recipe.criterion else []
+    return found + ([METHODS[recipe.method]] if recipe.method else [])
 
 
 def _rows(task: Task, layer: LayerRef) -> int:

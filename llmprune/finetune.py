@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from llmprune.errors import InputError
 
 
-def sparse_layers(model: nn.Module, only: Iterable[str] = ("*",), share: float = 0.01) -> dict[str, nn.Module]:
+def sparse_layers(model: nn.Module, only: Iterable[str] = ("*",), share: float = 0.05) -> dict[str, nn.Module]:
     """The linear layers of a model whose weights are zero in more than `share` of all places, by module name.
 
     Args:

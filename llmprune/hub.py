@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from llmprune.errors import InputError
 from llmprune.recipe import Recipe
 from llmprune.report import PruneReport
 
-FILE = "README.md"
+FILE, SPEED = "README.md", "speed.json"
 INHERITED = ("language", "license", "license_name", "license_link")
 LOADED = 'from_pretrained("{}")'
 TITLES = ("\n# {}\n", "\n- name: {}\n")
@@ -23,10 +25,12 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-The pruned weights are exact zeros in plain safetensors, so every loader reads them. {note}.
+{zeros}{note}.
 `prune_report.json` has every layer's error; `llmprune verify DIR` checks the pattern."""
+ZEROS = "The pruned weights are exact zeros in plain safetensors, so every loader reads them. "
 CONTINUE = """\
-An ordinary fine-tune fills the zeros in. To keep them, put them back after every step of the optimiser:
+An ordinary fine-tune fills the zeros in. `Trainer(..., callbacks=[llmprune.KeepZeros()])` keeps them; in a loop of your
+own, put them back after every step of the optimiser:
 
 ```python
 masks = {name: weight != 0 for name, weight in model.named_parameters()}
@@ -46,7 +50,7 @@ def model_card(report: PruneReport, source: Path) -> str:
         report: the run.
         source: folder of the dense model; licence, language and base model are carried over from its card.
     """
-    name = Path(report.out).name
+    name, zeros = Path(report.out).name, report.sparsity["fraction"] > 0
     rows = "\n".join(f"| {key} | {value} |" for key, value in _facts(report))
     parts = [
         f"---\n{_metadata(report, source, name)}\n---",
@@ -56,11 +60,10 @@ def model_card(report: PruneReport, source: Path) -> str:
         f"| | |\n|---|---|\n{rows}",
         *(f"> {warning}" for warning in report.warnings),
         "## Load",
-        LOAD.format(name=name, note=report.sparsity["note"]),
+        LOAD.format(name=name, zeros=ZEROS if zeros else "", note=report.sparsity["note"]),
         "## How it was made",
         _made(report),
-        "## Continue",
-        CONTINUE,
+        *(["## Continue", CONTINUE] if zeros else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -68,16 +71,39 @@ def model_card(report: PruneReport, source: Path) -> str:
 def card_for(folder: Path, report: PruneReport, repo: str) -> str:
     """The card of a folder as it is uploaded: what stands in it, but the model goes by the repository's name.
 
+    It tells the speed where `python -m eval.speed DENSE DIR --json DIR/speed.json` was run.
+
     Args:
         folder: as `prune` left it, its card perhaps edited or deleted since.
         report: of the folder.
         repo: `ORG/NAME`.
+
+    Raises:
+        InputError: `speed.json` is something else.
     """
     path, local = folder / FILE, Path(report.out).name
     text = path.read_text(encoding="utf-8") if path.exists() else model_card(report, folder)
+    if (speed := folder / SPEED).exists():
+        text = text.replace("\n## Load\n", f"\n## Speed\n\n{_speed(speed)}\n\n## Load\n", 1)
     for form in TITLES:
         text = text.replace(form.format(local), form.format(repo.partition("/")[2]))
     return text.replace(LOADED.format(local), LOADED.format(repo))
+
+
+def _speed(path: Path) -> str:
+    """What `eval.speed` measured, as a table."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items() if value is not None)
+        rows = [
+            f"| {measure}, tokens/s | {found['dense'][measure]:.1f} | {found['pruned'][measure]:.1f} "
+            f"| {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) |"
+            for measure, ratio in found["speedup"].items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no result of eval.speed: {error}", "measure again, or delete it") from error
+    head = "| | dense | pruned | pruned / dense (quartiles) |\n|---|--:|--:|--:|"
+    return "\n".join([head, *rows, "", f"Measured side by side: {settings}."])
 
 
 def _metadata(report: PruneReport, source: Path, name: str) -> str:

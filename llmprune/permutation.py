@@ -80,6 +80,20 @@ def choose(
     return order
 
 
+def classes_left(classes: Sequence[Tensor], kept: Tensor, width: int) -> list[tuple[Tensor, Tensor]]:
+    """The classes once only the inputs `kept (k,)` are left, counted anew, and which columns of each stay (bool).
+
+    A class that is gone has no column left.
+    """
+    number = torch.full((width,), -1)
+    number[kept.cpu()] = torch.arange(len(kept))
+    left = []
+    for slots in classes:
+        stays = number[slots] >= 0
+        left.append((number[slots][stays.any(1)][:, stays.any(0)], stays.any(0)))
+    return left
+
+
 def retained(score: Tensor, pattern: NM) -> float:
     """The sum of the scores that the pattern keeps in `score (out, in)`."""
     grouped, pruned = pattern.groups(score)

@@ -50,6 +50,16 @@ class Plan:
         kept = tuple(layer for layer in self.layers if layer.name not in names)
         return replace(self, layers=kept, skipped=self.skipped + skipped)
 
+    def smaller(self, touched: frozenset[str] | None, saved: int) -> Plan:
+        """The plan of a run that makes the model smaller.
+
+        Args:
+            touched: full names of the layers that get smaller; the others are left as they are. None to keep them all.
+            saved: bytes that go.
+        """
+        left = [] if touched is None else [layer.name for layer in self.layers if layer.name not in touched]
+        return replace(self.without(left, "no channels or heads to lose"), out_bytes=self.out_bytes - saved)
+
     def skipped_by_reason(self) -> dict[str, int]:
         """Number of weights that stay dense, by reason."""
         total: dict[str, int] = {}
@@ -58,8 +68,10 @@ class Plan:
         return total
 
 
-def make_plan(skeleton: Skeleton, pattern: SparsityPattern, only: tuple[str, ...], skip: tuple[str, ...]) -> Plan:
-    """Choose the layers, and check that the pattern fits every one.
+def make_plan(
+    skeleton: Skeleton, pattern: SparsityPattern | None, only: tuple[str, ...], skip: tuple[str, ...]
+) -> Plan:
+    """Choose the layers, and check that the pattern (if there is one) fits every one.
 
     Raises:
         InputError: a glob that matches nothing, a width that the pattern does not divide, nothing left to prune.
@@ -78,7 +90,7 @@ def make_plan(skeleton: Skeleton, pattern: SparsityPattern, only: tuple[str, ...
             reason = _storage_obstacle(skeleton, f"{layer.name}.weight")
         if reason:
             skipped.append(Skipped(layer.name, layer.weights, reason))
-        elif problem := pattern.divides(*layer.shape):
+        elif pattern is not None and (problem := pattern.divides(*layer.shape)):
             raise InputError(
                 f"{pattern.name} does not fit layer {layer.name!r}: {problem}",
                 "choose another pattern, or leave such layers dense with --skip GLOB",

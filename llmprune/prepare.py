@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,17 +18,25 @@ from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
 from llmprune.job import Job
-from llmprune.methods import load_method
-from llmprune.pattern import NM, SparsityPattern, Unstructured, parse_pattern
+from llmprune.kinds import all_kinds
+from llmprune.methods import METHODS, load_method
+from llmprune.pattern import NM, SparsityPattern, Unstructured
 from llmprune.plan import Plan, make_plan
 from llmprune.progress import Progress
-from llmprune.recipe import Recipe
+from llmprune.recipe import AUTO, Recipe
 from llmprune.refine import LEAST_SAMPLES
+from llmprune.remove import Remover
 from llmprune.report import FILE
 from llmprune.skeleton import Skeleton
 from llmprune.solve import Solver
 from llmprune.source import Source, load_tokenizer, open_source
+from llmprune.sparsity import Sparsity, parse_sparsity
+from llmprune.structure import Structure, check_channel_scales, plan_structure
+from llmprune.structured import CRITERIA, load_criterion
 from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 LIBRARIES = ("llmprune", "torch", "transformers", "safetensors", "numpy")
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
@@ -40,15 +49,39 @@ class Prepared:
 
     job: Job
     source: Source
-    pattern: SparsityPattern
+    goal: Sparsity
     recipe: Recipe
-    solver: Solver
+    solver: Solver | None
+    remover: Remover | None
+    structure: Structure | None
     skeleton: Skeleton
     plan: Plan
     calibration: TokenBatch
     evaluation: TokenBatch | None
     overlap: float
     out: Path
+
+    @property
+    def pattern(self) -> SparsityPattern | None:
+        """Of the weights; None where only channels or heads go."""
+        return self.goal.pattern
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The options of criterion and method."""
+        used = (self.remover.criterion if self.remover else None, self.solver.method if self.solver else None)
+        return {key: value for one in used if one is not None for key, value in asdict(one).items()}  # type: ignore[call-overload]
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The config of the model that is made."""
+        return self.source.config if self.structure is None else self.structure.config
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """Full names of the layers that are solved."""
+        cuts = frozenset(self.structure.by_name) if self.structure else frozenset()
+        return cuts if self.pattern is None else cuts | self.plan.names
 
     @property
     def tokens(self) -> Tensor:
@@ -85,16 +118,9 @@ def prepare(job: Job, progress: Progress) -> Prepared:
     Raises:
         InputError: with what to do about it.
     """
-    recipe = job.recipe
-    method = load_method(recipe.method, dict(job.options))
-    pattern = parse_pattern(job.sparsity, job.scope or method.scope)
-    recipe = applicable(recipe, job, pattern)
+    goal, recipe, solver, remover = stages(job)
     cache = job.cache_dir or default_cache()
-    if job.scope and not isinstance(pattern, Unstructured):
-        raise InputError(
-            f"--scope {job.scope} does not apply to {pattern.name}", "leave it out: N:M is exact in every group"
-        )
-    out = output_folder(job, pattern)
+    out = output_folder(job, goal)
     device = pick_device(job.device)
     if job.threads is not None:
         if job.threads > MOST_THREADS:
@@ -114,29 +140,102 @@ def prepare(job: Job, progress: Progress) -> Prepared:
         device=device,
         trust_remote_code=job.trust_remote_code,
     )
-    plan = make_plan(skeleton, pattern, job.only, job.skip)
+    plan = make_plan(skeleton, goal.pattern, job.only, job.skip)
+    structure = None
+    any_tokens = torch.arange(64)[None] % source.config.get_text_config().vocab_size
+    if recipe.method == "scaling":
+        _check_scales(skeleton, plan, any_tokens)
+    if goal.removals:
+        structure = plan_structure(
+            skeleton, goal.removals, any_tokens, job.round_to, goal.pattern, job.trust_remote_code
+        )
+        if remover is not None and remover.scaled:
+            check_channel_scales(skeleton, structure)
+        plan = plan.smaller(structure.touched if goal.pattern is None else None, structure.saved(skeleton))
+        for said in structure.said:
+            progress.note(said)
     calibration, evaluation = _tokens(job, source, cache, progress)
     check_refinement(recipe, calibration)
     overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
     run = Prepared(
-        job, source, pattern, recipe, Solver(method, recipe), skeleton, plan, calibration, evaluation, overlap, out
+        job, source, goal, recipe, solver, remover, structure, skeleton, plan, calibration, evaluation, overlap, out
     )
     _check_space(run)
     return run
 
 
-def applicable(recipe: Recipe, job: Job, pattern: SparsityPattern) -> Recipe:
+def stages(job: Job) -> tuple[Sparsity, Recipe, Solver | None, Remover | None]:
+    """What is to go, and the stages that make it go.
+
+    Raises:
+        InputError: method, options or flags do not fit what is to go.
+    """
+    goal = parse_sparsity(job.sparsity)
+    _check_method(job, goal)
+    recipe, options = job.recipe, dict(job.options)
+    # Options are those of the method that was named; of a pair, the method of the weights.
+    for_criterion = goal.pattern is None or (job.method in CRITERIA and job.method not in METHODS)
+    method = load_method(recipe.method, {} if for_criterion else options) if goal.pattern else None
+    if method is not None:
+        # Of a layer that loses rows later, a count over rows alone stays exact.
+        goal = parse_sparsity(job.sparsity, job.scope or ("row" if goal.removals else method.scope))
+    if job.scope and not isinstance(goal.pattern, Unstructured):
+        raise InputError(
+            f"--scope {job.scope} does not apply to {goal.name}",
+            "leave it out: it is for shares of weights such as 50%",
+        )
+    if goal.removals and job.scope == "layer":
+        raise InputError("--scope layer cannot be exact where rows are removed", "use --scope row")
+    if goal.removals and goal.pattern is None and (job.only or job.skip):
+        raise InputError(
+            f"--only and --skip do not apply to {goal.name}", "a config has one width and one number of heads for all"
+        )
+    if job.round_to and not any(removal.kind == "channels" for removal in goal.removals):
+        raise InputError(f"--round-to does not apply to {goal.name}", "it is for channels:...")
+    recipe = applicable(recipe, job, goal)
+    solver = Solver(method, recipe) if method is not None else None
+    if not goal.removals:
+        return goal, recipe, solver, None
+    criterion = load_criterion(recipe.criterion, options if for_criterion else {})
+    remover = Remover(criterion, recipe.targets == "dense", recipe.steps, recipe.reconstruct, solver)
+    return goal, recipe, solver, remover
+
+
+def _check_method(job: Job, goal: Sparsity) -> None:
+    if job.method == AUTO or (job.method in METHODS and goal.pattern) or (job.method in CRITERIA and goal.removals):
+        return
+    known = [*(METHODS if goal.pattern else ()), *(CRITERIA if goal.removals else ())]
+    what = "score for whole channels and heads" if goal.removals else "rule for single weights"
+    raise InputError(f"--method {job.method} has no {what}, as {goal.name} needs", f"choose from {', '.join(known)}")
+
+
+def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
     """The recipe without what has no meaning for this pattern; refused if the user asked for it by name."""
-    if isinstance(pattern, NM):
+    if isinstance(goal.pattern, NM):
         if job.allocate not in {None, "uniform"}:
             raise InputError(
-                f"--allocate {job.allocate} does not apply to {pattern.name}",
+                f"--allocate {job.allocate} does not apply to {goal.name}",
                 "leave it out: N:M prunes the same in every group of every layer",
             )
         return replace(recipe, allocate="uniform")
     if job.permute:
-        raise InputError(f"--permute does not apply to {pattern.name}", "leave it out: it is for N:M patterns")
-    return replace(recipe, permute=False)
+        raise InputError(f"--permute does not apply to {goal.name}", "leave it out: it is for N:M patterns")
+    if goal.pattern is None and job.allocate not in {None, "uniform"}:
+        raise InputError(
+            f"--allocate {job.allocate} does not apply to {goal.name}", "a config has one width and one number for all"
+        )
+    return replace(recipe, permute=False, allocate="uniform" if goal.pattern is None else recipe.allocate)
+
+
+def _check_scales(skeleton: Skeleton, plan: Plan, tokens: torch.Tensor) -> None:
+    """Refuse layers that no norm feeds."""
+    kinds = all_kinds(skeleton, tokens)
+    for index in range(len(skeleton.blocks)):
+        prefix, found = skeleton.block_name(index) + ".", kinds.scales(index)
+        for name in (layer.name for layer in plan.layers):
+            if name.startswith(prefix) and name.removeprefix(prefix) not in found:
+                last = name.rpartition(".")[2]
+                raise InputError(f"no norm feeds {name!r}, so its inputs have no learned scale", f"--skip '*.{last}'")
 
 
 def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:
@@ -149,11 +248,11 @@ def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:
         )
 
 
-def output_folder(job: Job, pattern: SparsityPattern) -> Path:
+def output_folder(job: Job, pattern: Sparsity | SparsityPattern) -> Path:
     """The folder to be made; it must not exist yet, unless it holds a model and `--overwrite` is given."""
     if job.out is None:
         model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
-        out = Path(f"{model or 'model'}-{job.label}-{pattern.name.replace(':', 'of').replace('%', 'pct')}")
+        out = Path(f"{model or 'model'}-{job.label}-{_spelled(pattern.name)}")
     else:
         out = job.out
     try:
@@ -175,6 +274,13 @@ def output_folder(job: Job, pattern: SparsityPattern) -> Path:
     elif out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file", "choose another --out")
     return out
+
+
+def _spelled(name: str) -> str:
+    """A pattern's name as part of a file name: `2of4`, `channels25pct`."""
+    for old, new in (("channels:", "channels"), ("heads:", "heads"), (":", "of"), ("%", "pct"), ("+", "-")):
+        name = name.replace(old, new)
+    return name
 
 
 def _check_space(run: Prepared) -> None:

@@ -29,6 +29,8 @@ class InputStats:
         held: `gram`, `cross` and `missed` of a share of the tokens, to judge on it what was fitted on the rest.
         missed: `XᵀE / tokens`, `(in, out)`, if the group's only layer adds to the residual stream: E is what that lacks
             right behind the layer, so what its output should change by to make up for all that went wrong before.
+        quiet: `(in,)`, the share of tokens for which an input is zero, or nearly so, where that is counted.
+        scale: `(in,)`, the learned scale of the norm that feeds the layers, where that was looked for.
     """
 
     tokens: int
@@ -37,6 +39,8 @@ class InputStats:
     dense: Tensor | None = None
     held: InputStats | None = None
     missed: Tensor | None = None
+    quiet: Tensor | None = None
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

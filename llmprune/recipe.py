@@ -16,7 +16,7 @@ class Recipe:
     """The stages a model goes through; every field is a flag of the command line.
 
     Args:
-        method: a name of the METHODS table.
+        method: a name of the METHODS table; '' where no pattern of weights is asked for.
         targets: what a layer should give: `pruned`, the dense layer's output on the pruned model's inputs; `dense`, its
             output in the dense model, as far as the calibration data support it.
         permute: whether input channels of an N:M layer are reordered where that can be folded into the layers before.
@@ -25,6 +25,8 @@ class Recipe:
         refine: epochs in which a pruned block learns to give the dense block's output.
         augment: how many noisy copies of every calibration window join it.
         allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
+        criterion: by which channels or heads go, a name of the CRITERIA table; '' where none do.
+        reconstruct: whether what is left of a layer makes up, by least squares, for the inputs that went.
     """
 
     method: str
@@ -35,6 +37,13 @@ class Recipe:
     refine: int = 0
     augment: int = 0
     allocate: Allocate = "uniform"
+    criterion: str = ""
+    reconstruct: bool = True
+
+    @property
+    def label(self) -> str:
+        """The names of criterion and method."""
+        return "+".join(dict.fromkeys(filter(None, (self.criterion, self.method))))
 
     @property
     def twin(self) -> bool:
@@ -43,7 +52,9 @@ class Recipe:
 
     def describe(self) -> str:
         """The stages in a few words."""
-        stages = [self.method]
+        stages = [self.label]
+        if self.criterion:
+            stages.append("reconstruction" if self.reconstruct else "no reconstruction")
         if self.targets == "dense":
             stages.append("dense targets")
         if self.permute:
@@ -66,16 +77,28 @@ EFFORTS = {
     "balanced": Recipe("admm", targets="dense", permute=True),
     "best": Recipe("admm", targets="dense", permute=True, refine=4),
 }
+REMOVALS = {
+    "fast": Recipe("", criterion="wanda"),
+    "balanced": Recipe("", targets="dense", criterion="obs"),
+    "best": Recipe("", targets="dense", criterion="obs", refine=4),
+}
+"""What the efforts stand for where channels or heads are removed and no weights after that."""
 DEFAULT_EFFORT = "balanced"
 
 
-def make_recipe(method: str, effort: str, flags: Mapping[str, Any]) -> Recipe:
+def make_recipe(method: str, effort: str, flags: Mapping[str, Any], criterion: str | None = None) -> Recipe:
     """The recipe that the user asked for.
 
     Args:
-        method: a name of the METHODS table, alone unless flags add to it, or `auto` for what `effort` stands for.
+        method: a name of the METHODS table, alone unless flags add to it, or `auto` for what `effort` stands for; '' if
+            only channels or heads go.
         effort: a name of EFFORTS.
         flags: fields set by the user; None where nothing was said.
+        criterion: a name of the CRITERIA table, or `auto`; None if no channels or heads go.
     """
     base = EFFORTS[effort] if method == AUTO else Recipe(method)
+    if criterion is not None:
+        removal = REMOVALS[effort] if criterion == AUTO else Recipe("", criterion=criterion)
+        base = replace(base, criterion=removal.criterion) if method else removal
+        base = replace(base, reconstruct=flags.get("refit") is not False)
     return replace(base, **{key: value for key, value in flags.items() if value is not None})

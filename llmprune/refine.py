@@ -68,11 +68,16 @@ def gradients_of(loss: Tensor, values: list[nn.Parameter]) -> tuple[Tensor, ...]
 
 
 def trainable(block: Block) -> dict[str, nn.Parameter]:
-    """The pruned layers' weights, norms and biases, by their names in the block."""
+    """The pruned layers' weights, norms and biases, by their names in the block.
+
+    Where channels were removed, all layers' weights; what was removed has no gradient, as nothing reads it any more.
+    """
+    matrices = {f"{layer.local}.weight" for layer in block.linear if not layer.skip} if block.shrinks else set()
     return {
         name: parameter
         for name, parameter in block.module.named_parameters()
-        if f"{block.name}.{name}" in block.changed or (parameter.dim() == 1 and block.writable(name))
+        if f"{block.name}.{name}" in block.changed
+        or ((parameter.dim() == 1 or name in matrices) and block.writable(name))
     }
 
 

@@ -76,6 +76,12 @@ def own_state(calls: list[Call]) -> list[Call]:
     return [Call(tuple(map(own, call.args)), {key: own(value) for key, value in call.kwargs.items()}) for call in calls]
 
 
+def leaves_behind(call: Call, block: nn.Module, hidden: Tensor) -> tuple[Any, Any, Any]:
+    """A block's output, and its arguments: some hold state that goes on to later blocks."""
+    (own,) = own_state([call])
+    return own.run(block, hidden), own.args, own.kwargs
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a block's output; some blocks return a tuple."""
     result = output if isinstance(output, Tensor) else output[0]

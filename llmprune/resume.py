@@ -54,7 +54,7 @@ class Journal:
         self.state: dict[str, Any] = {}
         self.resumed = False
         self.dense: Perplexity | None = None
-        self.patterns: Sequence[SparsityPattern] = ()
+        self.patterns: Sequence[SparsityPattern | None] = ()
 
     @property
     def blocks(self) -> int:
@@ -79,7 +79,7 @@ class Journal:
             self.state, self.resumed = {}, False
         if self.resumed:
             self.dense = Perplexity(**self.state["dense"]) if self.state["dense"] else None
-            self.patterns = [parse_pattern(name, self._scope) for name in self.state["patterns"]]
+            self.patterns = [parse_pattern(name, self._scope) if name else None for name in self.state["patterns"]]
             self.writer().unseal()
             self._tidy()
             self.progress.note(f"{self.blocks} blocks were finished before, in {self.folder}; going on from there")
@@ -124,7 +124,7 @@ class Journal:
             "run": self.facts,
             "shards": [asdict(shard) for shard in writer.shards],
             "dense": asdict(self.dense) if self.dense else None,
-            "patterns": [pattern.name for pattern in self.patterns],
+            "patterns": [pattern.name if pattern else "" for pattern in self.patterns],
             "report": {key: whole[key] for key in ("layers", "refinements", "blocks", "seconds")},
             "stream": onward,
         }
@@ -202,7 +202,7 @@ def workplace(run: Prepared, progress: Progress) -> Iterator[Journal]:
         journal = Journal(run, progress)
         try:
             # Another process may have finished since this one looked.
-            output_folder(run.job, run.pattern)
+            output_folder(run.job, run.goal)
             journal.open(facts_of(run), run.job.restart)
             progress.note(f"writing to {run.partial} until everything is done")
             yield journal
@@ -253,10 +253,11 @@ def facts_of(run: Prepared) -> dict[str, str]:
     job, device = run.job, run.skeleton.device
     tokens = {"calibration tokens": run.calibration, "evaluation tokens": run.evaluation}
     facts: dict[str, object] = {
-        "--sparsity": run.pattern.name,
+        "--sparsity": run.goal.name,
         "--scope": getattr(run.pattern, "scope", "group"),
         **{f"--{key}": value for key, value in asdict(run.recipe).items()},
-        "--option": asdict(run.solver.method),  # type: ignore[call-overload]
+        "--option": run.options,
+        "sizes": run.structure.changes if run.structure else {},
         "--only": job.only,
         "--skip": job.skip,
         "--dtype": job.dtype,

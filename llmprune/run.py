@@ -36,7 +36,8 @@ from llmprune.refine import batch_tokens, refine
 from llmprune.report import BlockReport, LayerReport, PruneReport
 from llmprune.resume import Journal, workplace
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BATCH_TOKENS, BlockStream, Group
+from llmprune.stream import BATCH_TOKENS, Block, BlockStream, Group
+from llmprune.structure import scale_of
 from llmprune.verify import check_layers, patterns_of
 
 EXPLODED = 10.0
@@ -97,7 +98,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
         "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
         "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
         "estimate": {"seconds": seconds(task, rate), "memory": memory(task)},
-        "efforts": {name: seconds(replace(task, recipe=recipe), rate) for name, recipe in EFFORTS.items()},
+        "efforts": {name: seconds(replace(task, recipe=job.at(name).recipe), rate) for name in EFFORTS},
     }
 
 
@@ -109,10 +110,13 @@ def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Cl
         run.skeleton,
         tokens,
         batch_tokens=batch_tokens(tokens) if run.recipe.refine else BATCH_TOKENS,
-        chosen=run.plan.names,
+        chosen=run.chosen,
         twin=run.recipe.twin,
         paired=run.recipe.targets == "dense",
         permute=run.recipe.permute,
+        cuts={cut.name: cut.coupling for cut in run.structure.cuts} if run.structure else None,
+        quiet=run.remover.quiet if run.remover else None,
+        scales=run.recipe.method == "scaling",
         again=run.recipe.refine > 0,
         folder=run.partial,
         budget=run.job.activation_memory,
@@ -130,7 +134,7 @@ def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Cl
         for group in stream.groups(block):
             with mapped_memory():
                 with clock("solve"):
-                    solutions, order = run.solver.solve(group.problem, pattern, group.classes)
+                    solutions, order = solve(run, block, group, pattern)
                 stored = group.write(solutions, order)
                 with clock("error"):
                     report.layers += describe(group, pattern, solutions, stored)
@@ -152,7 +156,22 @@ def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Cl
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
 
 
-def block_patterns(run: Prepared, clock: Clock, progress: Progress) -> Sequence[SparsityPattern]:
+def solve(
+    run: Prepared, block: Block, group: Group, pattern: SparsityPattern | None
+) -> tuple[list[LayerSolution], Tensor | None]:
+    """Solve a group: remove inputs if its layer loses some, prune the weights if a pattern is asked for."""
+    name = group.refs[0].name
+    cut = run.structure.by_name.get(name) if run.structure else None
+    pattern = pattern if name in run.plan.names else None
+    if cut is not None and run.remover is not None:
+        scale = scale_of(block, cut.coupling) if run.remover.scaled else None
+        return run.remover.solve(group.problem, cut.units, cut.count, pattern, group.classes, scale)
+    assert run.solver is not None
+    assert pattern is not None
+    return run.solver.solve(group.problem, pattern, group.classes)
+
+
+def block_patterns(run: Prepared, clock: Clock, progress: Progress) -> Sequence[SparsityPattern | None]:
     """Every block's pattern: the one asked for, or its own share of it, from a first pass over the dense model."""
     if run.recipe.allocate == "uniform" or not isinstance(run.pattern, Unstructured):
         return [run.pattern] * len(run.skeleton.blocks)
@@ -167,7 +186,7 @@ def block_patterns(run: Prepared, clock: Clock, progress: Progress) -> Sequence[
 
 
 def describe(
-    group: Group, pattern: SparsityPattern, solutions: list[LayerSolution], stored: list[Tensor]
+    group: Group, pattern: SparsityPattern | None, solutions: list[LayerSolution], stored: list[Tensor]
 ) -> list[LayerReport]:
     """Report the layers of a group; the error is that of the weights as they are stored."""
     stats = group.problem.stats
@@ -175,7 +194,7 @@ def describe(
         LayerReport(
             name=problem.name,
             shape=ref.shape,
-            pattern=pattern.name,
+            pattern=pattern.name if pattern else "",
             pruned=int((~solution.mask).sum()),
             kept_zeros=int(((weight == 0) & solution.mask).sum()),
             error=relative_error(problem.weight, weight, stats),
@@ -238,7 +257,7 @@ def measure(run: Prepared, folder: Path, label: str, progress: Progress) -> Perp
 def skeleton_of(run: Prepared, folder: Path) -> Skeleton:
     """The job's model with the weights in `folder`, computing as the run does."""
     return Skeleton(
-        run.source.config,
+        run.source.config if folder == run.source.folder else run.config,
         SafetensorsFolder(folder),
         compute=run.skeleton.compute,
         device=run.skeleton.device,
@@ -247,7 +266,7 @@ def skeleton_of(run: Prepared, folder: Path) -> Skeleton:
 
 
 def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> None:
-    """Re-open the written files and check the pattern of every pruned layer.
+    """Re-open the written files, check all shapes against the config, and the pattern of every pruned layer.
 
     Raises:
         CheckError: a layer misses zeros.
@@ -258,9 +277,7 @@ def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> No
     checks = check_layers(skeleton_of(run, run.unfinished).checkpoint, layers, progress.step)
     progress.finish()
     if bad := [check for check in checks if check.violations]:
-        raise CheckError(
-            f"{bad[0].name!r} misses {bad[0].violations} zeros of {run.pattern.name}", "please report this"
-        )
+        raise CheckError(f"{bad[0].name!r} misses {bad[0].violations} zeros of {run.goal.name}", "please report this")
 
 
 def new_report(run: Prepared) -> PruneReport:
@@ -280,13 +297,15 @@ def new_report(run: Prepared) -> PruneReport:
             "blocks": len(run.skeleton.blocks),
         },
         sparsity={
-            "pattern": run.pattern.name,
-            "meaning": run.pattern.describe(),
-            "scope": getattr(run.pattern, "scope", "group"),
-            "fraction": float(run.pattern.fraction),
-            "note": run.pattern.speed_note(),
+            "pattern": run.goal.name,
+            "meaning": run.goal.describe(),
+            "scope": run.goal.scope,
+            "fraction": float(run.pattern.fraction) if run.pattern else 0.0,
+            "note": run.goal.speed_note(),
+            "done": list(run.structure.said) if run.structure else [],
+            "config": run.structure.changes if run.structure else {},
         },
-        method={"name": run.recipe.method, "options": asdict(run.solver.method)},  # type: ignore[call-overload]
+        method={"name": run.recipe.label, "options": run.options},
         recipe={"effort": job.effort if job.method == AUTO else None, **asdict(run.recipe)},
         calibration={**asdict(run.calibration.provenance), "tokens": run.tokens.numel()},
         evaluation=None,
@@ -347,6 +366,10 @@ def write_companions(run: Prepared, report: PruneReport) -> None:
     config = json.loads((run.source.folder / "config.json").read_text(encoding="utf-8"))
     for leftover in ("quantization_config", "compression_config", "sparsity_config"):
         config.pop(leftover, None)
+    if run.structure:
+        # A config may say a number under another name, which must not contradict it.
+        aliases = {old for old, new in run.config.attribute_map.items() if new in run.structure.changes}
+        config = {key: value for key, value in config.items() if key not in aliases} | run.structure.changes
     if run.job.dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = run.job.dtype

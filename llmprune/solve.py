@@ -54,7 +54,7 @@ class Solver:
         return solutions, order
 
     def _order(self, goal: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...]) -> Tensor | None:
-        if not classes or not isinstance(pattern, NM):
+        if not classes or not self.recipe.permute or not isinstance(pattern, NM):
             return None
         (layer,) = goal.layers
         return choose(saliency(layer.weight, goal.stats.gram), pattern, classes)

@@ -17,21 +17,50 @@ class RunningGram:
     Args:
         width: number of inputs.
         device: where the inputs come from.
+        quiet: count how often inputs are nearly zero, see `QuietCount`; None not to.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, quiet: float | None = None) -> None:
         self.tokens = 0
         self._sum = torch.zeros(width, width, device=device)
+        self._quiet = None if quiet is None else QuietCount(quiet)
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in one batch `(..., in)` of any float dtype."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    def add(self, inputs: Tensor, scale: Tensor | None = None) -> None:
+        """Take in one batch `(..., in)` of any float dtype; `scale (tokens, 1)` multiplies every token's."""
+        rows = _rows(inputs, scale)
         self.tokens += len(rows)
         add_gram(self._sum, rows)
+        if self._quiet is not None:
+            self._quiet.add(rows)
 
     def result(self) -> InputStats:
         """The Gram per token; the sum is used up."""
-        return InputStats(self.tokens, _whole(self._sum).div_(max(self.tokens, 1)))
+        quiet = None if self._quiet is None else self._quiet.share(self.tokens)
+        return InputStats(self.tokens, _whole(self._sum).div_(max(self.tokens, 1)), quiet=quiet)
+
+
+class QuietCount:
+    """Counts for how many tokens an input is exactly zero, and for how many it is nearly so.
+
+    Args:
+        epsilon: nearly zero is below this share of the root mean square of all inputs in the first batch.
+    """
+
+    def __init__(self, epsilon: float) -> None:
+        self.epsilon, self.limit = epsilon, -1.0
+        self._exact = self._near = torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        """Take in `(tokens, in)`."""
+        if self.limit < 0 and len(rows):
+            self.limit = self.epsilon * float(rows.square().mean().sqrt())
+        self._exact = self._exact + (rows == 0).sum(0)
+        self._near = self._near + (rows.abs() <= self.limit).sum(0)
+
+    def share(self, tokens: int) -> Tensor:
+        """The share of tokens, `(in,)`: of exact zeros if there are any (ReLU), else of what is nearly zero."""
+        counts = self._exact if bool(self._exact.any()) else self._near
+        return counts.double() / max(tokens, 1)
 
 
 class RunningPair:
@@ -42,16 +71,19 @@ class RunningPair:
     Args:
         width: number of inputs.
         device: where the inputs come from.
+        quiet: count how often inputs are nearly zero, see `QuietCount`; None not to.
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.fit, self.held = RunningGram(width, device), RunningGram(width, device)
+    def __init__(self, width: int, device: torch.device, quiet: float | None = None) -> None:
+        self.fit, self.held = RunningGram(width, device, quiet), RunningGram(width, device)
         self.dense = RunningGram(width, device)
         self._cross = torch.zeros(2, width, width, device=device)
         self._missed: Tensor | None = None
         self._matched = True
 
-    def add(self, inputs: Tensor, dense: Tensor | None, error: Tensor | None = None) -> None:
+    def add(
+        self, inputs: Tensor, dense: Tensor | None, error: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
         """Take in the inputs `(..., in)` of one batch, and those of the dense model for the very same tokens.
 
         Where tokens were routed differently there are no such inputs; then the group is fitted to pruned inputs only.
@@ -60,19 +92,20 @@ class RunningPair:
             inputs: of the pruned model.
             dense: of the dense model.
             error: `(..., out)`, what the residual stream behind the layer lacks, where the layer adds to it.
+            scale: `(tokens, 1)`, multiplies every token's part of all these; None for 1.
         """
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        rows = _rows(inputs, scale)
         cut = len(rows) - int(HELD_OUT * len(rows))
         self.fit.add(rows[:cut])
         self.held.add(rows[cut:])
         if dense is None or dense.shape != inputs.shape:
             self._matched = False
             return
-        targets = dense.reshape(-1, inputs.shape[-1]).float()
+        targets = _rows(dense, scale)
         self.dense.add(targets)
         _add_products(self._cross, rows, targets, cut)
         if error is not None:
-            lacks = error.reshape(len(rows), -1).float()
+            lacks = _rows(error.reshape(len(rows), -1), scale)
             if self._missed is None:
                 self._missed = rows.new_zeros(2, rows.shape[1], lacks.shape[1])
             _add_products(self._missed, rows, lacks, cut)
@@ -83,11 +116,17 @@ class RunningPair:
         tokens = fit.tokens + held.tokens
         gram = torch.lerp(fit.gram, held.gram, held.tokens / max(tokens, 1))
         if not self._matched or not tokens:
-            return InputStats(tokens, gram)
+            return InputStats(tokens, gram, quiet=fit.quiet)
         cross, cross_held = _per_token(self._cross, tokens, held.tokens)
         missed, missed_held = (None, None) if self._missed is None else _per_token(self._missed, tokens, held.tokens)
         apart = InputStats(held.tokens, held.gram, cross_held, missed=missed_held)
-        return InputStats(tokens, gram, cross, self.dense.result().gram, apart, missed)
+        return InputStats(tokens, gram, cross, self.dense.result().gram, apart, missed, fit.quiet)
+
+
+def _rows(values: Tensor, scale: Tensor | None) -> Tensor:
+    """One row a token, float32, scaled."""
+    rows = values.reshape(-1, values.shape[-1]).float()
+    return rows if scale is None else rows * scale
 
 
 def _add_products(sums: Tensor, left: Tensor, right: Tensor, cut: int) -> None:

@@ -8,9 +8,9 @@ Where these exceed the memory budget, the forward is repeated up to every group 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,17 @@ from torch import Tensor, nn
 
 from llmprune.activations import Activations
 from llmprune.carried import Baggage, saved_wrap
-from llmprune.coupling import Coupling, fold
+from llmprune.coupling import Coupling
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
-from llmprune.kinds import Kinds
+from llmprune.kinds import Kinds, short_batch
 from llmprune.memory import give_back_memory, mapped_memory
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
 from llmprune.rehearse import SPENT, Batch, Stop, hidden_of, own_state, rehearse
 from llmprune.skeleton import Skeleton
 from llmprune.stats import RunningGram, RunningPair
+from llmprune.surgery import rearrange
 from llmprune.watch import Observer, watched
-
-SHORT = 16
-"""Tokens that are enough to see how the layers of a block hang together."""
 
 BATCH_TOKENS = 2048
 """Tokens that pass through a block together."""
@@ -54,7 +52,7 @@ class Group:
         refs: the layers.
         classes: which of their inputs may change places, see `Coupling`; none where that cannot be folded away.
         write: puts the solutions into the block (one per layer, in order), and what `order` their inputs are to have in
-            the file; returns what is stored, in the order as it is.
+            the file, where those it does not name are gone; returns what is stored, in the order as it is.
     """
 
     problem: GroupProblem
@@ -86,10 +84,19 @@ class Block:
         self.changed: dict[str, Tensor] = {}
         self.dense_weights: dict[str, Tensor] = {}
         self.couplings: dict[str, Coupling] = {}
+        self.cuts: dict[str, Coupling] = {}
+        self.scales: dict[str, tuple[str, float]] = {}
+        self.quiet: float | None = None
+        self.balanced = False
         self._moves: list[tuple[Coupling, Tensor]] = []
         self.observer: Observer | None = None
         self.landings: dict[int, str] = {}
         self.advanced = False
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether inputs were removed for good."""
+        return any(len(order) < coupling.width for coupling, order in self._moves)
 
     @property
     def twin(self) -> bool:
@@ -99,7 +106,7 @@ class Block:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The block's tensors by their names on disk, with new weights, in new orders."""
         for coupling, order in self._moves:
-            self.changed |= fold(coupling, order, self._current(coupling), f"{self.name}.")
+            self.changed |= rearrange(coupling, order.cpu(), self._current(coupling), f"{self.name}.")
         self._moves.clear()
         return self.skeleton.checkpoint.export(self.skeleton.block_parameters(self.index), self.changed)
 
@@ -147,9 +154,10 @@ class Block:
         return checkpoint.writable(name) and len(checkpoint.users(checkpoint.disk_names([name])[0])) == 1
 
     def _current(self, coupling: Coupling) -> dict[str, Tensor]:
-        """The tensors that a permutation would move, as they will be stored."""
+        """The tensors that a permutation or a removal changes, as they will be stored."""
         checkpoint = self.skeleton.checkpoint
-        names = [f"{self.name}.{local}" for local in coupling.parameters(self.module)]
+        locals_ = dict.fromkeys(coupling.parameters(self.module) + coupling.fed(self.module))
+        names = [f"{self.name}.{local}" for local in locals_]
         return {name: self.changed.get(name, checkpoint.stored(checkpoint[name])) for name in names}
 
     @torch.no_grad()
@@ -196,11 +204,16 @@ class Block:
         with mapped_memory():
             problems = tuple(LayerProblem(ref.name, self._weight(ref).to(torch.float32, copy=True)) for ref in refs)
 
-        coupling = self.couplings.get(locals_[0]) if len(locals_) == 1 else None
+        if locals_[0] in self.scales:
+            norm, offset = self.scales[locals_[0]]
+            stats = replace(stats, scale=self.module.get_parameter(f"{norm}.weight").float() + offset)
+        alone = locals_[0] if len(locals_) == 1 else ""
+        coupling = self.couplings.get(alone)
+        moved = self.cuts.get(alone, coupling)
 
         def write(solutions: list[LayerSolution], order: Tensor | None = None) -> list[Tensor]:
-            if order is not None and coupling is not None:
-                self._moves.append((coupling, order))
+            if order is not None and moved is not None:
+                self._moves.append((moved, order))
             return [self._write(ref, solution) for ref, solution in zip(refs, solutions, strict=True)]
 
         return Group(GroupProblem(problems, stats), refs, coupling.classes if coupling else (), write)
@@ -213,7 +226,7 @@ class Block:
 
     def _write(self, ref: LayerRef, solution: LayerSolution) -> Tensor:
         """Store a solution; from now on the block computes with what the file will hold. Returns that, float32."""
-        if self.twin:
+        if self.twin or self.landings:
             self.dense_weights.setdefault(ref.local, self._parameter(ref.local).data.clone())
         self.store({f"{ref.local}.weight": solution.weight.T if ref.transposed else solution.weight})
         return solution.weight.to(self.skeleton.checkpoint.stored_dtype(f"{ref.name}.weight")).float()
@@ -293,18 +306,22 @@ class Block:
     def _running(self, layers: list[str]) -> RunningGram | RunningPair:
         with mapped_memory():
             width = self.layers[layers[0]].shape[1]
-            return (RunningPair if self.paired else RunningGram)(width, self.skeleton.device)
+            quiet = self.quiet if layers[0] in self.cuts else None
+            return (RunningPair if self.paired else RunningGram)(width, self.skeleton.device, quiet)
 
     def _add(self, stats: RunningGram | RunningPair, batch: Batch, seen: Seen, dense: Seen | None) -> None:
+        landed = dense.landed if dense is not None and dense.landed is not None else seen.landed
+        scale = even_weight(landed) if self.balanced and landed is not None else None
         if isinstance(stats, RunningGram):
-            stats.add(seen.inputs)
+            stats.add(seen.inputs, scale)
             return
         # Rows that were picked from the batch (routed tokens) are not the same ones in both models.
         if dense is None or seen.inputs.numel() // seen.inputs.shape[-1] != batch.tokens.numel():
-            stats.add(seen.inputs, None)
+            stats.add(seen.inputs, None, scale=scale)
             return
         both = seen.landed is not None and dense.landed is not None
-        stats.add(seen.inputs, dense.inputs, dense.landed - seen.landed if both else None)  # type: ignore[operator]
+        error = dense.landed - seen.landed if both else None  # type: ignore[operator]
+        stats.add(seen.inputs, dense.inputs, error, scale)
 
     def _result(self, running: RunningGram | RunningPair, layers: list[str]) -> InputStats:
         with mapped_memory():
@@ -315,6 +332,16 @@ class Block:
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
         return stats
+
+
+def even_weight(landed: Tensor) -> Tensor:
+    """By what to scale a token's error so that it counts relative to the residual stream, `(tokens, 1)`, float32.
+
+    The next norm divides every token by its own size, and that differs a hundredfold: at a few tokens, such as the
+    first, the stream is so large that they alone would make up all of a Gram.
+    """
+    size = landed.float().square().mean(-1).sqrt().flatten()[:, None]
+    return size.clamp(min=torch.finfo(torch.float32).tiny ** 0.5).reciprocal()
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +436,9 @@ class BlockStream:
         twin: whether the dense model's activations travel along.
         paired: whether the layers' statistics are taken against them, where there are such.
         permute: whether to find out which inputs may change places.
+        cuts: by their full names, the layers that lose inputs, with what these hang together with.
+        scales: whether to look for the norms that feed the layers.
+        quiet: with this share of the root mean square as the limit, count how often their inputs are nearly zero.
         again: whether blocks will be passed more than once, see `Block.rewind`.
         folder: where hidden states rest that exceed the budget, and what `save` writes; None for neither.
         budget: bytes of hidden states that may rest in memory.
@@ -426,6 +456,9 @@ class BlockStream:
         twin: bool = False,
         paired: bool = True,
         permute: bool = False,
+        cuts: Mapping[str, Coupling] | None = None,
+        quiet: float | None = None,
+        scales: bool = False,
         again: bool = False,
         folder: Path | None = None,
         budget: int = BUDGET,
@@ -433,6 +466,7 @@ class BlockStream:
     ) -> None:
         self.skeleton, self.chosen, self.memory, self.folder = skeleton, chosen, memory, folder
         self.paired = paired and twin
+        self.cuts, self.quiet, self.permute, self.scales = cuts or {}, quiet, permute, scales
         # What enters a block and what leaves it are there at once.
         limit = budget // (4 if twin else 2)
         self._pruned = Activations("pruned", folder, limit, keep=again)
@@ -441,7 +475,7 @@ class BlockStream:
         wrap = saved_wrap(folder, saved["carried"]) if folder and saved else None
         batch_size = max(1, batch_tokens // tokens.shape[1])
         self.rehearsal = rehearse(skeleton, tokens, batch_size, self._pruned, self._dense, wrap)
-        short = rehearse(skeleton, tokens[:1, :SHORT], 1, wrap=self.rehearsal.wrap).batches[0] if permute else None
+        short = short_batch(skeleton, tokens, self.rehearsal.wrap) if permute or scales else None
         self.kinds = Kinds(skeleton, chosen, short)
         self._baggage = Baggage(self.rehearsal) if folder else None
         self.uncalled: list[str] = []
@@ -468,12 +502,19 @@ class BlockStream:
     def groups(self, block: Block) -> Iterator[Group]:
         """The groups of a block; blocks of one kind share their call order."""
         order = self.kinds.order(block.index, list(block.layers), block.try_out)
-        block.landings = self.kinds.landings(block.index, block.try_out) if self.paired else {}
+        seen = self.paired or bool(self.cuts)
+        block.landings = self.kinds.landings(block.index, block.try_out) if seen else {}
         self.uncalled += [block.layers[local].name for local in order.uncalled]
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
         forwards = len(self.rehearsal.batches) * (2 if block.twin else 1)
         block.paused = 2 * order.nbytes * forwards <= self.memory
-        block.couplings = {c.sink: c for c in self.kinds.couplings(block.index) if block.movable(c)}
+        if self.scales:
+            block.scales = self.kinds.scales(block.index)
+        if self.permute:
+            block.couplings = {c.sink: c for c in self.kinds.couplings(block.index) if block.movable(c)}
+        prefix = f"{block.name}."
+        block.cuts = {n.removeprefix(prefix): c for n, c in self.cuts.items() if n.startswith(prefix)}
+        block.quiet, block.balanced = self.quiet, bool(self.cuts)
         return block.groups(order.groups)
 
     def save(self) -> dict[str, Any]:

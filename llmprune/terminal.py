@@ -123,6 +123,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
     rows += [
         ("sparsity", report.sparsity["meaning"]),
         ("reached", f"{share:.2%} of {weights / 1e6:.1f} M weights in {len(layers)} layers"),
+        *[("done", text) for text in report.sparsity["done"]],
         ("coverage", coverage_text(report.coverage)),
         ("method", f"{recipe_text(report.recipe)}, mean relative layer error {report.mean_error:.4f}"),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),

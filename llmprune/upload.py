@@ -15,10 +15,11 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from llmprune.checkpoint import PACKED
 from llmprune.errors import InputError, PruneError
 from llmprune.hub import card_for
 from llmprune.progress import Progress
-from llmprune.reach import HUB_SECONDS, hub_reachable, is_unreachable, within
+from llmprune.reach import HUB_SECONDS, hub_reachable, is_unreachable, start_probe, within
 from llmprune.report import PruneReport
 
 CARD = "README.md"
@@ -69,6 +70,7 @@ def push(
     """
     where = Destination(repo, private, revision)
     report = check_folder(folder)
+    start_probe()  # what an earlier call found may be over
     check_destination(where, report.model["name"])
     return upload(folder, where, progress or Progress())
 
@@ -230,11 +232,16 @@ def check_folder(folder: Path) -> PruneReport:
     for wanted in ("config.json", "*.safetensors"):
         if not any(folder.glob(wanted)):
             raise InputError(f"{folder} has no {wanted}", "the folder is incomplete; prune again")
+    if any(folder.glob(f"*{PACKED}")):
+        raise InputError(f"{folder} is packed, which stock loaders cannot read", f"llmprune unpack {folder}")
     return report
 
 
 def _unreachable() -> tuple[str, str]:
-    return f"the Hugging Face Hub cannot be reached at {constants.ENDPOINT}", "check the network, or push later"
+    return (
+        f"the Hugging Face Hub cannot be reached at {constants.ENDPOINT}",
+        "check the network and HF_HUB_OFFLINE, or push later",
+    )
 
 
 def _reason(error: Exception) -> str:

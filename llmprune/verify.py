@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from llmprune.progress import Progress
 from llmprune.report import PruneReport
 from llmprune.skeleton import Skeleton
 from llmprune.source import open_source
+from llmprune.sparsity import Sparsity, parse_sparsity
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def check_layers(
 def patterns_of(report: PruneReport, scope: Scope | None = None) -> dict[str, SparsityPattern]:
     """Every pruned layer's pattern, by module name; in the report's scope, or another one."""
     scope = scope or report.sparsity["scope"]
-    return {layer.name: parse_pattern(layer.pattern, scope) for layer in report.layers}
+    return {layer.name: parse_pattern(layer.pattern, scope) for layer in report.layers if layer.pattern}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,33 +73,53 @@ class FolderCheck:
     """What `llmprune verify` found."""
 
     folder: str
-    pattern: SparsityPattern
+    pattern: Sparsity
     layers: list[LayerCheck]
+    sizes: dict[str, tuple[int, Any]] = field(default_factory=dict)
 
     @property
     def violations(self) -> int:
-        """Zeros that are missing in all layers."""
-        return sum(layer.violations for layer in self.layers)
+        """Zeros that are missing in all layers, and sizes that are not what the report says."""
+        return sum(layer.violations for layer in self.layers) + len(self.wrong_sizes)
+
+    @property
+    def wrong_sizes(self) -> list[str]:
+        """Settings of the config that differ from the report."""
+        return [f"{key} is {found}, not {said}" for key, (said, found) in self.sizes.items() if found != said]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         layers = [asdict(layer) for layer in self.layers]
-        return {"folder": self.folder, "pattern": self.pattern.name, "violations": self.violations, "layers": layers}
+        sizes = {key: found for key, (_, found) in self.sizes.items()}
+        return {
+            "folder": self.folder,
+            "pattern": self.pattern.name,
+            "violations": self.violations,
+            "layers": layers,
+            "sizes": sizes,
+        }
 
     def text(self) -> str:
         """A few lines for people."""
+        lines = [f"{self.folder}: {self.pattern.describe()}"]
+        if self.pattern.removals:
+            sizes = ", ".join(f"{key} {found}" for key, (_, found) in self.sizes.items())
+            lines.append(f"every tensor has the shape that the config says{f' ({sizes})' if sizes else ''}")
+            lines += [f"VIOLATED config: {wrong}" for wrong in self.wrong_sizes]
+        return "\n".join(lines + (self._zeros() if self.pattern.pattern else []))
+
+    def _zeros(self) -> list[str]:
         weights = sum(layer.weights for layer in self.layers)
         zeros = sum(layer.zeros for layer in self.layers)
         extra = sum(layer.extra_zeros for layer in self.layers)
         bad = [layer for layer in self.layers if layer.violations]
-        lines = [f"{self.folder}: {len(self.layers)} layers, {self.pattern.describe()}"]
-        lines.append(
-            f"zeros {zeros:,} of {weights:,} weights ({zeros / weights:.3%}), {extra:,} of them beyond the pattern"
-        )
+        lines = [
+            f"{len(self.layers)} layers, zeros {zeros:,} of {weights:,} weights ({zeros / weights:.3%}), "
+            f"{extra:,} of them beyond the pattern"
+        ]
         lines += [f"VIOLATED {layer.name}: {layer.violations:,} zeros missing" for layer in bad[:20]]
         lines += [f"... and {len(bad) - 20} more layers"] if len(bad) > 20 else []
-        lines.append(f"{len(bad)} layers violate the pattern" if bad else "the pattern holds in every layer")
-        return "\n".join(lines)
+        return [*lines, f"{len(bad)} layers violate the pattern" if bad else "the pattern holds in every layer"]
 
 
 def verify_folder(
@@ -110,8 +131,10 @@ def verify_folder(
     trust_remote_code: bool = False,
 ) -> FolderCheck:
     """Check the pattern of a folder's layers, by its report or by what the user says; arguments as of `open_pruned`."""
-    skeleton, pattern, layers = open_pruned(folder, sparsity, scope, only, skip, trust_remote_code)
-    return FolderCheck(str(folder), pattern, check_layers(skeleton.checkpoint, layers))
+    skeleton, goal, layers = open_pruned(folder, sparsity, scope, only, skip, trust_remote_code)
+    sizes = PruneReport.read(folder).sparsity.get("config", {}) if sparsity is None else {}
+    found = {key: (said, getattr(skeleton.config, key, None)) for key, said in sizes.items()}
+    return FolderCheck(str(folder), goal, check_layers(skeleton.checkpoint, layers), found)
 
 
 def open_pruned(
@@ -121,8 +144,8 @@ def open_pruned(
     only: tuple[str, ...] = (),
     skip: tuple[str, ...] = (),
     trust_remote_code: bool = False,
-) -> tuple[Skeleton, SparsityPattern, list[tuple[LayerRef, SparsityPattern]]]:
-    """A model folder, its pattern, and its pruned layers, each with the pattern that it should hold.
+) -> tuple[Skeleton, Sparsity, list[tuple[LayerRef, SparsityPattern]]]:
+    """A model folder, what it should hold, and its pruned layers, each with the pattern that it should hold.
 
     Args:
         folder: a model folder.
@@ -142,17 +165,20 @@ def open_pruned(
         report = PruneReport.read(folder)
         sparsity, scope = report.sparsity["pattern"], scope or report.sparsity["scope"]
         own = patterns_of(report, scope)
-        names = tuple(own)
+        names = tuple(layer.name for layer in report.layers)
         only = tuple(name for name in names if not select(name, only, skip))
         if not only:
             raise InputError(
                 f"the report names {len(names)} layers, and none is left to check", "loosen --only and --skip"
             )
-    pattern = parse_pattern(sparsity, scope or "layer")
+    goal = parse_sparsity(sparsity, scope or "layer")
     source = open_source(
         str(folder), revision=None, cache=default_cache(), trust_remote_code=trust_remote_code, progress=Progress()
     )
+    # Every shape is checked against the config when the skeleton is made.
     skeleton = Skeleton(source.config, SafetensorsFolder(folder), trust_remote_code=trust_remote_code)
+    if goal.pattern is None:
+        return skeleton, goal, []
     # A report names layers exactly; one that the model lacks is an error, as a glob that matches nothing is.
-    plan = make_plan(skeleton, pattern, only, () if names else skip)
-    return skeleton, pattern, [(ref, own.get(ref.name, pattern)) for ref in plan.layers]
+    plan = make_plan(skeleton, goal.pattern, only, () if names else skip)
+    return skeleton, goal, [(ref, own.get(ref.name, goal.pattern)) for ref in plan.layers]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llmprune.coupling import Coupling, Float64, Source, find_couplings, fold
 from llmprune.families import LayerRef, find_blocks, find_layers
-from llmprune.stream import Call
+from llmprune.rehearse import Call
 
 GQA, MHA, MQA = (2, 2, 16), (4, 1, 16), (1, 4, 16)
 """Classes, copies and free columns of the attention of the tiny models."""

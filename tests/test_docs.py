@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import llmprune
 from eval import sweep, tables
-from llmprune.cli import build_parser
+from llmprune.cli import build_parser, pack_parser, report_parser, unpack_parser, verify_parser
 from llmprune.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(ROOT.glob("docs/*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -35,6 +37,30 @@ def test_every_command_of_the_readme_parses() -> None:
     assert len(commands) > 3
     for command in commands:
         build_parser().parse_args(shlex.split(command))
+
+
+def test_every_command_on_folders_parses() -> None:
+    parsers = {"verify": verify_parser, "pack": pack_parser, "unpack": unpack_parser, "report": report_parser}
+    text = "\n".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *PAGES])
+    found = re.findall(rf"^(?:`)?llmprune ({'|'.join(parsers)}) ([^#`\n]*)", text, re.MULTILINE)
+    assert {command for command, _ in found} == parsers.keys()
+    for command, arguments in found:
+        parsers[command]().parse_args(shlex.split(arguments))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_code_on_the_pages_compiles(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, page.name, "exec")
+    for line in re.findall(r"^from llmprune import (.*)$", text, re.MULTILINE):
+        assert all(hasattr(llmprune, name) for name in line.split(", "))
+
+
+def test_pictures_and_pages_of_the_readme_exist() -> None:
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links)
 
 
 def test_the_readme_names_every_method() -> None:

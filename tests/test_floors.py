@@ -10,10 +10,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llmprune"
 FLOORS = [
-    {"chart", "durable", "errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report"},
+    {"chart", "durable", "errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report", "sparsity"},
     {"augment", "linalg", "permutation", "positions", "refit", "stats", "targets"},
     {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
-    {"solve"},
+    {"structured", *(f"structured.{path.stem}" for path in PACKAGE.glob("structured/[!_]*.py"))},
+    {"remove", "solve"},
     {
         "checkpoint",
         "demo",
@@ -27,7 +28,7 @@ FLOORS = [
         "source",
         "tokens",
     },
-    {"activations", "carried", "coupling", "kinds", "rehearse", "skeleton", "stream", "watch"},
+    {"activations", "carried", "coupling", "kinds", "rehearse", "skeleton", "stream", "structure", "surgery", "watch"},
     {"estimate", "hub", "perplexity", "plan", "prepare", "refine", "resume", "verify"},
     {"allocate", "packing", "upload"},
     {"samples"},
@@ -84,7 +85,7 @@ def test_no_module_imports_itself_through_others() -> None:
     TopologicalSorter({module: own_imports(module) for module in MODULES}).prepare()
 
 
-@pytest.mark.parametrize("module", sorted(FLOORS[0] | FLOORS[1] | FLOORS[2]))
+@pytest.mark.parametrize("module", sorted(FLOORS[0] | FLOORS[1] | FLOORS[2] | FLOORS[3]))
 def test_the_mathematics_knows_no_transformers_and_no_modules(module: str) -> None:
     foreign = {"transformers", "accelerate", "datasets", "huggingface_hub", "safetensors"}
     assert not {name for name in imports(module) if name.split(".")[0] in foreign}
@@ -92,7 +93,7 @@ def test_the_mathematics_knows_no_transformers_and_no_modules(module: str) -> No
     assert not uses(module, "torch.nn", "nn.Module")
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - FLOORS[1]))
+@pytest.mark.parametrize("module", sorted(set(MODULES) - FLOORS[1] - FLOORS[3]))
 def test_scipy_stays_on_its_floor(module: str) -> None:
     assert not {name for name in imports(module) if name.split(".")[0] in {"scipy", "sklearn"}}
 
@@ -110,7 +111,7 @@ def test_nothing_is_pickled(module: str) -> None:
 
 
 def test_the_command_line_imports_only_the_standard_library_at_its_top() -> None:
-    for module in ("cli", "__main__", "methods", "errors", "__init__"):
+    for module in ("cli", "__main__", "methods", "structured", "errors", "__init__"):
         for node in TREES[module].body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -29,7 +29,7 @@ SHARES = [
     Unstructured(Fraction(3, 8), "layer"),
     Unstructured(Fraction(9, 10), "layer"),
 ]
-INFORMED = [name for name in METHODS if name != "magnitude"]
+INFORMED = [name for name in METHODS if name not in {"magnitude", "scaling"}]
 
 every_method = pytest.mark.parametrize("name", METHODS)
 informed_method = pytest.mark.parametrize("name", INFORMED)
@@ -51,7 +51,8 @@ def weight_of(rows: int, width: int, seed: int = 0) -> Tensor:
 
 def group(gram: Tensor, *weights: Tensor, tokens: int = 100) -> GroupProblem:
     layers = tuple(LayerProblem(f"layer{at}", weight) for at, weight in enumerate(weights))
-    return GroupProblem(layers, InputStats(tokens, gram))
+    scale = torch.linspace(0.5, 1.5, len(gram), dtype=gram.dtype)
+    return GroupProblem(layers, InputStats(tokens, gram, scale=scale))
 
 
 def solve(name: str, gram: Tensor, weight: Tensor, pattern: SparsityPattern, tokens: int = 100) -> LayerSolution:

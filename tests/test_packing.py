@@ -23,6 +23,7 @@ import llmprune
 from llmprune import InputError, PruneError, PruneReport, load, pack, prune, unpack
 from llmprune.cli import main
 from llmprune.packing import PackReport, is_packed
+from llmprune.upload import check_folder
 
 PATTERNS = ["2:4", "1:4", "3:4", "4:8", "5:8"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -221,6 +222,9 @@ def test_what_is_not_packed_is_said(plain: Path, single: Path, tmp_path: Path) -
         pack(single)
     assert "llmprune unpack" in caught.value.hint
     assert not is_packed(plain)
+    assert check_folder(plain)
+    with pytest.raises(InputError, match="is packed"):
+        check_folder(single)
     with pytest.raises(OSError, match=r"model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(single)
 

@@ -20,7 +20,7 @@ from llmprune.hub import model_card
 from llmprune.report import FILE
 
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
-FREE = ("versions", "method.options", "coverage.skipped", "layers[].stats")
+FREE = ("versions", "method.options", "sparsity.config", "coverage.skipped", "layers[].stats")
 SAMPLE = {f"samples[].{key}" for key in ("prompt", "dense", "pruned")}
 SOMETIMES = {"machine.device_memory", "seconds.allocate"} | SAMPLE
 
@@ -184,6 +184,13 @@ def test_the_card_tells_how_to_keep_the_zeros_and_that_does_keep_them(report: Pr
     assert any(bool(changed[layer.name + ".weight"][zeros[layer.name + ".weight"]].any()) for layer in report.layers)
     exec(after, scope)
     assert all(torch.equal(weight == 0, zeros[name]) for name, weight in model.named_parameters())
+
+
+def test_a_card_without_pruned_weights_speaks_of_no_zeros(report: PruneReport, tiny: Path) -> None:
+    smaller = replace(report, sparsity=report.sparsity | {"fraction": 0.0, "note": "the model is smaller"})
+    card = model_card(smaller, tiny)
+    assert "zeros" not in card
+    assert "\nthe model is smaller.\n" in card
 
 
 def test_the_card_warns_of_what_the_run_warned_of(report: PruneReport, tiny: Path) -> None:

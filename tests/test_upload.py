@@ -141,6 +141,21 @@ def test_an_edited_card_is_uploaded_as_edited_and_hidden_files_stay_at_home(
     assert ModelCard(hub.files(REPO)["README.md"].decode()).data.eval_results
 
 
+def test_the_card_tells_the_speed_that_was_measured(hub: Hub, pruned: Path, tmp_path: Path) -> None:
+    for name, data in contents(pruned).items():
+        (tmp_path / name).write_bytes(data)
+    ratio = {"median": 1.5, "low": 1.4, "high": 1.6}
+    found = {"dense": {"prefill": 100.0}, "pruned": {"prefill": 150.0}, "speedup": {"prefill": ratio}}
+    (tmp_path / "speed.json").write_text(json.dumps({**found, "settings": {"prompt": 512, "threads": None}}))
+    push(tmp_path, REPO)
+    card = hub.files(REPO)["README.md"].decode()
+    assert "| prefill, tokens/s | 100.0 | 150.0 | 1.50 (1.40 to 1.60) |" in card
+    assert "Measured side by side: prompt 512." in card
+    (tmp_path / "speed.json").write_text("[]")
+    with pytest.raises(PruneError, match=r"no result of eval\.speed"):
+        push(tmp_path, REPO)
+
+
 def test_the_same_upload_again_changes_nothing(hub: Hub, pruned: Path) -> None:
     push(pruned, REPO)
     files, commits = hub.files(REPO), len(hub.repos[REPO].branches["main"])
@@ -256,6 +271,17 @@ def test_what_would_fail_later_is_refused_at_once(
     assert re.search(f"^hint: .*{hints}", hint)
     assert not out.exists()
     assert not any("commit" in request for request in hub.requests)
+
+
+def test_a_dry_run_checks_the_destination_and_sends_nothing(
+    hub: Hub, run: Callable[..., Outcome], tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    flags = ["--model", tiny, "--sparsity", "2:4", "--calib", text, "--no-eval", "--samples", "4", "--seq-len", "32"]
+    out = ["--out", tmp_path / "out", "--dry-run"]
+    assert run(*flags, *out, "--push-to-hub", REPO).code == 0
+    assert run(*flags, *out, "--push-to-hub", "google/x").code == 2
+    assert hub.repos == {}
+    assert all(request.startswith("GET ") for request in hub.requests)
 
 
 def test_flags_of_a_push_need_a_push(run: Callable[..., Outcome], tiny: Path) -> None:

@@ -52,6 +52,12 @@ METHODS = {
         "llmprune.methods.magnitude:Magnitude", "smallest weights go; the floor for others to beat"
     ),
     "wanda": MethodEntry("llmprune.methods.wanda:Wanda", "smallest |weight| x input norm in each row go"),
+    "obd": MethodEntry(
+        "llmprune.methods.obd:OBD", "smallest weight squared x input mean square in the layer goes; in a row as wanda"
+    ),
+    "scaling": MethodEntry(
+        "llmprune.methods.scaling:Scaling", "smallest |weight| x learned scale of the norm that feeds the layer goes"
+    ),
     "sparsegpt": MethodEntry(
         "llmprune.methods.sparsegpt:SparseGPT",
         "second-order choice, the kept weights make up for the pruned ones",
@@ -79,7 +85,12 @@ def load_method(name: str, options: Mapping[str, str] | None = None) -> Method:
     Raises:
         InputError: the method has no such option, or the value is no positive number.
     """
-    module, _, attribute = METHODS[name].target.partition(":")
+    return cast("Method", load_entry(name, METHODS[name], options))
+
+
+def load_entry(name: str, entry: MethodEntry, options: Mapping[str, str] | None = None) -> object:
+    """Instantiate a row of a table; see `load_method`."""
+    module, _, attribute = entry.target.partition(":")
     cls = getattr(import_module(module), attribute)
     known = {field.name: float if field.type in {"float", float} else int for field in fields(cls)}
     values = {}
@@ -88,7 +99,7 @@ def load_method(name: str, options: Mapping[str, str] | None = None) -> Method:
             listed = f"its options are {', '.join(known)}" if known else "it has no options"
             raise InputError(f"{name} has no option {key!r}", listed)
         values[key] = _positive(key, text, known[key])
-    return cast("Method", cls(**values))
+    return cls(**values)
 
 
 def _positive(key: str, text: str, kind: type[float] | type[int]) -> float:

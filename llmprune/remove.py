@@ -1,0 +1,129 @@
+"""How a layer loses inputs: its targets, the criterion in steps, the reconstruction, and then the pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmprune.linalg import relative_error
+from llmprune.pattern import SparsityPattern
+from llmprune.permutation import classes_left
+from llmprune.problem import GroupProblem, InputStats, LayerSolution
+from llmprune.solve import Solver
+from llmprune.structured import Criterion
+from llmprune.structured.criteria import APoZ, Scaling
+from llmprune.structured.problem import RemovalProblem
+from llmprune.structured.reconstruct import least_squares
+from llmprune.targets import toward_dense
+
+
+@dataclass(frozen=True, slots=True)
+class Remover:
+    """The stages that a layer goes through that loses inputs.
+
+    Args:
+        criterion: picks the inputs.
+        dense: whether the layer is fitted to what the dense model gives.
+        steps: in how many nested steps the inputs go.
+        reconstruct: whether the rest makes up for them, by least squares.
+        solver: prunes the weights that stay.
+    """
+
+    criterion: Criterion
+    dense: bool = False
+    steps: int = 1
+    reconstruct: bool = True
+    solver: Solver | None = None
+
+    @property
+    def quiet(self) -> float | None:
+        """What counts as a nearly zero input, if that is to be counted."""
+        return self.criterion.epsilon if isinstance(self.criterion, APoZ) else None
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the learned scale of the inputs is needed."""
+        return isinstance(self.criterion, Scaling)
+
+    def solve(
+        self,
+        problem: GroupProblem,
+        units: Tensor,
+        count: int,
+        pattern: SparsityPattern | None = None,
+        classes: tuple[Tensor, ...] = (),
+        scale: Tensor | None = None,
+    ) -> tuple[list[LayerSolution], Tensor]:
+        """Remove inputs of one layer.
+
+        Args:
+            problem: a group of one layer.
+            units: `(pools, units, size)`, int64: inputs that go together.
+            count: how many units of every pool go.
+            pattern: what the weights that stay must hold; None to leave them.
+            classes: which inputs may change places for that.
+            scale: `(in,)`, the learned scale of every input, or None.
+
+        Returns:
+            the solution, zero in the inputs that go, and the inputs that stay, in the order in which they hold the
+            pattern.
+        """
+        (layer,) = problem.layers
+        goal, strengths = toward_dense(problem) if self.dense else (problem, [])
+        target = goal.layers[0].weight.double()
+        gram = problem.stats.gram
+        kept = self._choose(RemovalProblem(target, gram, units.to(gram.device), scale, problem.stats.quiet), count)
+        stats = dict(zip(("target_strength",), strengths, strict=False))
+        weight = torch.zeros_like(target)
+        weight[:, kept] = target[:, kept]
+        stats["error_unfitted"] = relative_error(layer.weight, weight.float(), problem.stats)
+        if self.reconstruct:
+            weight[:, kept] = least_squares(target, gram, kept)
+        weight = weight.float()
+        if pattern is None or self.solver is None:
+            mask = torch.zeros_like(weight, dtype=torch.bool)
+            mask[:, kept] = True
+            return [LayerSolution(weight, mask & (weight != 0), stats=stats)], kept
+        return self._sparse(problem, weight, kept, pattern, classes, stats)
+
+    def _choose(self, problem: RemovalProblem, count: int) -> Tensor:
+        """The inputs that stay, in nested steps: each step's criterion sees the weights that the one before left."""
+        target, gram = problem.weight, problem.gram
+        kept = torch.arange(target.shape[1], device=target.device)
+        done = 0
+        for step in range(1, self.steps + 1):
+            upto = count * step // self.steps
+            if upto == done:
+                continue
+            gone = self.criterion.select(problem, upto - done)
+            kept, done = kept[problem.kept(gone)], upto
+            if step < self.steps:
+                weight = least_squares(target, gram, kept) if self.reconstruct else target[:, kept]
+                problem = problem.without(gone, weight)
+        return kept
+
+    def _sparse(
+        self,
+        problem: GroupProblem,
+        weight: Tensor,
+        kept: Tensor,
+        pattern: SparsityPattern,
+        classes: tuple[Tensor, ...],
+        stats: Mapping[str, float],
+    ) -> tuple[list[LayerSolution], Tensor]:
+        """Prune the weights that stay, as a problem of its own."""
+        assert self.solver is not None
+        gram = problem.stats.gram[kept][:, kept]
+        small = replace(problem.layers[0], weight=weight[:, kept])
+        inner = GroupProblem((small,), InputStats(problem.stats.tokens, gram))
+        left = tuple(slots for slots, stays in classes_left(classes, kept, weight.shape[1]) if stays.any())
+        (found,), order = self.solver.solve(inner, pattern, left)
+        whole, mask = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
+        whole[:, kept], mask[:, kept] = found.weight, found.mask
+        return (
+            [replace(found, weight=whole, mask=mask, stats={**stats, **found.stats})],
+            kept if order is None else kept[order.to(kept.device)],
+        )

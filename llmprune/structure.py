@@ -1,0 +1,348 @@
+"""Which inputs of which layers go, worked out before the run: what the blocks allow, and what the config can say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.coupling import Coupling, Source
+from llmprune.errors import InputError
+from llmprune.kinds import all_kinds
+from llmprune.pattern import NM, SparsityPattern
+from llmprune.skeleton import Skeleton
+from llmprune.sparsity import WORDS, Kind, Removal
+from llmprune.stream import Block
+from llmprune.surgery import changed_config, channel_settings, find_settings, head_settings, shapes_after
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+ROUND_TO = 64
+COARSE = 16
+"""Multiples of more than this part of the width are too coarse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What one layer loses.
+
+    Args:
+        kind: channels or heads.
+        block: name of its block.
+        coupling: what its inputs hang together with.
+        units: `(pools, units, size)`, int64: its inputs that go together.
+        count: how many units of every pool go.
+    """
+
+    kind: Kind
+    block: str
+    coupling: Coupling
+    units: Tensor
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Full name of the layer."""
+        return f"{self.block}.{self.coupling.sink}"
+
+    @property
+    def width(self) -> int:
+        """Number of inputs that stay."""
+        return self.coupling.width - self.count * self.units.shape[0] * self.units.shape[2]
+
+    @property
+    def example(self) -> tuple[Coupling, Tensor, str]:
+        """Some choice of the inputs that stay, for shapes: the last units of every pool go."""
+        stays = torch.ones(self.coupling.width, dtype=torch.bool)
+        stays[self.units[:, self.units.shape[1] - self.count :].flatten()] = False
+        return self.coupling, stays.nonzero().flatten(), f"{self.block}."
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The smaller model.
+
+    Args:
+        cuts: every layer that loses inputs.
+        changes: new values of settings of the config.
+        config: the smaller model's.
+        said: for every removal, what was asked for and what is done.
+    """
+
+    cuts: tuple[Cut, ...]
+    changes: dict[str, int]
+    config: PreTrainedConfig
+    said: tuple[str, ...]
+
+    def saved(self, skeleton: Skeleton) -> int:
+        """Bytes by which the written tensors get smaller."""
+        tensors = dict(skeleton.model.state_dict())
+        shapes = shapes_after([cut.example for cut in self.cuts], tensors)
+        return sum(
+            (tensors[name].numel() - math.prod(shape)) * skeleton.checkpoint.stored_dtype(name).itemsize
+            for name, shape in shapes.items()
+            if shape != tuple(tensors[name].shape)
+        )
+
+    @property
+    def by_name(self) -> dict[str, Cut]:
+        """The cuts by their layers' full names."""
+        return {cut.name: cut for cut in self.cuts}
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Full names of all layers that get smaller."""
+        return frozenset(
+            f"{cut.block}.{local}"
+            for cut in self.cuts
+            for local in (cut.coupling.sink, *(feed.local for feed in cut.coupling.feeds))
+        )
+
+
+def plan_structure(
+    skeleton: Skeleton,
+    removals: Iterable[Removal],
+    tokens: Tensor,
+    round_to: int | None = None,
+    pattern: SparsityPattern | None = None,
+    trust_remote_code: bool = False,
+) -> Structure:
+    """Find what can be removed, and a config that says so.
+
+    Args:
+        skeleton: the model.
+        removals: what is asked for.
+        tokens: `(samples, length)`, of which a few are run through copies of the blocks.
+        round_to: numbers of channels are multiples of this; None for 64, or less where that is too coarse.
+        pattern: what the weights that stay are to hold; its groups must fit.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        InputError: the blocks have no such channels or heads, or the config cannot say so few of them.
+    """
+    planner = _Planner(skeleton, tokens, pattern, trust_remote_code)
+    cuts: list[Cut] = []
+    changes: dict[str, int] = {}
+    said = []
+    for removal in removals:
+        if removal.kind == "channels":
+            found, new, text = planner.channels(removal, round_to)
+        else:
+            found, new, text = planner.heads(removal)
+        cuts, changes = cuts + found, changes | new
+        said.append(text)
+    config = changed_config(skeleton.config, changes)
+    _, reason = planner.settings(iter([changes]), cuts)
+    if reason:
+        raise InputError(
+            f"the config cannot say both removals at once: {reason}", "remove only channels, or only heads"
+        )
+    return Structure(tuple(cuts), changes, config, tuple(said))
+
+
+class _Planner:
+    """Looks for the inputs to remove.
+
+    Args:
+        skeleton: the model.
+        tokens: to run a few of.
+        pattern: of the weights that stay, or None.
+        trust: whether code that comes with the model may run.
+    """
+
+    def __init__(self, skeleton: Skeleton, tokens: Tensor, pattern: SparsityPattern | None, trust: bool) -> None:
+        self.skeleton, self.pattern, self.trust = skeleton, pattern, trust
+        kinds = all_kinds(skeleton, tokens)
+        self.couplings = [kinds.couplings(index) for index in range(len(skeleton.blocks))]
+        self.tensors = dict(skeleton.model.state_dict())
+
+    def channels(self, removal: Removal, round_to: int | None) -> tuple[list[Cut], dict[str, int], str]:
+        """Cuts of the MLP channels, new settings, and what is said of them."""
+        found = list(self._sinks("channels"))
+        widths = {}
+        texts = []
+        for old in dict.fromkeys(coupling.width for _, coupling in found):
+            new, step, note = self._rounded(removal, old, round_to)
+            widths[old] = new
+            texts.append(f"{old} -> {new} ({1 - new / old:.1%} of them, multiples of {step}{note})")
+        cuts = [
+            Cut("channels", block, coupling, coupling.classes[0].T[None], coupling.width - widths[coupling.width])
+            for block, coupling in found
+        ]
+        for cut in cuts:
+            self._check(cut)
+        changes, reason = self.settings(channel_settings(self.skeleton.config, widths), cuts)
+        if not changes:
+            raise InputError(
+                f"the config of {self.skeleton.config.model_type!r} cannot say a width of "
+                f"{', '.join(map(str, widths.values()))} for the inputs of {cuts[0].name!r}: {reason}",
+                "this model cannot lose MLP channels; remove weights instead, e.g. --sparsity 2:4",
+            )
+        return cuts, changes, f"{removal.name}: MLP channels {'; '.join(texts)}"
+
+    def _rounded(self, removal: Removal, old: int, round_to: int | None) -> tuple[int, int, str]:
+        """The number of channels that stay, of what it is a multiple, and why that is less than 64."""
+        step, note = round_to or ROUND_TO, ""
+        if round_to is None and step * COARSE > old:
+            step = 1 << max(int(math.log2(max(old // COARSE, 1))), 0)
+            note = f", {ROUND_TO} being too coarse for {old}"
+        if isinstance(self.pattern, NM):
+            step = math.lcm(step, self.pattern.m)
+        wanted = old * (1 - removal.share)
+        new = int(wanted / step + Fraction(1, 2)) * step
+        if not 0 < new < old:
+            raise InputError(
+                f"{removal.name} of {old} channels is {float(wanted):.1f} left, which rounds to {min(new, old)} "
+                f"at multiples of {step}",
+                f"choose another share, or finer steps: --round-to {max(step // 4, 1)}",
+            )
+        return new, step, note
+
+    def heads(self, removal: Removal) -> tuple[list[Cut], dict[str, int], str]:
+        """Cuts of the attention heads, new settings, and what is said of them."""
+        found = list(self._sinks("heads"))
+        forms = {(len(c.classes), *c.classes[0].shape, c.width) for _, c in found}
+        if len(forms) > 1 or any(len({s.shape for s in c.classes}) > 1 for _, c in found):
+            raise InputError("the blocks differ in their heads", "a config says one number of heads for all")
+        groups, queries, width, _ = forms.pop()
+        options = list(_head_options(groups, queries, removal.share))
+        if not options:
+            raise InputError(f"{removal.name} would leave no head: there is one", "remove channels instead")
+        reasons = []
+        for pools, count in options:
+            kept_groups = groups - count if pools == 1 and groups > 1 else groups
+            kept_heads = kept_groups * queries if kept_groups < groups else groups * (queries - count)
+            units = [_head_units(coupling, pools) for _, coupling in found]
+            cuts = [Cut("heads", b, c, u, count) for (b, c), u in zip(found, units, strict=True)]
+            for cut in cuts:
+                self._check(cut)
+            settings = head_settings(self.skeleton.config, kept_heads, kept_groups, width)
+            changes, reason = self.settings(settings, cuts)
+            if changes:
+                return cuts, changes, _head_text(removal, groups, queries, kept_groups, kept_heads)
+            reasons.append(reason)
+        raise InputError(
+            f"the config of {self.skeleton.config.model_type!r} cannot say fewer heads: {reasons[0]}",
+            "this model cannot lose heads; remove channels (channels:25%) or weights (2:4) instead",
+        )
+
+    def _sinks(self, kind: Kind) -> Iterator[tuple[str, Coupling]]:
+        """The block's name and the coupling of every layer that is fed by channels, or by heads."""
+        found = 0
+        for index, couplings in enumerate(self.couplings):
+            inner = {feed.local for coupling in couplings for feed in coupling.feeds}
+            for coupling in couplings:
+                if _kind(coupling) == kind and coupling.sink not in inner:
+                    found += 1
+                    yield self.skeleton.block_name(index), coupling
+        if not found:
+            raise InputError(
+                f"no {WORDS[kind]} could be traced: the inputs of {self._suspect()!r} do not each come from rows "
+                "of other layers",
+                "this model can lose weights only, e.g. --sparsity 2:4",
+            )
+
+    def _suspect(self) -> str:
+        """The last layer of the first block whose inputs hang together with no rows."""
+        known = {coupling.sink for coupling in self.couplings[0]}
+        fed = {feed.local for coupling in self.couplings[0] for feed in coupling.feeds}
+        layers = [name for name, module in self.skeleton.blocks[0].named_modules() if hasattr(module, "weight")]
+        matrices = [n for n in layers if self.skeleton.blocks[0].get_parameter(f"{n}.weight").dim() == 2]
+        left = [name for name in matrices if name not in known | fed] or matrices or [""]
+        return f"{self.skeleton.block_name(0)}.{left[-1]}"
+
+    def _check(self, cut: Cut) -> None:
+        """Refuse a cut that would change what stays, or cannot be written, or leaves groups that do not fit."""
+        if not cut.coupling.severable:
+            raise InputError(
+                f"removing inputs of {cut.name!r} would change the others: a norm goes over all of them",
+                "this model cannot lose them; remove weights instead, e.g. --sparsity 2:4",
+            )
+        checkpoint = self.skeleton.checkpoint
+        for local in cut.coupling.fed(self.skeleton.model.get_submodule(cut.block)):
+            name = f"{cut.block}.{local}"
+            if not checkpoint.writable(name) or len(checkpoint.users(checkpoint.disk_names([name])[0])) > 1:
+                raise InputError(
+                    f"{name!r} cannot get smaller: it is shared between blocks, or stored in another form",
+                    "remove weights instead, e.g. --sparsity 2:4",
+                )
+        rows = self.tensors[f"{cut.name}.weight"].numel() // cut.coupling.width
+        if self.pattern is not None and (problem := self.pattern.divides(rows, cut.width)):
+            raise InputError(f"{self.pattern.name} does not fit {cut.name!r}: {problem}", "choose another --round-to")
+
+    def settings(self, candidates: Iterator[dict[str, int]], cuts: list[Cut]) -> tuple[dict[str, int], str]:
+        """The first settings that give the shapes that the cuts leave."""
+        shapes = shapes_after([cut.example for cut in cuts], self.tensors)
+        return find_settings(self.skeleton.config, candidates, shapes, self.skeleton.compute, self.trust)
+
+
+def _kind(coupling: Coupling) -> Kind | None:
+    """Heads have rows that feed all of their inputs; channels are all alike and each on its own."""
+    if any(len(feed.several) for feed in coupling.feeds):
+        return "heads"
+    alike = len(coupling.classes) == 1 and coupling.classes[0].shape == (1, coupling.width)
+    return "channels" if alike else None
+
+
+def _head_options(groups: int, queries: int, share: Fraction) -> Iterator[tuple[int, int]]:
+    """How heads can go, `(pools, count)`, nearest to the share first.
+
+    One pool of kv groups, or, where several query heads share keys and values, one pool for each group; of two ways
+    as near the first: it saves keys and values too.
+    """
+    options = [(Fraction(count, groups), 0, 1, count) for count in range(1, groups)]
+    options += [(Fraction(count, queries), 1, groups, count) for count in range(1, queries)]
+    for _, _, pools, count in sorted(options, key=lambda option: (abs(option[0] - share), option[1])):
+        yield pools, count
+
+
+def _head_units(coupling: Coupling, pools: int) -> Tensor:
+    """`(pools, units, size)`: kv groups with their query heads in one pool; or the query heads of every group."""
+    if pools == 1 and len(coupling.classes) > 1:
+        return torch.stack([slots.flatten() for slots in coupling.classes])[None]
+    return torch.stack(list(coupling.classes))
+
+
+def _head_text(removal: Removal, groups: int, queries: int, kept_groups: int, kept_heads: int) -> str:
+    heads = groups * queries
+    how = "whole kv groups" if kept_groups < groups and queries > 1 else "heads"
+    if kept_groups == groups:
+        how = f"{(heads - kept_heads) // groups} query heads from every kv group"
+    kv = f", kv heads {groups} -> {kept_groups}" if queries > 1 else ""
+    return f"{removal.name}: attention heads {heads} -> {kept_heads} ({1 - kept_heads / heads:.1%} of them, {how}){kv}"
+
+
+def scale_of(block: Block, coupling: Coupling) -> Tensor:
+    """The learned scale that multiplies every input of a sink, `(in,)`, float64."""
+    source = scale_source(block.module, coupling)
+    assert source is not None
+    scale = torch.ones(coupling.width, dtype=torch.float64)
+    weight = block.module.get_parameter(f"{source.local}.weight").double().cpu()
+    for slots, rows in zip(coupling.classes, source.rows, strict=True):
+        scale[slots] = weight[rows]
+    return scale
+
+
+def scale_source(block: nn.Module, coupling: Coupling) -> Source | None:
+    """The learned scale among the sources of a sink."""
+    vectors = [s for s in coupling.sources if block.get_parameter(f"{s.local}.weight").dim() == 1]
+    return vectors[0] if len(vectors) == 1 else None
+
+
+def check_channel_scales(skeleton: Skeleton, structure: Structure) -> None:
+    """Refuse cuts of layers whose inputs have no learned scale.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for cut in structure.cuts:
+        if scale_source(skeleton.model.get_submodule(cut.block), cut.coupling) is None:
+            raise InputError(
+                f"no learned scale multiplies the inputs of {cut.name!r}", "choose another --method, such as obs"
+            )

@@ -1,0 +1,56 @@
+"""The table of criteria by which channels and heads are removed: name -> where its class is, and one line of help.
+
+A criterion is a frozen dataclass whose fields are its options; `select(problem, count)` says which units of every pool
+go. What the rest is made of is for others to say (`llmprune.structured.reconstruct`). Adding a criterion: one class
+here, one line in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, cast
+
+from llmprune.methods import MethodEntry, load_entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmprune.structured.problem import RemovalProblem
+
+
+class Criterion(Protocol):
+    """What every criterion provides."""
+
+    def select(self, problem: RemovalProblem, count: int) -> Tensor:
+        """The units that go: `(pools, units)`, bool, exactly `count` True in every row."""
+        ...
+
+
+CRITERIA = {
+    "magnitude": MethodEntry("llmprune.structured.criteria:Magnitude", "smallest columns of weights go"),
+    "scaling": MethodEntry(
+        "llmprune.structured.criteria:Scaling", "smallest learned scale of the channel goes, where there is one"
+    ),
+    "obd": MethodEntry("llmprune.structured.criteria:OBD", "smallest diagonal second-order loss goes"),
+    "wanda": MethodEntry("llmprune.structured.criteria:Wanda", "smallest column x input norm goes"),
+    "apoz": MethodEntry("llmprune.structured.criteria:APoZ", "inputs that are most often zero, or nearly so, go"),
+    "obs": MethodEntry(
+        "llmprune.structured.obs:OBS", "what the rest can best make up for goes, greedily, with swaps", 8, 8.0
+    ),
+    "lasso": MethodEntry(
+        "llmprune.structured.lasso:Lasso", "the Lasso path chooses what the output is best made of", 8, 8.0
+    ),
+}
+
+
+def load_criterion(name: str, options: Mapping[str, str] | None = None) -> Criterion:
+    """Instantiate a criterion of the table.
+
+    Args:
+        name: its name.
+        options: values for its fields, as text; the others keep their defaults.
+
+    Raises:
+        InputError: it has no such option, or the value is no positive number.
+    """
+    return cast("Criterion", load_entry(name, CRITERIA[name], options))

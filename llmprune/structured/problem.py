@@ -1,0 +1,67 @@
+"""Which inputs of a layer to remove: the problem that a criterion solves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RemovalProblem:
+    """A layer `y = W x` some of whose inputs are to be removed.
+
+    Args:
+        weight: W, `(out, in)`, float64: what the outputs would best be made with if all inputs stayed.
+        gram: `H = XᵀX / tokens`, `(in, in)`, float32 or float64.
+        units: `(pools, units, size)`, int64: inputs that go together (one channel, or a head's). The same number of
+            units goes from every pool.
+        scale: `(in,)`, the learned scale that multiplies every input, or None.
+        quiet: `(in,)`, the share of tokens for which an input is zero or nearly so, or None.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    units: Tensor
+    scale: Tensor | None = None
+    quiet: Tensor | None = None
+
+    def lowest(self, score: Tensor, count: int) -> Tensor:
+        """The `count` units of every pool with the lowest score, `(pools, units)`, bool; ties by lower index first.
+
+        Args:
+            score: of every unit, `(pools, units)`.
+            count: how many of every pool.
+        """
+        going = score.sort(dim=1, stable=True).indices[:, :count]
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, going, True)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over the inputs of every unit, `(pools, units)`, of `values (in,)`."""
+        return values[self.units].sum(-1)
+
+    def kept(self, gone: Tensor) -> Tensor:
+        """The inputs that stay, `(k,)`, int64, rising, if the units `gone (pools, units)`, bool, go."""
+        stays = torch.ones(self.weight.shape[1], dtype=torch.bool, device=self.weight.device)
+        stays[self.units[gone].flatten()] = False
+        return stays.nonzero().flatten()
+
+    def without(self, gone: Tensor, weight: Tensor) -> RemovalProblem:
+        """What is left of the problem once some units are gone.
+
+        Args:
+            gone: `(pools, units)`, bool, the same number in every pool.
+            weight: the new weights of the inputs that stay, `(out, k)`.
+        """
+        kept = self.kept(gone)
+        place = torch.full((self.weight.shape[1],), -1, device=kept.device)
+        place[kept] = torch.arange(len(kept), device=kept.device)
+        pools, _, size = self.units.shape
+        return RemovalProblem(
+            weight,
+            self.gram[kept][:, kept],
+            place[self.units[~gone].view(pools, -1, size)],
+            None if self.scale is None else self.scale[kept],
+            None if self.quiet is None else self.quiet[kept],
+        )

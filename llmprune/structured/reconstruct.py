@@ -1,0 +1,31 @@
+"""What is left of a layer, made anew from what is left of its inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmprune.linalg import ridge_of
+
+DAMPING = 0.01
+
+
+def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = DAMPING) -> Tensor:
+    """The best weights on the inputs S that stay: `min tr((W̃ − W) A (W̃ − W)ᵀ)`, so `W̃_S = (W A)_:S A_SS⁻¹`.
+
+    `A = H + λI` pulls towards W, not towards zero. One Cholesky factorisation serves all rows.
+
+    Args:
+        weight: W, `(out, in)`, float64.
+        gram: H, `(in, in)`.
+        kept: S, `(k,)`, int64.
+        damping: λ as a fraction of the mean diagonal of H.
+
+    Returns:
+        `W̃_S`, `(out, k)`.
+    """
+    ridge = ridge_of(gram, damping)
+    part = gram[:, kept].double()
+    part[kept, torch.arange(len(kept), device=kept.device)] += ridge + (gram.diagonal()[kept] == 0).double()
+    lower = torch.linalg.cholesky(part[kept])
+    return torch.cholesky_solve((weight @ part).T, lower).T

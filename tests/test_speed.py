@@ -1,0 +1,38 @@
+"""Two folders are timed in turns, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import save_tiny
+
+from eval import speed
+
+
+def test_the_spread_is_median_and_quartiles() -> None:
+    assert speed.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 1.5, "high": 4.5}
+    assert speed.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_a_smaller_folder_is_told_as_smaller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = save_tiny("llama", tmp_path / "dense", intermediate_size=256)
+    pruned = save_tiny("llama", tmp_path / "pruned", intermediate_size=128)
+    out = tmp_path / "figures.json"
+    flags = ["--repeats", "2", "--prompt", "8", "--new", "2", "--threads", "1", "--json", str(out)]
+    assert speed.main([str(dense), str(pruned), *flags]) == 0
+    figures = json.loads(out.read_text(encoding="utf-8"))
+    assert figures["pruned"]["size"] < figures["dense"]["size"]
+    # Two blocks of hidden width 64: attention, gate, up and down of 8 tokens; the head of the last one.
+    attention = 2 * 8 * 64 * (64 + 2 * 32 + 64) + 2 * 2 * 4 * 8 * 8 * 16
+    for name, width in (("dense", 256), ("pruned", 128)):
+        assert figures[name]["flops"] == pytest.approx(2 * (attention + 2 * 8 * 3 * 64 * width) + 2 * 64 * 96, rel=0.02)
+        assert min(figures[name][key] for key in ("prefill", "decode", "memory")) > 0
+    assert figures["promised"] == pytest.approx(figures["dense"]["flops"] / figures["pruned"]["flops"])
+    assert "prefill, tokens/s" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert speed.main([str(tmp_path), str(tmp_path)]) == 2
+    assert "hint:" in capsys.readouterr().err

@@ -1,0 +1,253 @@
+"""Every criterion is what its formula says: by brute force, a slow reference, or scikit-learn on the design matrix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llmprune.linalg import ridge_of
+from llmprune.problem import GroupProblem, InputStats, LayerProblem
+from llmprune.remove import Remover
+from llmprune.stats import QuietCount
+from llmprune.structured import CRITERIA, load_criterion
+from llmprune.structured.lasso import design_gram
+from llmprune.structured.obs import OBS, Search
+from llmprune.structured.problem import RemovalProblem
+from llmprune.structured.reconstruct import DAMPING, least_squares
+
+GRAM_ONLY = [name for name in CRITERIA if name not in {"scaling", "apoz"}]
+SHAPES = {"channels": (1, 12, 1), "heads": (1, 4, 3), "query heads": (2, 3, 2)}
+
+
+def inputs_of(width: int, seed: int, tokens: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.eye(width, dtype=torch.float64)
+    mixing = mixing + 0.8 * torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
+    scale = torch.randn(width, generator=generator, dtype=torch.float64).mul(0.5).exp()
+    return torch.randn(tokens or 4 * width, width, generator=generator, dtype=torch.float64) @ mixing * scale
+
+
+def problem_of(shape: tuple[int, int, int] = (1, 12, 1), seed: int = 0, rows: int = 5) -> RemovalProblem:
+    width = shape[0] * shape[1] * shape[2]
+    X = inputs_of(width, seed)
+    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64)
+    return RemovalProblem(weight, X.T @ X / len(X), torch.arange(width).view(shape))
+
+
+def damped(problem: RemovalProblem) -> Tensor:
+    eye = torch.eye(len(problem.gram), dtype=torch.float64)
+    return problem.gram + ridge_of(problem.gram, DAMPING) * eye
+
+
+def refitted(problem: RemovalProblem, kept: Tensor) -> Tensor:
+    """The best weights, one row at a time by numpy."""
+    A = damped(problem).numpy()
+    at = kept.numpy()
+    weight = np.zeros(problem.weight.shape)
+    for row, target in zip(weight, problem.weight.numpy(), strict=True):
+        row[at] = np.linalg.solve(A[np.ix_(at, at)], (A @ target)[at])
+    return torch.from_numpy(weight)
+
+
+def loss(problem: RemovalProblem, kept: Tensor) -> float:
+    change = refitted(problem, kept) - problem.weight
+    return float((change @ damped(problem) * change).sum())
+
+
+def all_choices(problem: RemovalProblem, count: int) -> list[Tensor]:
+    """Every way to remove `count` units of every pool."""
+    pools, units, _ = problem.units.shape
+    choices = [torch.zeros(0, units, dtype=torch.bool)]
+    for _ in range(pools):
+        rows = []
+        for going in combinations(range(units), count):
+            row = torch.zeros(1, units, dtype=torch.bool)
+            row[0, list(going)] = True
+            rows.append(row)
+        choices = [torch.cat([choice, row]) for choice in choices for row in rows]
+    return choices
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_an_entry_resolves_and_has_one_line_of_help(name: str) -> None:
+    module, attribute = CRITERIA[name].target.split(":")
+    assert type(load_criterion(name)) is getattr(import_module(module), attribute)
+    assert 0 < len(CRITERIA[name].help) < 100
+
+
+def test_the_table_is_read_without_torch() -> None:
+    code = "import sys, llmprune.structured; raise SystemExit('torch' in sys.modules or 'sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", GRAM_ONLY)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_exactly_so_many_go_from_every_pool(name: str, shape: tuple[int, int, int]) -> None:
+    for count in range(1, shape[1]):
+        problem = problem_of(shape, seed=count)
+        gone = load_criterion(name).select(problem, count)
+        assert gone.shape == shape[:2]
+        assert (gone.sum(1) == count).all()
+        assert len(problem.kept(gone)) == problem.weight.shape[1] - count * shape[0] * shape[2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_least_squares_is_the_optimum_row_by_row(seed: int) -> None:
+    problem = problem_of(seed=seed)
+    kept = torch.tensor([0, 2, 3, 7, 8, 11])
+    weight = least_squares(problem.weight, problem.gram, kept)
+    assert torch.allclose(weight, refitted(problem, kept)[:, kept], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_greedy_removal_is_greedy_by_brute_force(shape: tuple[int, int, int]) -> None:
+    """Each unit that goes is the one whose absence, with the rest fitted anew, costs least; pools fill up."""
+    count = max(shape[1] // 2, 1)
+    for seed in range(3):
+        problem = problem_of(shape, seed)
+        gone = torch.zeros(shape[:2], dtype=torch.bool)
+        for _ in range(count * shape[0]):
+            options = []
+            for pool, unit in (~gone & (gone.sum(1, keepdim=True) < count)).nonzero().tolist():
+                trial = gone.clone()
+                trial[pool, unit] = True
+                options.append((loss(problem, problem.kept(trial)), pool, unit))
+            _, pool, unit = min(options)
+            gone[pool, unit] = True
+        search = Search(problem, DAMPING)
+        added = search.remove(count, count if shape[2] > 1 or shape[0] > 1 else 1)
+        assert torch.equal(search.gone, gone)
+        kept = problem.kept(gone)
+        assert added == pytest.approx(loss(problem, kept), rel=1e-9)
+        assert torch.allclose(search.weight, refitted(problem, kept), rtol=1e-8, atol=1e-10)
+        inverse = torch.linalg.inv(damped(problem)[kept][:, kept])
+        assert torch.allclose(search.inverse[kept][:, kept], inverse, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+@pytest.mark.parametrize("seed", range(4))
+def test_obs_is_near_the_best_of_all_subsets(seed: int, count: int) -> None:
+    problem = problem_of(seed=seed)
+    losses = sorted(loss(problem, problem.kept(choice)) for choice in all_choices(problem, count))
+    found = loss(problem, problem.kept(OBS().select(problem, count)))
+    assert found <= 1.1 * losses[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_swaps_never_do_harm_and_end_where_no_swap_helps(seed: int) -> None:
+    problem = problem_of(seed=seed)
+    plain = OBS(swaps=0).select(problem, 5)
+    swapped = OBS(swaps=64).select(problem, 5)
+    assert loss(problem, problem.kept(swapped)) <= loss(problem, problem.kept(plain)) + 1e-12
+
+
+def test_a_swap_finds_the_way_back_from_a_bad_choice() -> None:
+    problem = problem_of(seed=1)
+    search = Search(problem, DAMPING)
+    worst = torch.tensor([loss(problem, problem.kept(choice)) for choice in all_choices(problem, 1)]).topk(4).indices
+    search._drop(worst[None])  # four channels that are dear
+    before = loss(problem, problem.kept(search.gone))
+    while search.swap(1):
+        after = loss(problem, problem.kept(search.gone))
+        assert after < before
+        before = after
+    best = min(loss(problem, problem.kept(choice)) for choice in all_choices(problem, 4))
+    assert before <= 1.1 * best
+    assert torch.allclose(search.weight, refitted(problem, problem.kept(search.gone)), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", [96, 300])
+def test_removing_blocks_at_a_time_is_nearly_as_good_as_one_by_one(width: int) -> None:
+    problem = problem_of((1, width, 1), rows=32)
+    losses = []
+    for block in (1, width // 24):
+        search = Search(problem, DAMPING)
+        search.remove(width // 3, block)
+        losses.append(loss(problem, problem.kept(search.gone)))
+    assert losses[1] <= 1.02 * losses[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_lassos_gram_is_that_of_the_explicit_design(shape: tuple[int, int, int]) -> None:
+    width = shape[0] * shape[1] * shape[2]
+    X, problem = inputs_of(width, 3), problem_of(shape, 3)
+    columns = [(X[:, unit] @ problem.weight[:, unit].T).flatten() for unit in problem.units.flatten(0, 1)]
+    design = torch.stack(columns, 1) / len(X) ** 0.5
+    assert torch.allclose(design_gram(problem), design.T @ design, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_path_is_scikit_learns_on_the_explicit_design(seed: int) -> None:
+    from sklearn.linear_model import lars_path, lars_path_gram
+
+    X, problem = inputs_of(12, seed), problem_of(seed=seed)
+    columns = [(X[:, at : at + 1] @ problem.weight[:, at : at + 1].T).flatten() for at in range(12)]
+    design = torch.stack(columns, 1)
+    target = (X @ problem.weight.T).flatten()
+    _, _, explicit = lars_path(design.numpy(), target.numpy(), method="lasso")
+    gram = design_gram(problem) * len(X)
+    _, _, ours = lars_path_gram(gram.sum(1).numpy(), gram.numpy(), n_samples=design.shape[0], method="lasso")
+    assert ours.shape == explicit.shape
+    assert np.abs(ours - explicit).max() < 1e-10
+    for count in (3, 6):
+        gone = load_criterion("lasso").select(problem, count)
+        at = next(step for step in range(explicit.shape[1]) if (explicit[:, step] != 0).sum() == 12 - count)
+        assert (gone[0].numpy() == (explicit[:, at] == 0)).all()
+
+
+@pytest.mark.parametrize("count", [2, 4, 6])
+def test_the_lasso_with_a_refit_is_among_the_best_of_all_subsets(count: int) -> None:
+    ranks = []
+    for seed in range(6):
+        problem = problem_of(seed=seed)
+        losses = sorted(loss(problem, problem.kept(choice)) for choice in all_choices(problem, count))
+        found = loss(problem, problem.kept(load_criterion("lasso").select(problem, count)))
+        ranks.append(np.searchsorted(losses, found * (1 - 1e-9)) / len(losses))
+    assert np.mean(ranks) < 0.05
+
+
+def test_simple_scores_by_hand() -> None:
+    weight = torch.tensor([[3.0, 1.0, 2.0, 0.5], [4.0, 1.0, 0.0, 0.5]], dtype=torch.float64)
+    gram = torch.diag(torch.tensor([0.01, 4.0, 1.0, 100.0], dtype=torch.float64))
+    problem = RemovalProblem(
+        weight, gram, torch.arange(4).view(1, 4, 1),
+        scale=torch.tensor([0.5, -0.1, 2.0, -3.0]), quiet=torch.tensor([0.2, 0.1, 0.9, 0.0]),
+    )  # fmt: skip
+    first = {name: int(load_criterion(name).select(problem, 1)[0].int().argmax()) for name in CRITERIA}
+    assert first == {"magnitude": 3, "wanda": 0, "obd": 0, "obs": 2, "lasso": 0, "scaling": 1, "apoz": 2}
+
+
+def test_obd_ranks_single_channels_as_wanda_does() -> None:
+    problem = problem_of((1, 40, 1))
+    assert torch.equal(load_criterion("obd").select(problem, 13), load_criterion("wanda").select(problem, 13))
+
+
+def test_zeros_are_counted_exactly_where_there_are_any() -> None:
+    rows = torch.tensor([[0.0, 1.0, -2.0], [0.0, 0.0, 3.0]])
+    count = QuietCount(0.1)
+    count.add(rows)
+    assert count.share(2).tolist() == [1.0, 0.5, 0.0]
+    smooth = QuietCount(0.1)
+    smooth.add(rows + 0.01)
+    assert smooth.share(2).tolist() == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+@pytest.mark.parametrize("reconstruct", [True, False])
+def test_steps_are_nested_and_end_at_the_count(steps: int, reconstruct: bool) -> None:
+    given = problem_of()
+    problem = GroupProblem((LayerProblem("sink", given.weight.float()),), InputStats(100, given.gram.float()))
+    remover = Remover(load_criterion("wanda"), steps=steps, reconstruct=reconstruct)
+    (solution,), kept = remover.solve(problem, given.units, 5)
+    assert len(kept) == 7
+    assert torch.equal(solution.mask.all(0).nonzero().flatten(), kept)
+    assert not solution.weight[:, ~solution.mask[0]].any()
+    if not reconstruct:
+        assert torch.equal(solution.weight[:, kept], problem.layers[0].weight[:, kept])
