@@ -71,7 +71,7 @@ class Journal:
         Raises:
             InputError: it is of a run with another result.
         """
-        self.state = {} if restart else self._read()
+        self.state = {} if restart else read_state(self.folder / STATE)
         self.resumed = bool(self.state)
         self.agree(facts)
         if self.state and (bad := self._damaged()):
@@ -109,7 +109,8 @@ class Journal:
     def fill(self, report: PruneReport) -> None:
         """Put what was reported of the finished blocks into a report."""
         found = PruneReport.from_json({**report.to_json(), **self.state.get("report", {})})
-        report.layers, report.refinements, report.blocks = found.layers, found.refinements, found.blocks
+        report.layers, report.refinements = found.layers, found.refinements
+        report.blocks, report.seconds = found.blocks, found.seconds
 
     def save(self, stream: BlockStream, report: PruneReport, writer: ShardWriter) -> None:
         """Make a finished block durable: the shards are already, now come the hidden states and then the new state."""
@@ -124,19 +125,11 @@ class Journal:
             "shards": [asdict(shard) for shard in writer.shards],
             "dense": asdict(self.dense) if self.dense else None,
             "patterns": [pattern.name if pattern else "" for pattern in self.patterns],
-            "report": {key: whole[key] for key in ("layers", "refinements", "blocks")},
+            "report": {key: whole[key] for key in ("layers", "refinements", "blocks", "seconds")},
             "stream": onward,
         }
         write_json(self.folder / STATE, {"sha256": _digest(self.state), "state": self.state})
         self._tidy()
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            found = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-            state: dict[str, Any] = found["state"]
-            return state if found["sha256"] == _digest(state) else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
 
     def _files(self) -> dict[Path, str]:
         """All files that the state names, with their hashes."""
@@ -177,6 +170,16 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `Journal.save` wrote; nothing if it is not there or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        state: dict[str, Any] = found["state"]
+        return state if found["sha256"] == _digest(state) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def _digest(state: dict[str, Any]) -> str:

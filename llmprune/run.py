@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -123,6 +123,7 @@ def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Cl
         saved=journal.state.get("stream"),
     )
     journal.fill(report)
+    clock.add(report.seconds)
     writer = journal.writer()
     if not writer.shards:
         writer.write(run.skeleton.export_outside())
@@ -146,6 +147,7 @@ def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Cl
             now = time.perf_counter()
             report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory()))
             began = now
+            report.seconds = clock.so_far()
             journal.save(stream, report, writer)
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
@@ -209,14 +211,25 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._since: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        self._since[stage] = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - start
+            self.seconds[stage] += time.perf_counter() - self._since.pop(stage)
+
+    def so_far(self) -> dict[str, float]:
+        """Of all stages, also those that are not over."""
+        now = time.perf_counter()
+        return {**self.seconds, **{key: self.seconds[key] + now - since for key, since in self._since.items()}}
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count what was spent before."""
+        for stage, spent in seconds.items():
+            self.seconds[stage] += spent
 
 
 def check_weights(run: Prepared, progress: Progress) -> str:

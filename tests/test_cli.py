@@ -561,9 +561,34 @@ def test_an_output_behind_a_link_is_replaced_without_leftovers(run: Callable[...
     assert sorted(os.listdir()) == ["link", "real"]
 
 
+def test_a_stopped_run_goes_on_and_says_so(
+    run: Callable[..., Outcome], refused: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("llmprune.run.verify_written", lambda *_: 1 / 0)
+        assert run(*flags, "--out", "out").code == 1
+    refused(*flags, "--out", "out", "--skip", "*.q_proj", says="2 finished blocks of another run", hints="--restart")
+    result = run(*flags, "--out", "out")
+    assert result.code == 0
+    assert "2 blocks were finished before" in result.err
+    assert os.listdir() == ["out"]
+
+
+def test_restart_drops_the_finished_blocks(
+    run: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("llmprune.run.verify_written", lambda *_: 1 / 0)
+        assert run(*flags, "--out", "out").code == 1
+    result = run(*flags, "--out", "out", "--skip", "*.q_proj", "--restart")
+    assert result.code == 0
+    assert "finished before" not in result.err
+
+
 def test_the_rest_of_a_killed_run_is_removed(run: Callable[..., Outcome], flags: list[str]) -> None:
     Path(".out.partial").mkdir()
-    Path(".out.partial", "shard-00001.safetensors").write_text("half")
+    Path(".out.partial", "model").mkdir()
+    Path(".out.partial", "model", "shard-00001.safetensors").write_text("half")
     result = run(*flags, "--out", "out")
     assert result.code == 0
     assert ".out.partial" in result.err
@@ -713,6 +738,17 @@ def test_a_local_job_opens_no_connection(
     assert run(*flags).code == 0
     time.sleep(0.1)
     assert asked == []
+
+
+def test_the_hub_token_is_in_nothing_that_is_written_or_said(
+    run: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "hf_ThisIsASecretThatNobodyMaySee"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    result = run(*flags, "--json", "--debug", "--out", "out")
+    assert result.code == 0
+    assert secret not in result.out + result.err
+    assert all(secret.encode() not in content for content in listing(Path("out")).values())
 
 
 def test_options_of_a_method_are_checked_and_reported(

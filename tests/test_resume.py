@@ -25,7 +25,7 @@ from llmprune.activations import Filed
 from llmprune.errors import InputError, PruneError
 from llmprune.html_report import PAGE
 from llmprune.progress import Progress
-from llmprune.resume import LOCK, STATE, Journal
+from llmprune.resume import LOCK, STATE, Journal, read_state
 from llmprune.skeleton import Skeleton
 from llmprune.stream import Block
 
@@ -152,7 +152,18 @@ def test_a_resumed_run_gives_the_same_bytes_and_runs_no_block_again(
     monkeypatch.setattr(Skeleton, "loaded", lambda model, names: (loaded.update(names), load(model, names))[1])
     assert result(work) == wanted
     assert ran == set(range(blocks, BLOCKS))
-    assert {int(name.split(".")[2]) for name in loaded if name.startswith("model.layers.")} == ran
+    # What is removed is planned before the run, with a look at the first block.
+    planned = {0} if work.sparsity.startswith("channels") else set()
+    assert {int(name.split(".")[2]) for name in loaded if name.startswith("model.layers.")} - planned == ran
+
+
+def test_time_before_the_stop_counts(work: Job, stop: Stop) -> None:
+    stop(work, BLOCKS)
+    before = read_state(partial(work) / STATE)["report"]["seconds"]
+    report = prune(work)
+    assert {"solve", "error", "write", "prune", "total", "prepare", "dense_evaluation"} <= before.keys()
+    assert all(report.seconds[stage] >= round(spent, 3) for stage, spent in before.items())
+    assert len(report.blocks) == BLOCKS
 
 
 def test_the_dense_model_is_measured_once(
