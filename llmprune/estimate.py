@@ -143,7 +143,7 @@ def _solving(recipe: Recipe, width: int, rows: int) -> int:
     paired = recipe.targets == "dense"
     stages = [(entry.squares, entry.stacks + (1 if paired else 0)) for entry in _entries(recipe)]
     if paired:
-        stages.append((1.5, 5.5))
+        stages.append((3.5, 5.5))
     if recipe.refit:
         stages.append((4.8, 3.5))
     if recipe.permute:

@@ -73,6 +73,7 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
         flipped = gram.flip(0, 1)
         flipped.diagonal().add_(ridge + (diagonal == 0).to(gram.dtype).flip(0))
         lower, info = torch.linalg.cholesky_ex(flipped)
+        del flipped
         if int(info) == 0:
             _invert_lower(lower)
             if bool(torch.isfinite(lower.diagonal()).all()):

@@ -114,7 +114,7 @@ class RunningPair:
         """Statistics per token; the sums are used up."""
         fit, held = self.fit.result(), self.held.result()
         tokens = fit.tokens + held.tokens
-        gram = torch.lerp(fit.gram, held.gram, held.tokens / max(tokens, 1))
+        gram = fit.gram.lerp_(held.gram, held.tokens / max(tokens, 1))
         if not self._matched or not tokens:
             return InputStats(tokens, gram, quiet=fit.quiet)
         cross, cross_held = _per_token(self._cross, tokens, held.tokens)
@@ -137,7 +137,7 @@ def _add_products(sums: Tensor, left: Tensor, right: Tensor, cut: int) -> None:
 
 def _per_token(sums: Tensor, tokens: int, held: int) -> tuple[Tensor, Tensor]:
     """Means over all tokens, and over those held out."""
-    return sums.sum(0).div_(tokens), sums[1].div_(max(held, 1))
+    return sums[0].add_(sums[1]).div_(tokens), sums[1].div_(max(held, 1))
 
 
 def _whole(lower: Tensor) -> Tensor:

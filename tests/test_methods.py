@@ -51,8 +51,12 @@ def weight_of(rows: int, width: int, seed: int = 0) -> Tensor:
 
 def group(gram: Tensor, *weights: Tensor, tokens: int = 100) -> GroupProblem:
     layers = tuple(LayerProblem(f"layer{at}", weight) for at, weight in enumerate(weights))
-    scale = torch.linspace(0.5, 1.5, len(gram), dtype=gram.dtype)
-    return GroupProblem(layers, InputStats(tokens, gram, scale=scale))
+    return GroupProblem(layers, InputStats(tokens, gram, scale=norm_scale(len(gram))))
+
+
+def norm_scale(width: int) -> Tensor:
+    """Of the norm that feeds the layers."""
+    return torch.linspace(0.5, 1.5, width)
 
 
 def solve(name: str, gram: Tensor, weight: Tensor, pattern: SparsityPattern, tokens: int = 100) -> LayerSolution:
@@ -215,7 +219,9 @@ def test_a_layer_of_zeros_stays_one(name: str) -> None:
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(HALF, "row"), Unstructured(HALF, "layer")])
 def test_equal_scores_go_by_lower_index(name: str, pattern: SparsityPattern) -> None:
     ones = torch.ones(3, 16)
-    assert torch.equal(solve(name, torch.eye(16), ones, pattern).mask, keep_largest(ones, pattern))
+    weight = ones / norm_scale(16) if name == "scaling" else ones
+    found = solve(name, torch.eye(16), weight, pattern).mask
+    assert torch.equal(found, keep_largest(weight * norm_scale(16) if name == "scaling" else ones, pattern))
 
 
 def with_dead(width: int, dead: list[int]) -> Tensor:
@@ -268,7 +274,8 @@ def test_without_tokens_magnitude_decides_and_weights_stay(name: str, pattern: S
     ):
         assert_lawful(solution, weight)
         assert solution.status is (Status.NO_INPUT if name in INFORMED else Status.OK)
-        assert torch.equal(solution.mask, keep_largest(weight.abs(), pattern))
+        score = weight.abs() * norm_scale(40) if name == "scaling" else weight.abs()
+        assert torch.equal(solution.mask, keep_largest(score, pattern))
         assert torch.equal(solution.weight, weight * solution.mask)
 
 
