@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from llmprune.checkpoint import INDEX, SINGLE, SafetensorsFolder
-from llmprune.cli import size
 from llmprune.errors import InputError
+from llmprune.flags import size
 from llmprune.progress import Progress
 from llmprune.resume import STATE, read_state
 from llmprune.tokens import calibration_tokens, load_tokens, save_tokens, token_batch
