@@ -36,7 +36,7 @@ from llmprune.watch import Observer, watched
 BATCH_TOKENS = 2048
 """Tokens that pass through a block together."""
 
-MEMORY = 2 * 2**30
+MEMORY = 4 * 2**30
 """Bytes that a block's intermediate activations may take."""
 
 BUDGET = 2 * 2**30

@@ -889,6 +889,8 @@ def test_an_interrupt_ends_at_once_in_one_line_and_keeps_only_finished_blocks(
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # A shell's background jobs ignore interruptions, and so would what this test starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as process:  # fmt: skip
         assert process.stdout
         assert process.stderr
