@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llmprune.coupling import Coupling, find_couplings
+from llmprune.coupling import Coupling
 from llmprune.families import find_layers
+from llmprune.find_couplings import find_couplings
 from llmprune.rehearse import Batch, Wrap, leaves_behind, rehearse
 from llmprune.skeleton import Skeleton
 from llmprune.watch import CallOrder, call_order, find_landings, find_scales

@@ -12,8 +12,10 @@ from helpers import TOY_BLOCKS, random_tokens, tiny_model, toy_block, whole_logi
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmprune.coupling import Coupling, Float64, Source, find_couplings, fold
+from llmprune.coupling import Coupling, Source, fold
 from llmprune.families import LayerRef, find_blocks, find_layers
+from llmprune.find_couplings import find_couplings
+from llmprune.float64 import Float64
 from llmprune.rehearse import Call
 
 GQA, MHA, MQA = (2, 2, 16), (4, 1, 16), (1, 4, 16)

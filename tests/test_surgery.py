@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmprune import InputError, PruneReport, prune
-from llmprune.coupling import Coupling, Feed, Float64
+from llmprune.coupling import Coupling, Feed
+from llmprune.float64 import Float64
 from llmprune.sparsity import Removal, parse_sparsity
 from llmprune.structure import Cut, Structure, plan_structure
 from llmprune.surgery import cut, rearrange
