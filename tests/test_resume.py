@@ -507,9 +507,12 @@ print(json.dumps({"kills": kills, "stages": finished}))
 
 
 def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(work: Job, reference: Reference) -> None:
+    # The process forks, which a pool of threads does not outlive.
+    threads, work = torch.get_num_threads(), replace(work, threads=1)
     wanted = reference(work)
+    torch.set_num_threads(threads)
     assert work.out
-    fields = {"model": work.model, "sparsity": work.sparsity, "method": work.method, "calib": work.calib}
+    fields = {"model": work.model, "sparsity": work.sparsity, "method": work.method, "calib": work.calib, "threads": 1}
     fields |= {"out": str(work.out), "device": "cpu", "eval_text": work.eval_text}
     fields |= {"eval_windows": work.eval_windows, "eval_context": work.eval_context}
     command = [sys.executable, "-c", KILLED, json.dumps(fields), "20"]
@@ -519,6 +522,7 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(work: Job, re
     print(told)
     folders = list(work.out.parent.glob("finished-*"))
     assert folders
-    assert all(contents(folder) == wanted for folder in folders)
+    for folder in folders:
+        assert contents(folder) == wanted, told
     assert {stage for stages in told["stages"] for stage in stages} >= {1, 2, 3}
     assert told["kills"] > 3 * len(folders)
