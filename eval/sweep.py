@@ -60,13 +60,14 @@ def file_name(settings: dict[str, Any]) -> str:
     return re.sub(r"[^\w.]+", "-", "-".join(str(value) for value in settings.values())).strip("-") + ".json"
 
 
-def caption(result: dict[str, Any], dense: dict[str, Any]) -> str:
-    """What all cells were measured on.
+def caption(results: list[dict[str, Any]], dense: dict[str, Any]) -> str:
+    """What all cells were measured on, and at which commits.
 
     Args:
-        result: the first cell.
+        results: the cells.
         dense: the dense model on the texts of `[also]`.
     """
+    result, commits = results[0], dict.fromkeys(found["commit"] for found in results)
     measured = dict(dense)
     if evaluation := result["evaluation"]:
         measured = {Path(evaluation["source"]).name: {**evaluation["dense"], "sha256": evaluation["sha256"]}} | measured
@@ -79,7 +80,7 @@ def caption(result: dict[str, Any], dense: dict[str, Any]) -> str:
     size = f"{calibration['samples']} x {calibration['seq_len']} tokens, sha256 {calibration['sha256'][:12]}"
     return (
         f"Perplexity on {texts}. Calibration on {Path(calibration['source']).name} (first row {size}); "
-        f"commit {result['commit']}."
+        f"commit {', '.join(commits)}."
     )
 
 

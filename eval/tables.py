@@ -36,7 +36,7 @@ def render(name: str) -> str:
         [
             sweep.table(cells),
             "",
-            sweep.caption(first, sweep.read_dense(RESULTS / name)),
+            sweep.caption([result for _, result in cells], sweep.read_dense(RESULTS / name)),
             f"From `eval/results/{name}/*.json`, by `python -m eval.sweep eval/grids/{name}.toml`; the first row is:",
             f"```\n{first['command']}\n```",
         ]
