@@ -74,13 +74,13 @@ class Recipe:
 
 EFFORTS = {
     "fast": Recipe("sparsegpt"),
-    "balanced": Recipe("admm", targets="dense", permute=True, noise=0.15),
-    "best": Recipe("admm", targets="dense", permute=True, noise=0.15, refine=4),
+    "balanced": Recipe("admm", targets="dense", permute=True),
+    "best": Recipe("admm", targets="dense", permute=True, refine=4),
 }
 REMOVALS = {
     "fast": Recipe("", criterion="wanda"),
-    "balanced": Recipe("", targets="dense", criterion="obs", noise=0.15),
-    "best": Recipe("", targets="dense", criterion="obs", noise=0.15, refine=4),
+    "balanced": Recipe("", targets="dense", criterion="obs"),
+    "best": Recipe("", targets="dense", criterion="obs", refine=4),
 }
 """What the efforts stand for where channels or heads are removed and no weights after that."""
 DEFAULT_EFFORT = "balanced"
