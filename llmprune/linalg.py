@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +79,7 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
             _invert_lower(lower)
             if bool(torch.isfinite(lower.diagonal()).all()):
                 return InverseFactor(lower.flip(0, 1), ridge, raises)
-    raise NumericalError(
-        f"the input statistics stay singular with a damping of {damping * 10**MAX_RAISES:g} of the mean diagonal",
-        "use more calibration tokens (--samples, --seq-len) or another text (--calib)",
-    )
+    raise _singular(damping)
 
 
 def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -97,16 +95,41 @@ def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         NumericalError: as `inverse_factor`.
     """
     dead = (gram.diagonal() == 0).double()
-    for raises in range(MAX_RAISES + 1):
-        added = dead + ridge_of(gram, damping) * 10**raises
+
+    def damped(ridge: float) -> Tensor:
         matrix = gram.to(torch.float64, copy=True)
-        matrix.diagonal().add_(added)
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        del matrix
+        matrix.diagonal().add_(dead + ridge)
+        return matrix
+
+    lower, ridge, _ = damped_cholesky(damped, gram, damping)
+    _invert_lower(lower)
+    return lower.T @ lower, dead + ridge
+
+
+def damped_cholesky(damped: Callable[[float], Tensor], gram: Tensor, damping: float) -> tuple[Tensor, float, int]:
+    """The lower Cholesky factor of a matrix with a ridge, which is raised tenfold where the matrix is singular.
+
+    Args:
+        damped: makes the matrix, symmetric, for a ridge λ.
+        gram: H, `(in, in)`, whose mean diagonal is the unit of the damping.
+        damping: λ as a fraction of it.
+
+    Returns:
+        the factor, λ, and how often it was raised.
+
+    Raises:
+        NumericalError: as `inverse_factor`.
+    """
+    for raises in range(MAX_RAISES + 1):
+        ridge = ridge_of(gram, damping) * 10**raises
+        lower, info = torch.linalg.cholesky_ex(damped(ridge))
         if int(info) == 0:
-            _invert_lower(lower)
-            return lower.T @ lower, added
-    raise NumericalError(
+            return lower, ridge, raises
+    raise _singular(damping)
+
+
+def _singular(damping: float) -> NumericalError:
+    return NumericalError(
         f"the input statistics stay singular with a damping of {damping * 10**MAX_RAISES:g} of the mean diagonal",
         "use more calibration tokens (--samples, --seq-len) or another text (--calib)",
     )

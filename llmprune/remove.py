@@ -11,7 +11,7 @@ from torch import Tensor
 from llmprune.linalg import relative_error
 from llmprune.pattern import SparsityPattern
 from llmprune.permutation import classes_left
-from llmprune.problem import GroupProblem, InputStats, LayerSolution
+from llmprune.problem import GroupProblem, InputStats, LayerSolution, Status
 from llmprune.refit import refit
 from llmprune.solve import Solver
 from llmprune.structured import Criterion
@@ -84,11 +84,14 @@ class Remover:
         weight = torch.zeros_like(target)
         weight[:, kept] = target[:, kept]
         stats["error_unfitted"] = relative_error(layer.weight, weight.float(), problem.stats)
+        status = Status.OK if problem.stats.tokens else Status.NO_INPUT
         if self.reconstruct:
-            weight[:, kept] = least_squares(target, gram, kept)
+            weight[:, kept], raises = least_squares(target, gram, kept)
+            stats["damping_raises"] = float(raises)
+            status = Status.DAMPING_RAISED if raises else status
         mask = torch.zeros_like(weight, dtype=torch.bool)
         mask[:, kept] = layer.weight[:, kept] != 0
-        solution = LayerSolution((weight * mask).float(), mask, stats=stats)
+        solution = LayerSolution((weight * mask).float(), mask, status, stats)
         if self.reconstruct and not bool(mask[:, kept].all()):
             # Zeros of the source stay zero, so every row has a support of its own.
             (solution,) = refit(goal, [solution], iterations=ZERO_STEPS)
@@ -108,7 +111,7 @@ class Remover:
             gone = self.criterion.select(problem, upto - done)
             kept, done = kept[problem.kept(gone)], upto
             if step < self.steps:
-                weight = least_squares(target, gram, kept) if self.reconstruct else target[:, kept]
+                weight = least_squares(target, gram, kept)[0] if self.reconstruct else target[:, kept]
                 problem = problem.without(gone, weight)
         return kept
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmprune.errors import NumericalError
 from llmprune.linalg import ridge_of
 from llmprune.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.remove import Remover
@@ -102,7 +103,8 @@ def test_exactly_so_many_go_from_every_pool(name: str, shape: tuple[int, int, in
 def test_least_squares_is_the_optimum_row_by_row(seed: int) -> None:
     problem = problem_of(seed=seed)
     kept = torch.tensor([0, 2, 3, 7, 8, 11])
-    weight = least_squares(problem.weight, problem.gram, kept)
+    weight, raises = least_squares(problem.weight, problem.gram, kept)
+    assert raises == 0
     assert torch.allclose(weight, refitted(problem, kept)[:, kept], rtol=1e-10, atol=1e-12)
 
 
@@ -268,3 +270,14 @@ def test_steps_are_nested_and_end_at_the_count(steps: int, reconstruct: bool) ->
     assert not solution.weight[:, ~solution.mask[0]].any()
     if not reconstruct:
         assert torch.equal(solution.weight[:, kept], problem.layers[0].weight[:, kept])
+
+
+def test_a_singular_gram_raises_the_damping_and_says_so() -> None:
+    """With a tiny negative eigenvalue, as float32 sums have them, the factor fails at first; it is no plain failure."""
+    gram = torch.ones(8, 8, dtype=torch.float64) - 1e-3 * torch.eye(8, dtype=torch.float64)
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, raises = least_squares(weight, gram, torch.arange(6), damping=1e-4)
+    assert raises == 2
+    assert bool(torch.isfinite(found).all())
+    with pytest.raises(NumericalError, match="stay singular"):
+        least_squares(weight, gram - 10 * torch.eye(8), torch.arange(6), damping=1e-9)
