@@ -272,66 +272,56 @@ def _add_machine(parser: Parser) -> None:
     machine.add_argument("-h", "--help", action="help", help="print this help")
 
 
+def _command(name: str, description: str, folder: str = "a pruned folder") -> Parser:
+    """A parser for `llmprune NAME DIR`."""
+    parser = Parser(prog=f"llmprune {name}", description=description, allow_abbrev=False)
+    parser.add_argument("dir", type=Path, metavar="DIR", help=folder)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def verify_parser() -> Parser:
     """Flags of `llmprune verify`."""
-    parser = Parser(
-        prog="llmprune verify",
-        description="Re-open a folder's files and check that every pruned layer holds the pattern.",
-        allow_abbrev=False,
-    )
+    parser = _command("verify", "Re-open a folder's files and check that every pruned layer holds the pattern.")
     _add_layers(parser)
     parser.add_argument("--scope", choices=("row", "layer"), help="of an unstructured pattern (default: layer)")
-    _add_common(parser)
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     return parser
 
 
 def pack_parser() -> Parser:
     """Flags of `llmprune pack`."""
-    parser = Parser(
-        prog="llmprune pack",
-        description="Write a compact copy of a pruned folder: of N:M layers the kept values and their positions.",
-        allow_abbrev=False,
+    parser = _command(
+        "pack", "Write a compact copy of a pruned folder: of N:M layers the kept values and their positions."
     )
     _add_layers(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR-packed)")
-    _add_common(parser)
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     return parser
 
 
 def unpack_parser() -> Parser:
     """Flags of `llmprune unpack`."""
-    parser = Parser(
-        prog="llmprune unpack",
-        description="Write the plain folder that was packed, byte for byte.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("dir", type=Path, metavar="DIR", help="a packed folder")
+    parser = _command("unpack", "Write the plain folder that was packed, byte for byte.", "a packed folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR without -packed)")
-    _add_common(parser)
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     return parser
 
 
 def report_parser() -> Parser:
     """Flags of `llmprune report`."""
-    parser = Parser(
-        prog="llmprune report",
-        description="Draw prune_report.html of a pruned folder anew, with generated text if asked for.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("dir", type=Path, metavar="DIR", help="a pruned folder")
+    parser = _command("report", "Draw prune_report.html of a pruned folder anew, with generated text if asked for.")
     parser.add_argument(
         "--generate", type=positive, metavar="N",
         help="let the dense and the pruned model continue a few texts by N tokens; each is loaded whole",
     )  # fmt: skip
     parser.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeatable")
     parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: what the report names)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _add_layers(parser: Parser) -> None:
     """Which layers of a folder hold which pattern."""
-    parser.add_argument("dir", type=Path, metavar="DIR", help="a model folder")
     parser.add_argument(
         "--sparsity", metavar="PATTERN", help="pattern of its layers (default: what its prune_report.json says)"
     )
@@ -340,22 +330,11 @@ def _add_layers(parser: Parser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def _add_common(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
 def push_parser() -> Parser:
     """Flags of `llmprune push`."""
-    parser = Parser(
-        prog="llmprune push",
-        description="Upload a folder that llmprune wrote to the Hugging Face Hub; the folder stays as it is.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a pruned folder")
+    parser = _command("push", "Upload a folder that llmprune wrote to the Hugging Face Hub; the folder stays as it is.")
     parser.add_argument("repo", metavar="ORG/NAME", help="repository; made if it is not there")
     _add_destination(parser)
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

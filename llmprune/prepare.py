@@ -227,7 +227,7 @@ def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
     return replace(recipe, permute=False, allocate="uniform" if goal.pattern is None else recipe.allocate)
 
 
-def _check_scales(skeleton: Skeleton, plan: Plan, tokens: torch.Tensor) -> None:
+def _check_scales(skeleton: Skeleton, plan: Plan, tokens: Tensor) -> None:
     """Refuse layers that no norm feeds."""
     kinds = all_kinds(skeleton, tokens)
     for index in range(len(skeleton.blocks)):
@@ -248,11 +248,11 @@ def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:
         )
 
 
-def output_folder(job: Job, pattern: Sparsity | SparsityPattern) -> Path:
+def output_folder(job: Job, goal: Sparsity) -> Path:
     """The folder to be made; it must not exist yet, unless it holds a model and `--overwrite` is given."""
     if job.out is None:
         model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
-        out = Path(f"{model or 'model'}-{job.label}-{_spelled(pattern.name)}")
+        out = Path(f"{model or 'model'}-{job.label}-{_spelled(goal.name)}")
     else:
         out = job.out
     try:

@@ -200,12 +200,17 @@ def with_header(header: object, data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
+def without_header(raw: bytes) -> tuple[dict[str, Any], bytes]:
+    """A safetensors file's header, and the tensors' bytes."""
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), raw[end:]
+
+
 def with_entry(raw: bytes, name: str, key: str, value: object) -> bytes:
     """A safetensors file whose header says something else of one tensor."""
-    end = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:end])
+    header, data = without_header(raw)
     header[name][key] = value
-    return with_header(header, raw[end:])
+    return with_header(header, data)
 
 
 def random_tokens(samples: int = 5, length: int = LENGTH, seed: int = 0) -> Tensor:

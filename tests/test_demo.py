@@ -33,13 +33,13 @@ from llmprune.demo import (
 )
 from llmprune.errors import InputError
 from llmprune.gguf import cached_gguf
-from llmprune.pattern import parse_pattern
 from llmprune.perplexity import perplexity
 from llmprune.prepare import output_folder
 from llmprune.progress import Progress
 from llmprune.shell import hush_libraries
 from llmprune.skeleton import Skeleton
 from llmprune.source import open_source
+from llmprune.sparsity import parse_sparsity
 from llmprune.terminal import TerminalProgress
 from llmprune.tokens import evaluation_tokens
 from llmprune.verify import verify_folder
@@ -322,7 +322,7 @@ def test_a_gguf_file_is_pruned_like_any_model(gguf: Path, tmp_path: Path) -> Non
     assert verify_folder(tmp_path / "out", None, None, (), ()).violations == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     # Without --out the folder is named after the file.
-    assert output_folder(replace(job, out=None), parse_pattern("2:4")).name == "tiny.Q8_0-wanda-2of4"
+    assert output_folder(replace(job, out=None), parse_sparsity("2:4")).name == "tiny.Q8_0-wanda-2of4"
 
 
 def test_a_gguf_file_that_cannot_be_cached_is_refused(gguf: Path, tmp_path: Path) -> None:

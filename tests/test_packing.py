@@ -13,7 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import job, on_disk, random_tokens, reload, rewrite, save_tiny, token_file, with_entry, with_header
+from helpers import (
+    job,
+    on_disk,
+    random_tokens,
+    reload,
+    rewrite,
+    save_tiny,
+    token_file,
+    with_entry,
+    with_header,
+    without_header,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -308,12 +319,10 @@ def test_a_header_with_holes_is_refused(plain: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plain, tmp_path / "holes"))
     rewrite(folder, lambda tensors: tensors)
     file = folder / "model.safetensors"
-    raw = file.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:end])
+    header, data = without_header(file.read_bytes())
     entry = next(value for value in header.values() if value.get("data_offsets", [1])[0] == 0)
     entry["data_offsets"][1] -= 2
-    file.write_bytes(with_header(header, raw[end:]))
+    file.write_bytes(with_header(header, data))
     with pytest.raises(InputError, match=r"begins at byte|shape|size"):
         pack(folder)
 
@@ -323,12 +332,10 @@ def test_any_layout_of_the_header_comes_back(number: int, plain: Path, tmp_path:
     folder = Path(shutil.copytree(plain, tmp_path / "laid-out"))
     rewrite(folder, lambda tensors: tensors)
     file = folder / "model.safetensors"
-    raw = file.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:end])
+    header, data = without_header(file.read_bytes())
     texts = [json.dumps(header, indent=1), json.dumps(dict(reversed(header.items()))) + " " * 77, json.dumps(header)]
     text = (texts[number].replace("mlp", "\\u006dlp") if number == 2 else texts[number]).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
     unpack(Path(pack(folder).out), tmp_path / "again")
     assert files(tmp_path / "again") == files(folder)
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    TOY_BLOCKS,
     Toy,
     ToyConfig,
     job,
@@ -24,11 +23,12 @@ from helpers import (
     toy_block,
     whole_logits,
 )
+from test_coupling import toy_couplings
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmprune import InputError, PruneReport, prune
-from llmprune.coupling import Coupling, Feed
+from llmprune.coupling import Feed
 from llmprune.float64 import Float64
 from llmprune.sparsity import Removal, parse_sparsity
 from llmprune.structure import Cut, Structure, plan_structure
@@ -292,15 +292,8 @@ class Invented(nn.Module):
         return x + self.moss(nn.functional.silu(a) * b)
 
 
-def invented_couplings(kind: str) -> list[Coupling]:
-    from test_coupling import toy_couplings
-
-    assert kind in TOY_BLOCKS
-    return toy_couplings(kind)
-
-
 def test_an_invented_block_loses_both_rows_of_a_channel() -> None:
-    (coupling,) = invented_couplings("Invented")
+    (coupling,) = toy_couplings("Invented")
     assert coupling.severable
     (feed,) = coupling.feeds
     gone = torch.zeros(32, dtype=torch.bool)
@@ -309,7 +302,7 @@ def test_an_invented_block_loses_both_rows_of_a_channel() -> None:
 
 
 def test_a_norm_over_all_channels_is_seen() -> None:
-    (coupling,) = invented_couplings("Odd")
+    (coupling,) = toy_couplings("Odd")
     assert not coupling.severable
 
 
