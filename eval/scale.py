@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.sweep import commit
 from llmprune.flags import positive, size
 from llmprune.methods import METHODS
 from llmprune.recipe import AUTO, DEFAULT_EFFORT
@@ -211,6 +213,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "shape": asdict(shape),
         "larger": asdict(larger),
+        "commit": commit(),
+        "command": shlex.join(["python", "-m", "eval.scale", *sys.argv[1:]]),
         "settings": {key: str(value) for key, value in vars(options).items() if key not in {"work", "out", "debug"}},
         "runs": runs,
         "block": {"seconds": block, "io": io, "stored_bytes": _stored_bytes(shape)},
@@ -218,6 +222,32 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         # A dry run's seconds leave out what is no product; the runs tell by how much.
         "larger_full": {"seconds": total * other["seconds"] / full["seconds"], "memory": other["memory"]},
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: both runs, what a block took, and what the full models would take."""
+    gib, few_many = 2**30, sorted(result["runs"].items(), key=lambda item: int(item[0]))
+    lines = [
+        "| blocks | peak above the libraries', GiB | foretold, GiB | whole run, s | read, GB | written, GB |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for blocks, run in few_many:
+        peak = (run["peak_memory"] - run["baseline_memory"]) / gib
+        io = [run["io"][key] / 1e9 for key in ("rchar", "wchar")]
+        foretold = run["foretold"]["memory"] / gib
+        lines.append(f"| {blocks} | {peak:.2f} | {foretold:.2f} | {run['wall']:.0f} | {io[0]:.1f} | {io[1]:.1f} |")
+    block, full, larger = result["block"], result["full"], result["larger_full"]
+    settings = result["settings"]
+    used = f"{settings['method']}, {settings['samples']} x {settings['seq_len']} tokens"
+    read, written = (block["io"][key] / 1e9 for key in ("rchar", "wchar"))
+    lines += [
+        "",
+        f"A block takes {block['seconds']['total']:.0f} s, reads {read:.2f} GB and writes {written:.2f} GB; it holds "
+        f"{block['stored_bytes'] / 1e9:.2f} GB. From this ({used}), {settings['shape']} whole: "
+        f"{full['seconds'] / 3600:.1f} h, {full['memory'] / gib:.1f} GiB; {settings['larger']}: "
+        f"{larger['seconds'] / 3600:.1f} h, {larger['memory'] / gib:.1f} GiB.",
+    ]
+    return "\n".join(lines)
 
 
 def _stored_bytes(shape: Shape) -> int:
