@@ -28,6 +28,15 @@ class Piece:
         """Its size."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
+    def cut(self, rows: int) -> list[Piece]:
+        """The same bytes as batches of so many rows; the last may have fewer."""
+        whole, *rest = self.shape
+        row = self.nbytes // whole
+        return [
+            Piece(self.offset + start * row, (min(rows, whole - start), *rest), self.dtype)
+            for start in range(0, whole, rows)
+        ]
+
 
 class Filed(dict[int, Piece]):
     """Tensors in a file, by number.
@@ -126,12 +135,19 @@ class Activations:
         pieces = [[piece.offset, list(piece.shape), str(piece.dtype)[6:]] for _, piece in sorted(filed.items())]
         return {"file": filed.path.name, "sha256": sha256(filed.path), "pieces": pieces}
 
-    def load(self, saved: dict[str, Any], generation: int) -> None:
-        """Take what entered a later block, in place of the first, from what `save` left before it."""
+    def load(self, saved: dict[str, Any], generation: int, rows: int) -> None:
+        """Take what entered a later block, in place of the first, from what `save` left before it.
+
+        Args:
+            saved: what it returned.
+            generation: number of the later block.
+            rows: sequences in a batch; those that were saved may hold a multiple of it.
+        """
         assert self.folder is not None
         filed = Filed(self.folder / saved["file"])
-        for number, (offset, shape, dtype) in enumerate(saved["pieces"]):
-            filed[number] = Piece(offset, tuple(shape), getattr(torch, dtype))
+        for offset, shape, dtype in saved["pieces"]:
+            for part in Piece(offset, tuple(shape), getattr(torch, dtype)).cut(rows):
+                filed[len(filed)] = part
         self.generation = generation
         if sum(piece.nbytes for piece in filed.values()) > self.limit:
             self._entered, self._left = filed, self._filed(generation + 1)

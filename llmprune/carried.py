@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmprune.durable import sha256, sync
+from llmprune.errors import PruneError
 from llmprune.rehearse import Call, Rehearsal, Wrap
 
 PLAIN = (bool, int, float, str, type(None))
@@ -76,8 +77,20 @@ class Baggage:
         return {"file": path.name, "sha256": sha256(path), "contents": contents, "rest": rest}
 
     def load(self, index: int, folder: Path, saved: dict[str, Any]) -> None:
-        """Bring back what `save` wrote."""
+        """Bring back what `save` wrote.
+
+        Raises:
+            PruneError: it belongs to batches of another size.
+        """
         tensors = load_file(folder / saved["file"])
+        if len(saved["contents"]) != len(self._calls):
+            if any(content is not None for packed in saved["contents"] for content in packed):
+                raise PruneError(
+                    f"the {len(saved['contents'])} batches that were saved hold state from block to block, "
+                    f"and now there are {len(self._calls)}",
+                    "--restart starts over, with smaller batches from the first block on",
+                )
+            return
         for calls, packed in zip(self._calls, saved["contents"], strict=True):
             for value, content in zip(mappings_of(calls[index:]), packed, strict=True):
                 if content is not None:

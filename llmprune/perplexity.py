@@ -15,7 +15,7 @@ from torch.nn import functional
 from llmprune.errors import InputError
 from llmprune.rehearse import Wrap, logits
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BUDGET, BlockStream
+from llmprune.stream import BATCH_TOKENS, BUDGET, BlockStream
 
 CHUNK_ELEMENTS = 2**25
 MAX_LOSS = 700.0  # beyond this, exp leaves the range of floats
@@ -56,6 +56,7 @@ def perplexity(
     step: Callable[[], None] = lambda: None,
     folder: Path | None = None,
     budget: int = BUDGET,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Perplexity:
     """Measure a model on windows of text, each predicted on its own (SparseGPT, Wanda: non-overlapping windows).
 
@@ -65,8 +66,9 @@ def perplexity(
         step: called after every block and once at the end.
         folder: where hidden states rest that exceed the budget; None if all are to stay in memory.
         budget: bytes of hidden states that may rest in memory.
+        batch_tokens: tokens per batch.
     """
-    stream = BlockStream(skeleton, tokens, folder=folder, budget=budget)
+    stream = BlockStream(skeleton, tokens, batch_tokens=batch_tokens, folder=folder, budget=budget)
     for _ in stream:
         step()
     with skeleton.loaded(skeleton.outside()):

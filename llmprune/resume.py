@@ -108,9 +108,15 @@ class Journal:
 
     def fill(self, report: PruneReport) -> None:
         """Put what was reported of the finished blocks into a report."""
-        found = PruneReport.from_json({**report.to_json(), **self.state.get("report", {})})
-        report.layers, report.refinements = found.layers, found.refinements
-        report.blocks, report.seconds = found.blocks, found.seconds
+        nothing: dict[str, Any] = {"layers": [], "refinements": [], "blocks": []}
+        found = PruneReport.from_json({**report.to_json(), **self.state.get("report", nothing)})
+        report.layers, report.refinements, report.blocks = found.layers, found.refinements, found.blocks
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long the finished blocks took, stage by stage."""
+        found: dict[str, float] = self.state["report"]["seconds"] if self.state else {}
+        return found
 
     def save(self, stream: BlockStream, report: PruneReport, writer: ShardWriter) -> None:
         """Make a finished block durable: the shards are already, now come the hidden states and then the new state."""

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,6 +36,7 @@ from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
 from llmprune.refine import batch_tokens, refine
 from llmprune.report import BlockReport, LayerReport, PruneReport
 from llmprune.resume import Journal, workplace
+from llmprune.room import with_room
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BATCH_TOKENS, Block, BlockStream, Group
 from llmprune.structure import scale_of
@@ -67,7 +69,8 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
             with clock("dense_evaluation"):
                 journal.dense = journal.dense or measure(run, run.source.folder, "dense perplexity", progress)
             with clock("prune"):
-                prune_blocks(run, journal, report, clock, progress)
+                clock.add(journal.seconds)
+                with_room(partial(prune_blocks, run, journal, report, clock, progress), windows_of(run), progress)
             with clock("verify"):
                 verify_written(run, report, progress)
             with clock("pruned_evaluation"):
@@ -102,14 +105,17 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     }
 
 
-def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Clock, progress: Progress) -> None:
+def prune_blocks(
+    run: Prepared, journal: Journal, report: PruneReport, clock: Clock, progress: Progress, windows: int
+) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
     tokens = run.tokens
-    patterns = journal.patterns = journal.patterns or block_patterns(run, clock, progress)
+    size = windows * tokens.shape[1]
+    patterns = journal.patterns = journal.patterns or block_patterns(run, clock, progress, size)
     stream = BlockStream(
         run.skeleton,
         tokens,
-        batch_tokens=batch_tokens(tokens) if run.recipe.refine else BATCH_TOKENS,
+        batch_tokens=size,
         chosen=run.chosen,
         twin=run.recipe.twin,
         paired=run.recipe.targets == "dense",
@@ -123,7 +129,6 @@ def prune_blocks(run: Prepared, journal: Journal, report: PruneReport, clock: Cl
         saved=journal.state.get("stream"),
     )
     journal.fill(report)
-    clock.add(report.seconds)
     writer = journal.writer()
     if not writer.shards:
         writer.write(run.skeleton.export_outside())
@@ -171,14 +176,28 @@ def solve(
     return run.solver.solve(group.problem, pattern, group.classes)
 
 
-def block_patterns(run: Prepared, clock: Clock, progress: Progress) -> Sequence[SparsityPattern | None]:
+def windows_of(run: Prepared) -> int:
+    """How many windows of the calibration text go through a block at once, if there is room for them."""
+    samples, length = run.calibration.tokens.shape
+    most = batch_tokens(run.calibration.tokens) if run.recipe.refine else BATCH_TOKENS
+    return min(max(most // length, 1), samples)
+
+
+def block_patterns(
+    run: Prepared, clock: Clock, progress: Progress, batch_tokens: int
+) -> Sequence[SparsityPattern | None]:
     """Every block's pattern: the one asked for, or its own share of it, from a first pass over the dense model."""
     if run.recipe.allocate == "uniform" or not isinstance(run.pattern, Unstructured):
         return [run.pattern] * len(run.skeleton.blocks)
     progress.start("sharing out", len(run.skeleton.blocks))
     with clock("allocate"), TemporaryDirectory(dir=run.partial) as spare:
         stream = BlockStream(
-            run.skeleton, run.tokens, chosen=run.plan.names, folder=Path(spare), budget=run.job.activation_memory
+            run.skeleton,
+            run.tokens,
+            batch_tokens=batch_tokens,
+            chosen=run.plan.names,
+            folder=Path(spare),
+            budget=run.job.activation_memory,
         )
         patterns = allocate(stream, run.pattern, run.recipe.allocate, progress.step)
     progress.finish()
@@ -244,14 +263,17 @@ def measure(run: Prepared, folder: Path, label: str, progress: Progress) -> Perp
     """The perplexity of the model in `folder`, or None if the job does not ask for it."""
     if run.evaluation is None:
         return None
-    skeleton = skeleton_of(run, folder)
-    progress.start(label, len(skeleton.blocks) + 1)
-    with TemporaryDirectory(dir=run.partial) as spare:
-        result = perplexity(
-            skeleton, run.evaluation.tokens, progress.step, folder=Path(spare), budget=run.job.activation_memory
-        )
-    progress.finish()
-    return result
+    skeleton, tokens, budget = skeleton_of(run, folder), run.evaluation.tokens, run.job.activation_memory
+    samples, length = tokens.shape
+
+    def attempt(windows: int) -> Perplexity:
+        progress.start(label, len(skeleton.blocks) + 1)
+        with TemporaryDirectory(dir=run.partial) as spare:
+            result = perplexity(skeleton, tokens, progress.step, Path(spare), budget, windows * length)
+        progress.finish()
+        return result
+
+    return with_room(attempt, min(max(BATCH_TOKENS // length, 1), samples), progress)
 
 
 def skeleton_of(run: Prepared, folder: Path) -> Skeleton:

@@ -430,7 +430,7 @@ class BlockStream:
     Args:
         skeleton: the model.
         tokens: `(samples, length)`, int64.
-        batch_tokens: tokens per batch.
+        batch_tokens: tokens per batch; fewer if `saved` says so.
         chosen: full names of the layers to be pruned.
         memory: bytes that a block's intermediate activations may take.
         twin: whether the dense model's activations travel along.
@@ -473,8 +473,10 @@ class BlockStream:
         self._dense = Activations("dense", folder, limit) if twin else None
         self._streams = [self._pruned] if self._dense is None else [self._pruned, self._dense]
         wrap = saved_wrap(folder, saved["carried"]) if folder and saved else None
-        batch_size = max(1, batch_tokens // tokens.shape[1])
-        self.rehearsal = rehearse(skeleton, tokens, batch_size, self._pruned, self._dense, wrap)
+        self.batch_size = max(1, batch_tokens // tokens.shape[1])
+        if saved:
+            self.batch_size = min(self.batch_size, saved["batch_size"])
+        self.rehearsal = rehearse(skeleton, tokens, self.batch_size, self._pruned, self._dense, wrap)
         short = short_batch(skeleton, tokens, self.rehearsal.wrap) if permute or scales else None
         self.kinds = Kinds(skeleton, chosen, short)
         self._baggage = Baggage(self.rehearsal) if folder else None
@@ -527,6 +529,7 @@ class BlockStream:
         assert self._baggage is not None
         return {
             "done": self.done + 1,
+            "batch_size": self.batch_size,
             "hidden": [stream.save() for stream in self._streams],
             "carried": self._baggage.save(self.done + 1, self.folder),
             "kinds": self.kinds.save(),
@@ -538,7 +541,7 @@ class BlockStream:
         assert self._baggage is not None
         self.done, self.uncalled = saved["done"], list(saved["uncalled"])
         for stream, hidden in zip(self._streams, saved["hidden"], strict=True):
-            stream.load(hidden, self.done)
+            stream.load(hidden, self.done, self.batch_size)
         self._baggage.load(self.done, self.folder, saved["carried"])
         self.kinds.load(saved["kinds"])
         for batch in self.rehearsal.batches:

@@ -44,7 +44,7 @@ FLOORS = [
         "watch",
     },
     {"estimate", "hub", "perplexity", "plan", "prepare", "refine", "resume", "verify"},
-    {"allocate", "packing", "upload"},
+    {"allocate", "packing", "room", "upload"},
     {"samples"},
     {"run"},
     {"__main__", "bars", "cli", "flags", "shell", "terminal"},
