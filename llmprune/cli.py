@@ -103,7 +103,7 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     job = make_job(options, arguments)
     where = destination(options)
     words = sys.stderr if options.json else sys.stdout
-    progress = terminal.TerminalProgress(quiet=options.quiet)
+    progress = terminal.TerminalProgress(quiet=options.quiet or is_follower())
     if not (options.model == "demo" or options.model.endswith(".gguf") or Path(options.model).expanduser().exists()):
         start_probe()
     progress.note("loading libraries")
@@ -112,6 +112,8 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         from llmprune.upload import check_destination
 
         check_destination(where, job.model)
+    if is_follower():
+        return run_follower(options, job)
     if options.dry_run:
         from llmprune.run import dry_run
 
@@ -131,6 +133,20 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(json.dumps(facts, indent=2), flush=True)
     if where and not options.dry_run:
         words.write(f"pushed to    {send(Path(facts['out']), where, progress)}\n")
+    return 0
+
+
+def is_follower() -> bool:
+    """Whether this is one of several processes, but not the first, which speaks for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
+def run_follower(options: argparse.Namespace, job: Job) -> int:
+    """The main command in all processes but the first."""
+    from llmprune.run import prune
+
+    if not options.dry_run:
+        prune(job)
     return 0
 
 

@@ -23,6 +23,7 @@ from llmprune.noise import with_noise
 from llmprune.pattern import NM, SparsityPattern, Unstructured
 from llmprune.plan import Plan, make_plan
 from llmprune.progress import Progress
+from llmprune.ranks import ALONE, Ranks
 from llmprune.recipe import AUTO, Recipe
 from llmprune.refine import LEAST_SAMPLES
 from llmprune.remove import Remover
@@ -60,6 +61,7 @@ class Prepared:
     evaluation: TokenBatch | None
     overlap: float
     out: Path
+    ranks: Ranks = ALONE
 
     @property
     def pattern(self) -> SparsityPattern | None:

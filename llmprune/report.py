@@ -84,6 +84,7 @@ class PruneReport:
     size: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
+    processes: dict[str, Any] = field(default_factory=dict)
     peak_memory: int = 0
     baseline_memory: int = 0
     out: str = ""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmprune.allocate import allocate
+from llmprune.blocks import follow, groups_of, solve, spread_over, stream_of, windows_of
 from llmprune.checkpoint import SafetensorsFolder, copy_companions, replace_folder, write_json
 from llmprune.errors import CheckError
 from llmprune.estimate import Task, memory, product_rate, seconds
@@ -32,14 +33,14 @@ from llmprune.plan import Plan
 from llmprune.prepare import Prepared, prepare
 from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
+from llmprune.ranks import Ranks, join
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
-from llmprune.refine import batch_tokens, refine
+from llmprune.refine import refine
 from llmprune.report import BlockReport, LayerReport, PruneReport
 from llmprune.resume import Journal, workplace
 from llmprune.room import with_room
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BATCH_TOKENS, Block, BlockStream, Group
-from llmprune.structure import scale_of
+from llmprune.stream import BATCH_TOKENS, BlockStream, Group
 from llmprune.verify import check_layers, patterns_of
 
 EXPLODED = 10.0
@@ -57,10 +58,21 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
         PruneError: the run failed; nothing is left at `job.out`, but finished blocks are kept for the same job.
     """
     progress = progress or Progress()
+    with join(job.device) as (ranks, device):
+        job = replace(job, device=device)
+        if ranks.number == 0:
+            return lead(job, ranks, progress)
+        run = spread_over(ranks.in_turn(lambda: prepare(job, Progress())), ranks)
+        follow(run)
+        return PruneReport.read(run.out)
+
+
+def lead(job: Job, ranks: Ranks, progress: Progress) -> PruneReport:
+    """What the first process does, which is mostly the only one."""
     clock = Clock()
     with clock("total"):
         with clock("prepare"):
-            run = prepare(job, progress)
+            run = spread_over(ranks.in_turn(lambda: prepare(job, progress)), ranks)
             report = new_report(run)
             report.baseline_memory = resident_memory()
         with workplace(run, progress) as journal:
@@ -70,16 +82,19 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
                 journal.dense = journal.dense or measure(run, run.source.folder, "dense perplexity", progress)
             with clock("prune"):
                 clock.add(journal.seconds)
-                with_room(partial(prune_blocks, run, journal, report, clock, progress), windows_of(run), progress)
+                blocks = partial(prune_blocks, run, journal, report, clock, progress)
+                with_room(blocks, windows_of(run), progress) if ranks.alone else blocks(windows_of(run))
             with clock("verify"):
                 verify_written(run, report, progress)
             with clock("pruned_evaluation"):
                 pruned = measure(run, run.unfinished, "pruned perplexity", progress)
             add_evaluation(run, report, journal.dense, pruned)
             report.seconds = dict(clock.seconds)
+            report.processes = ranks.facts(run.tokens)
             write_companions(run, report)
             replace_folder(run.unfinished, run.out)
     finish_report(run, report, clock)
+    ranks.meet()
     return report
 
 
@@ -109,25 +124,10 @@ def prune_blocks(
     run: Prepared, journal: Journal, report: PruneReport, clock: Clock, progress: Progress, windows: int
 ) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
-    tokens = run.tokens
-    size = windows * tokens.shape[1]
+    size = windows * run.calibration.tokens.shape[1]
     patterns = journal.patterns = journal.patterns or block_patterns(run, clock, progress, size)
-    stream = BlockStream(
-        run.skeleton,
-        tokens,
-        batch_tokens=size,
-        chosen=run.chosen,
-        twin=run.recipe.twin,
-        paired=run.recipe.targets == "dense",
-        permute=run.recipe.permute,
-        cuts={cut.name: cut.coupling for cut in run.structure.cuts} if run.structure else None,
-        quiet=run.remover.quiet if run.remover else None,
-        scales=run.recipe.method == "scaling",
-        again=run.recipe.refine > 0,
-        folder=run.partial,
-        budget=run.job.activation_memory,
-        saved=journal.state.get("stream"),
-    )
+    run.ranks.meet()
+    stream = stream_of(run, windows, run.partial, journal.state.get("stream"))
     journal.fill(report)
     writer = journal.writer()
     if not writer.shards:
@@ -136,7 +136,7 @@ def prune_blocks(
     began = time.perf_counter()
     for block in stream:
         first, pattern = len(report.layers), patterns[block.index]
-        for group in stream.groups(block):
+        for group in groups_of(run, stream, block):
             with mapped_memory():
                 with clock("solve"):
                     solutions, order = solve(run, block, group, pattern)
@@ -153,34 +153,13 @@ def prune_blocks(
             report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory()))
             began = now
             report.seconds = clock.so_far()
-            journal.save(stream, report, writer)
+            if run.ranks.alone:
+                journal.save(stream, report, writer)
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
     writer.seal()
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
-
-
-def solve(
-    run: Prepared, block: Block, group: Group, pattern: SparsityPattern | None
-) -> tuple[list[LayerSolution], Tensor | None]:
-    """Solve a group: remove inputs if its layer loses some, prune the weights if a pattern is asked for."""
-    name = group.refs[0].name
-    cut = run.structure.by_name.get(name) if run.structure else None
-    pattern = pattern if name in run.plan.names else None
-    if cut is not None and run.remover is not None:
-        scale = scale_of(block, cut.coupling) if run.remover.scaled else None
-        return run.remover.solve(group.problem, cut.units, cut.count, pattern, group.classes, scale)
-    assert run.solver is not None
-    assert pattern is not None
-    return run.solver.solve(group.problem, pattern, group.classes)
-
-
-def windows_of(run: Prepared) -> int:
-    """How many windows of the calibration text go through a block at once, if there is room for them."""
-    samples, length = run.calibration.tokens.shape
-    most = batch_tokens(run.calibration.tokens) if run.recipe.refine else BATCH_TOKENS
-    return min(max(most // length, 1), samples)
 
 
 def block_patterns(

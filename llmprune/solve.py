@@ -10,6 +10,7 @@ from llmprune.methods import Method
 from llmprune.pattern import NM, SparsityPattern
 from llmprune.permutation import choose, saliency
 from llmprune.problem import GroupProblem, InputStats, LayerSolution
+from llmprune.ranks import ALONE, Ranks
 from llmprune.recipe import Recipe
 from llmprune.refit import refit
 from llmprune.targets import toward_dense
@@ -22,10 +23,12 @@ class Solver:
     Args:
         method: picks the mask, and weights on it.
         recipe: the stages around it.
+        ranks: the processes that solve together.
     """
 
     method: Method
     recipe: Recipe
+    ranks: Ranks = ALONE
 
     def solve(
         self, problem: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...] = ()
@@ -57,7 +60,7 @@ class Solver:
         if not classes or not self.recipe.permute or not isinstance(pattern, NM):
             return None
         (layer,) = goal.layers
-        return choose(saliency(layer.weight, goal.stats.gram), pattern, classes)
+        return self.ranks.of_first(choose(saliency(layer.weight, goal.stats.gram), pattern, classes))
 
     def _stages(self, goal: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Reach the pattern in nested steps: zeros stay zero, so each step's mask lies within the one before."""
@@ -67,7 +70,7 @@ class Solver:
         shapes = [layer.weight.shape for layer in goal.layers]
         # A small share of a small layer may round to nothing in the first steps.
         for step in [step for step in early if not any(step.divides(*shape) for shape in shapes)] + [last]:
-            solutions = self.method.solve(current, step)
+            solutions = self.ranks.spread(self.method.solve, current, step)
             if self.recipe.refit:
                 solutions = refit(goal, solutions)
             layers = tuple(replace(old, weight=new.weight) for old, new in zip(goal.layers, solutions, strict=True))
