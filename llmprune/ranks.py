@@ -6,25 +6,20 @@ blocks. The first process alone reads, writes and reports everything else.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from llmprune.errors import InputError, PruneError
+from llmprune.errors import PruneError
 from llmprune.pattern import NM, SparsityPattern
 from llmprune.problem import GroupProblem, InputStats, LayerSolution
 
 T = TypeVar("T")
 Solve = Callable[[GroupProblem, SparsityPattern], list[LayerSolution]]
-
-PATIENCE = timedelta(days=7)
-"""How long processes wait for each other: one measures perplexity while the others wait, which may take hours."""
 
 FIELDS = ("gram", "cross", "dense", "missed", "quiet")
 
@@ -211,36 +206,3 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PruneError("another process of this run has ended", "its own error says why") from error
-
-
-@contextmanager
-def join(device: str) -> Iterator[tuple[Ranks, str]]:
-    """Meet the processes that torchrun or accelerate has started; without these, be alone.
-
-    Args:
-        device: as the user named it.
-
-    Yields:
-        the processes, and the device of this one.
-
-    Raises:
-        InputError: their number is not what the launcher says.
-    """
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if wanted == 1:
-        yield Ranks(), device
-        return
-    from accelerate import PartialState
-
-    cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    # On a machine without a GPU, only the state that is told so joins the others.
-    state = PartialState(cpu=cpu, timeout=PATIENCE)
-    if state.num_processes != wanted:
-        raise InputError(
-            f"WORLD_SIZE is {wanted}, but {state.num_processes} of its processes have met",
-            "start with: torchrun --nproc-per-node N -m llmprune ...",
-        )
-    try:
-        yield Ranks(state.process_index, state.num_processes), "cpu" if cpu else str(state.device)
-    finally:
-        state.destroy_process_group()

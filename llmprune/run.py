@@ -25,6 +25,7 @@ from llmprune.estimate import Task, memory, product_rate, seconds
 from llmprune.html_report import write_report
 from llmprune.hub import model_card
 from llmprune.job import Job
+from llmprune.launch import join
 from llmprune.linalg import relative_error
 from llmprune.memory import mapped_memory, peak_memory, resident_memory
 from llmprune.pattern import SparsityPattern, Unstructured
@@ -33,7 +34,7 @@ from llmprune.plan import Plan
 from llmprune.prepare import Prepared, prepare
 from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
-from llmprune.ranks import Ranks, join
+from llmprune.ranks import Ranks
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
 from llmprune.refine import refine
 from llmprune.report import BlockReport, LayerReport, PruneReport

@@ -44,7 +44,7 @@ FLOORS = [
         "watch",
     },
     {"estimate", "hub", "perplexity", "plan", "prepare", "refine", "resume", "verify"},
-    {"allocate", "blocks", "packing", "room", "upload"},
+    {"allocate", "blocks", "launch", "packing", "room", "upload"},
     {"samples"},
     {"run"},
     {"__main__", "bars", "cli", "flags", "shell", "terminal"},

@@ -19,11 +19,12 @@ from torch import Tensor
 from llmprune.blocks import spread_over
 from llmprune.errors import InputError
 from llmprune.job import Job
+from llmprune.launch import join
 from llmprune.pattern import NM, Unstructured
 from llmprune.prepare import prepare
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
 from llmprune.progress import Progress
-from llmprune.ranks import Ranks, join
+from llmprune.ranks import Ranks
 
 # A batch holds four windows, and its last one is held out: two processes with a batch each hold out the same ones.
 WINDOWS, LENGTH = 8, 512

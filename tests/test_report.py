@@ -22,7 +22,8 @@ from llmprune.report import FILE
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
 FREE = ("versions", "method.options", "sparsity.config", "coverage.skipped", "layers[].stats")
 SAMPLE = {f"samples[].{key}" for key in ("prompt", "dense", "pruned")}
-SOMETIMES = {"machine.device_memory", "seconds.allocate"} | SAMPLE
+SPREAD = {"processes", *(f"processes.{key}" for key in ("size", "tokens", "rows"))}
+SOMETIMES = {"machine.device_memory", "seconds.allocate"} | SAMPLE | SPREAD
 
 
 @pytest.fixture(scope="module")
