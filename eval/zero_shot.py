@@ -1,7 +1,8 @@
 """`python -m eval.zero_shot MODEL --tasks TASK[,TASK ...]`: accuracy on tasks that the model was not trained for.
 
-A task is a file, scored here by log-likelihood, or the name of a task of lm-evaluation-harness, which then does it all
-(`pip install -e ".[harness]"`; flags and figures are those of `lm_eval`). A file has one JSON object a line:
+A task is a .jsonl file, scored here by log-likelihood (or, with --harness, by lm-evaluation-harness), or the name or
+.yaml file of a task of that harness (`pip install -e ".[harness]"`; flags and figures are those of `lm_eval`). A .jsonl
+file has one JSON object a line:
 
     {"query": "Question: ...", "choices": ["...", "..."], "gold": 0}     the likeliest choice is the answer
     {"context": "...", "continuation": "word"}                           the greedy continuation is the answer
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from llmprune.flags import positive
 from llmprune.shell import Parser, hush_libraries, run_command
 
 ANSWER = "\nAnswer:"
+UP = {"aggregation": "mean", "higher_is_better": True}
 
 
 def build_parser() -> Parser:
@@ -36,6 +39,7 @@ def build_parser() -> Parser:
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first questions of every task")
     parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="texts at a time (default: 8)")
     parser.add_argument("--num_fewshot", type=int, metavar="N", help="worked examples (tasks of the harness only)")
+    parser.add_argument("--harness", action="store_true", help="score .jsonl files by lm-evaluation-harness, too")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -190,15 +194,39 @@ def score_files(options: argparse.Namespace, paths: list[Path]) -> dict[str, dic
     return result
 
 
+def harness_task(path: Path) -> dict[str, Any]:
+    """A file as a task of lm-evaluation-harness that asks the very same."""
+    kind = {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{continuation.strip()}}",
+        "metric_list": [{"metric": "acc", **UP}, {"metric": "perplexity", "aggregation": "perplexity"}],
+    }
+    if not is_cloze(read_task(path, 1)[0]):
+        kind = {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{query.rstrip()}}" + ANSWER,
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "gold",
+            "metric_list": [{"metric": "acc", **UP}, {"metric": "acc_norm", **UP}],
+        }
+    files = {"data_files": {"test": str(path.resolve())}}
+    return {"task": path.stem, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **kind}
+
+
 def ask_harness(options: argparse.Namespace, tasks: list[str]) -> dict[str, dict[str, Any]]:
-    """The figures of lm-evaluation-harness."""
+    """The figures of lm-evaluation-harness.
+
+    Raises:
+        InputError: it is not installed, does not know a task, or cannot read its data.
+    """
     from llmprune.errors import InputError
 
     try:
         import lm_eval
     except ImportError as error:
         raise InputError(
-            f"{tasks[0]} is no file, and lm-evaluation-harness is not installed",
+            f"{tasks[0]} is for lm-evaluation-harness, which is not installed",
             'name .jsonl files, or: pip install -e ".[harness]"',
         ) from error
     from llmprune.demo import default_cache
@@ -208,16 +236,27 @@ def ask_harness(options: argparse.Namespace, tasks: list[str]) -> dict[str, dict
     source = open_source(
         options.model, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()
     )
-    found = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(source.folder), "dtype": "float32" if options.device == "cpu" else "auto"},
-        tasks=tasks,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        device=options.device,
-    )
-    # "acc,none" is the figure `acc` after the filter `none`.
+    # The harness ends its worker processes by this signal; our handler would make each of them show a traceback.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    asked = [harness_task(Path(task)) if task.endswith(".jsonl") else task for task in tasks]
+    try:
+        found = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(source.folder), "dtype": "float32" if options.device == "cpu" else "auto"},
+            tasks=asked,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            device=options.device,
+            bootstrap_iters=1000,
+        )
+    except (OSError, KeyError, ValueError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"lm-evaluation-harness cannot do {', '.join(tasks)}: {said}",
+            "its tasks' data come from the Hugging Face Hub; without it, name .jsonl files (--harness)",
+        ) from error
+    # "acc,none" is the figure `acc` after the filter `none`; a figure without a standard error has "N/A" for it.
     return {
         task: {key.removesuffix(",none"): value for key, value in figures.items() if isinstance(value, float)}
         for task, figures in found["results"].items()
@@ -239,7 +278,7 @@ def run(options: argparse.Namespace) -> int:
     """Score and print."""
     hush_libraries(options.debug)
     tasks = [task for task in options.tasks.split(",") if task]
-    files = [task for task in tasks if task.endswith(".jsonl")]
+    files = [task for task in tasks if task.endswith(".jsonl") and not options.harness]
     result = score_files(options, [Path(file) for file in files]) if files else {}
     if others := [task for task in tasks if task not in files]:
         result |= ask_harness(options, others)

@@ -51,6 +51,7 @@ class BlockReport:
     name: str
     seconds: float
     peak_memory: int
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)

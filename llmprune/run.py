@@ -41,6 +41,7 @@ from llmprune.report import BlockReport, LayerReport, PruneReport
 from llmprune.resume import Journal, workplace
 from llmprune.room import with_room
 from llmprune.skeleton import Skeleton
+from llmprune.spectrum import input_spectrum
 from llmprune.stream import BATCH_TOKENS, BlockStream, Group
 from llmprune.verify import check_layers, patterns_of
 
@@ -151,7 +152,7 @@ def prune_blocks(
             writer.write(block.export())
             block.finish()
             now = time.perf_counter()
-            report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory()))
+            report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory(), resident_memory()))
             began = now
             report.seconds = clock.so_far()
             if run.ranks.alone:
@@ -189,6 +190,7 @@ def describe(
 ) -> list[LayerReport]:
     """Report the layers of a group; the error is that of the weights as they are stored."""
     stats = group.problem.stats
+    spectrum = input_spectrum(stats.gram)
     return [
         LayerReport(
             name=problem.name,
@@ -199,7 +201,7 @@ def describe(
             error=relative_error(problem.weight, weight, stats),
             status=solution.status.value,
             tokens=stats.tokens,
-            stats=solution.stats,
+            stats=solution.stats | (spectrum.figures(solution.stats.get("ridge")) if spectrum else {}),
         )
         for ref, problem, solution, weight in zip(group.refs, group.problem.layers, solutions, stored, strict=True)
     ]

@@ -170,6 +170,22 @@ def test_what_is_no_task_is_refused(tmp_path: Path, content: str) -> None:
         zero_shot.read_task(tmp_path / "t.jsonl", None)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_harness_itself_finds_the_same_in_files(
+    models: tuple[Path, Path], tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    flags = [str(models[0]), "--tasks", f"{tasks / 'pick.jsonl'},{tasks / 'fill.jsonl'}", "--json"]
+    results = []
+    for more in ([], ["--harness"]):
+        assert zero_shot.main([*flags, *more]) == 0
+        said = capsys.readouterr().out
+        results.append(json.loads(said[said.index("{\n") :])["results"])
+    for task, key in (("pick", "acc"), ("pick", "acc_norm"), ("pick", "acc_stderr"), ("fill", "acc")):
+        assert results[1][task][key] == pytest.approx(results[0][task][key], rel=1e-4), key
+    assert results[1]["fill"]["perplexity"] == pytest.approx(results[0]["fill"]["perplexity"], rel=1e-3)
+
+
 def test_other_tasks_go_to_the_harness(
     models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +199,9 @@ def test_other_tasks_go_to_the_harness(
     assert zero_shot.main([str(models[0]), "--tasks", "piqa", "--limit", "3", "--num_fewshot", "1"]) == 0
     assert "| piqa | acc | 0.5000 ± 0.1000 |" in capsys.readouterr().out
     assert (asked[0]["tasks"], asked[0]["limit"], asked[0]["num_fewshot"]) == (["piqa"], 3, 1)
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", lambda **_: {}["no such task"])
+    assert zero_shot.main([str(models[0]), "--tasks", "nonsense"]) == 2
+    assert "cannot do nonsense: 'no such task'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert zero_shot.main([str(models[0]), "--tasks", "piqa"]) == 2
     assert 'pip install -e ".[harness]"' in capsys.readouterr().err
