@@ -24,6 +24,7 @@ from llmprune.shell import Parser, hush_libraries, run_command
 
 ANSWER = "\nAnswer:"
 UP = {"aggregation": "mean", "higher_is_better": True}
+DOWN = {"aggregation": "perplexity", "higher_is_better": False}
 
 
 def build_parser() -> Parser:
@@ -199,8 +200,8 @@ def harness_task(path: Path) -> dict[str, Any]:
     kind = {
         "output_type": "loglikelihood",
         "doc_to_text": "{{context}}",
-        "doc_to_target": "{{continuation.strip()}}",
-        "metric_list": [{"metric": "acc", **UP}, {"metric": "perplexity", "aggregation": "perplexity"}],
+        "doc_to_target": "{{' ' + continuation.strip()}}",
+        "metric_list": [{"metric": "acc", **UP}, {"metric": "perplexity", **DOWN}],
     }
     if not is_cloze(read_task(path, 1)[0]):
         kind = {
