@@ -1,4 +1,4 @@
-"""`python -m eval.zero_shot MODEL --tasks TASK[,TASK ...]`: accuracy on tasks that the model was not trained for.
+"""`python -m eval.zero_shot MODEL [MODEL ...] --tasks TASK[,TASK ...]`: accuracy on tasks that no model was trained for.
 
 A task is a .jsonl file, scored here by log-likelihood (or, with --harness, by lm-evaluation-harness), or the name or
 .yaml file of a task of that harness (`pip install -e ".[harness]"`; flags and figures are those of `lm_eval`). A .jsonl
@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,15 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", help="model folder, Hub id, .gguf file, or demo")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="model folder, Hub id, .gguf file, or demo")
     parser.add_argument("--tasks", required=True, metavar="A,B", help=".jsonl files, or tasks of lm-evaluation-harness")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first questions of every task")
     parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="texts at a time (default: 8)")
     parser.add_argument("--num_fewshot", type=int, metavar="N", help="worked examples (tasks of the harness only)")
     parser.add_argument("--harness", action="store_true", help="score .jsonl files by lm-evaluation-harness, too")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file that receives the result as JSON")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout instead of the table")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -168,7 +171,7 @@ def _share(name: str, right: list[bool]) -> dict[str, float]:
     return {name: share, f"{name}_stderr": math.sqrt(share * (1 - share) / max(len(right) - 1, 1))}
 
 
-def score_files(options: argparse.Namespace, paths: list[Path]) -> dict[str, dict[str, Any]]:
+def score_files(options: argparse.Namespace, model_name: str, paths: list[Path]) -> dict[str, dict[str, Any]]:
     """The figures of every file."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -181,7 +184,7 @@ def score_files(options: argparse.Namespace, paths: list[Path]) -> dict[str, dic
     tasks = {path.stem: read_task(path, options.limit) for path in paths}
     device = pick_device(options.device)
     source = open_source(
-        options.model, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()
+        model_name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()
     )
     tokenizer = load_tokenizer(source, False)
     dtype = torch.float32 if device.type == "cpu" else "auto"
@@ -215,7 +218,7 @@ def harness_task(path: Path) -> dict[str, Any]:
     return {"task": path.stem, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **kind}
 
 
-def ask_harness(options: argparse.Namespace, tasks: list[str]) -> dict[str, dict[str, Any]]:
+def ask_harness(options: argparse.Namespace, model_name: str, tasks: list[str]) -> dict[str, dict[str, Any]]:
     """The figures of lm-evaluation-harness.
 
     Raises:
@@ -235,7 +238,7 @@ def ask_harness(options: argparse.Namespace, tasks: list[str]) -> dict[str, dict
     from llmprune.source import open_source
 
     source = open_source(
-        options.model, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()
+        model_name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()
     )
     # The harness ends its worker processes by this signal; our handler would make each of them show a traceback.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -264,32 +267,49 @@ def ask_harness(options: argparse.Namespace, tasks: list[str]) -> dict[str, dict
     }
 
 
-def table(result: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table."""
-    lines = ["| task | figure | value |", "|---|---|--:|"]
-    for task, figures in result.items():
+def table(found: dict[str, Any]) -> str:
+    """A Markdown table, a column a model."""
+    results = found["results"]
+    lines = [f"| task | figure | {' | '.join(results)} |", "|---|---|" + "--:|" * len(results)]
+    for task, figures in next(iter(results.values())).items():
         for name, value in figures.items():
             if isinstance(value, float) and not name.endswith("_stderr"):
-                error = figures.get(f"{name}_stderr")
-                lines.append(f"| {task} | {name} | {value:.4f}{f' ± {error:.4f}' if error is not None else ''} |")
+                cells = [_cell(result[task], name) for result in results.values()]
+                lines.append(f"| {task} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Score and print."""
+def _cell(figures: dict[str, float], name: str) -> str:
+    error = figures.get(f"{name}_stderr")
+    return f"{figures[name]:.4g}{f' ± {error:.2g}' if error is not None else ''}"
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Score, write and print."""
+    from eval.sweep import commit
+
     hush_libraries(options.debug)
     tasks = [task for task in options.tasks.split(",") if task]
     files = [task for task in tasks if task.endswith(".jsonl") and not options.harness]
-    result = score_files(options, [Path(file) for file in files]) if files else {}
-    if others := [task for task in tasks if task not in files]:
-        result |= ask_harness(options, others)
-    print(json.dumps({"model": options.model, "results": result}, indent=2) if options.json else table(result))
+    others = [task for task in tasks if task not in files]
+    results = {}
+    for model in options.models:
+        result = score_files(options, model, [Path(file) for file in files]) if files else {}
+        results[Path(model).name] = result | (ask_harness(options, model, others) if others else {})
+    command = shlex.join(["python", "-m", "eval.zero_shot", *given])
+    found = {"command": command, "commit": commit(), "limit": options.limit, "results": results}
+    text = json.dumps(found, indent=2)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n", encoding="utf-8")
+    print(text if options.json else table(found))
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command(build_parser(), run, argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    return run_command(build_parser(), lambda options: run(options, given), given)
 
 
 if __name__ == "__main__":
