@@ -1,7 +1,7 @@
 """What the peers' halves of `python -m eval.peers` share: a stopwatch, the flags, and how a model is written.
 
-A worker is run as a script by its peer's own Python, so nothing here knows llmprune or imports it. What it measured goes
-as JSON to `--report`; the pruned model goes to `--out` as a plain dense folder with exact zeros.
+A worker is run as a script by its peer's own Python, so nothing here knows llmprune or imports it. What it measured
+goes as JSON to `--report`; the pruned model goes to `--out` as a plain dense folder with exact zeros.
 """
 
 from __future__ import annotations

@@ -338,9 +338,7 @@ def medians(runs: list[Run]) -> dict[str, float]:
     return dict(zip(COMPARED, map(statistics.median, zip(*numbers, strict=True)), strict=True))
 
 
-def ratios(
-    peer: dict[str, float] | None, ours: dict[str, float] | None, floor: float
-) -> dict[str, float | None]:
+def ratios(peer: dict[str, float] | None, ours: dict[str, float] | None, floor: float) -> dict[str, float | None]:
     """How many times faster (or smaller) we are than the peer, and how far each tool is above the floor."""
     against = {f"{name}_peer_over_ours": peer[name] / ours[name] if peer and ours else None for name in COMPARED}
     floors = {

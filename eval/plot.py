@@ -23,7 +23,7 @@ def series(cells: Cells, text: str | None) -> dict[str, list[tuple[str, float, f
         else:
             measured = result["evaluation"]["pruned"] if text == "evaluation" else result["texts"][text]
             point = (last, measured["value"], measured["error"])
-        found.setdefault(", ".join(others) or last, []).append(point)
+        found.setdefault(", ".join(others) or "pruned", []).append(point)
     return found
 
 

@@ -214,7 +214,9 @@ def serve(task: dict[str, Any]) -> None:
     prompt = torch.randint(3, model.config.vocab_size, size, generator=generator).to(task["device"])
     for line in sys.stdin:
         with torch.no_grad():
-            answer = timed(model, prompt, task["new"]) if line.strip() == "turn" else measured(model, prompt, task["sparse"])
+            answer = (
+                timed(model, prompt, task["new"]) if line.strip() == "turn" else measured(model, prompt, task["sparse"])
+            )
         print(json.dumps(answer), flush=True)
 
 
@@ -231,7 +233,7 @@ def timed(model: Any, prompt: Any, new: int) -> dict[str, float]:
 
 
 def measured(model: Any, prompt: Any, sparse: bool) -> dict[str, float | None]:
-    """Peak memory (of the GPU, else of the process), and the operations of a prefill (not counted in sparse kernels)."""
+    """Peak memory (of the GPU, else of the process), and a prefill's operations (not counted in sparse kernels)."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

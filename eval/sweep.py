@@ -1,4 +1,4 @@
-"""`python -m eval.sweep GRID.toml`: run llmprune over a grid of settings, one JSON file a cell, a Markdown table and a plot.
+"""`python -m eval.sweep GRID.toml`: run llmprune over a grid of settings: a JSON file a cell, a table, a plot.
 
 The grid is a table of lists; every combination is a cell:
 
@@ -16,8 +16,8 @@ Cells whose JSON is there already are not run again. With a table
     windows = 12
     context = 1024
 
-every cell's model is measured on these texts too, and the dense model once (`dense.json`). At the end the table is printed
-and `plot.png` drawn: perplexity over the last setting, a line for each combination of the others.
+every cell's model is measured on these texts too, and the dense model once (`dense.json`). At the end a Markdown table
+is printed and `plot.png` drawn: perplexity over the last setting, a line for each combination of the others.
 """
 
 from __future__ import annotations

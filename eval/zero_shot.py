@@ -1,4 +1,4 @@
-"""`python -m eval.zero_shot MODEL [MODEL ...] --tasks TASK[,TASK ...]`: accuracy on tasks that no model was trained for.
+"""`python -m eval.zero_shot MODEL [MODEL ...] --tasks TASK[,TASK ...]`: accuracy on tasks, without training.
 
 A task is a .jsonl file, scored here by log-likelihood (or, with --harness, by lm-evaluation-harness), or the name or
 .yaml file of a task of that harness (`pip install -e ".[harness]"`; flags and figures are those of `lm_eval`). A .jsonl
@@ -183,9 +183,7 @@ def score_files(options: argparse.Namespace, model_name: str, paths: list[Path])
 
     tasks = {path.stem: read_task(path, options.limit) for path in paths}
     device = pick_device(options.device)
-    source = open_source(
-        model_name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()
-    )
+    source = open_source(model_name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress())
     tokenizer = load_tokenizer(source, False)
     dtype = torch.float32 if device.type == "cpu" else "auto"
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval().to(device)
@@ -237,9 +235,7 @@ def ask_harness(options: argparse.Namespace, model_name: str, tasks: list[str]) 
     from llmprune.progress import Progress
     from llmprune.source import open_source
 
-    source = open_source(
-        model_name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()
-    )
+    source = open_source(model_name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress())
     # The harness ends its worker processes by this signal; our handler would make each of them show a traceback.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     asked = [harness_task(Path(task)) if task.endswith(".jsonl") else task for task in tasks]

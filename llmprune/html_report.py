@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -93,7 +94,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table; a column of numbers is set right."""
     body = [list(row) for row in rows]
-    numeric = [all(isinstance(row[at], int | float) for row in body) for at in range(len(head))]
+    numeric = [all(_is_figure(row[at]) for row in body) for at in range(len(head))]
 
     def line(cells: Sequence[Any], tag: str) -> str:
         looks = (' class="number"' if right else "" for right in numeric)
@@ -104,6 +105,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         )
 
     return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in body)}</table></div>'
+
+
+def _is_figure(cell: Any) -> bool:
+    return isinstance(cell, int | float) or re.fullmatch(r"-|[\d.,]+(e[+-]\d+)?%?", str(cell)) is not None
 
 
 def _show(cell: Any) -> str:
@@ -150,7 +155,8 @@ def _errors(report: PruneReport) -> list[str]:
         return []
     worst = max(layer.error for layer in report.layers)
     raised = [layer for layer in report.layers if layer.status != "ok"]
-    head = ["layer", "shape", "pattern", "error", "pruned", "zeros kept", "status", *STATS.values()]
+    stats = [key for key in STATS if any(key in layer.stats for layer in report.layers)]
+    head = ["layer", "shape", "pattern", "error", "pruned", "zeros kept", "status", *(STATS[key] for key in stats)]
     return [
         "<h2>Error by block and layer</h2>",
         '<p class="note">Relative squared error of each layer&#39;s output on the calibration text, '
@@ -161,16 +167,16 @@ def _errors(report: PruneReport) -> list[str]:
         + (f", such as {escape(raised[0].name)}: {escape(raised[0].status)}" if raised else "")
         + ".</p>",
         f"<details><summary>All {len(report.layers)} layers</summary>",
-        table(head, map(_row, report.layers)),
+        table(head, [_row(layer, stats) for layer in report.layers]),
         "</details>",
     ]
 
 
-def _row(layer: LayerReport) -> list[Any]:
+def _row(layer: LayerReport, stats: Sequence[str]) -> list[Any]:
     share = layer.pruned / (layer.shape[0] * layer.shape[1])
-    stats = [f"{layer.stats[key]:.3g}" if key in layer.stats else "-" for key in STATS]
+    figures = [f"{layer.stats[key]:.3g}" if key in layer.stats else "-" for key in stats]
     shape = f"{layer.shape[0]} x {layer.shape[1]}"
-    return [layer.name, shape, layer.pattern, layer.error, f"{share:.2%}", layer.kept_zeros, layer.status, *stats]
+    return [layer.name, shape, layer.pattern, layer.error, f"{share:.2%}", layer.kept_zeros, layer.status, *figures]
 
 
 def _inputs(report: PruneReport) -> list[str]:
@@ -221,18 +227,17 @@ def _blocks(report: PruneReport) -> list[str]:
     stages = table(["stage", "seconds"], [(STAGES[name], f"{report.seconds[name]:,.1f}") for name in known])
     if not report.blocks:
         return ["<h2>Time</h2>", stages]
+    memory = {
+        "at the end of a block": [block.memory / 2**20 for block in report.blocks],
+        "largest until then": [block.peak_memory / 2**20 for block in report.blocks],
+    }
     return [
         "<h2>Seconds a block</h2>",
         chart.lines({"seconds": [block.seconds for block in report.blocks]}),
         "<h2>Memory, MiB</h2>",
-        '<p class="note">Resident size of the process at the end of each block, and the largest until then.</p>',
-        chart.lines(
-            {
-                "at the end of a block": [block.memory / 2**20 for block in report.blocks],
-                "largest until then": [block.peak_memory / 2**20 for block in report.blocks],
-            },
-            "{:,.0f}".format,
-        ),
+        '<p class="note">Resident size of the process.</p>',
+        # Older reports have only the largest.
+        chart.lines({name: values for name, values in memory.items() if any(values)}, "{:,.0f}".format),
         "<h2>Time</h2>",
         stages,
     ]

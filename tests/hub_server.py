@@ -1,6 +1,7 @@
 """A Hugging Face Hub on the loopback: repositories in memory, one user with one token, and failures on demand.
 
-Models and data sets share their names. It takes files in the commit itself, or, where `large` is set, weights as the Hub's storage of large files (git LFS) does.
+Models and data sets share their names. It takes files in the commit itself, or, where `large` is set, weights as the
+Hub's storage of large files (git LFS) does.
 """
 
 from __future__ import annotations
