@@ -108,7 +108,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _is_figure(cell: Any) -> bool:
-    return isinstance(cell, int | float) or re.fullmatch(r"-|[\d.,]+(e[+-]\d+)?%?", str(cell)) is not None
+    return isinstance(cell, int | float) or re.fullmatch(r"-|[\d.,]+(e[+-]\d+|%| ± [\d.,]+)?", str(cell)) is not None
 
 
 def _show(cell: Any) -> str:

@@ -152,7 +152,7 @@ def prune_blocks(
             writer.write(block.export())
             block.finish()
             now = time.perf_counter()
-            report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory(), resident_memory()))
+            report.blocks.append(BlockReport(block.name, round(now - began, 3), highest(report), resident_memory()))
             began = now
             report.seconds = clock.so_far()
             if run.ranks.alone:
@@ -386,9 +386,14 @@ def write_companions(run: Prepared, report: PruneReport) -> None:
     write_report(report, run.unfinished)
 
 
+def highest(report: PruneReport) -> int:
+    """Largest resident size so far, in bytes; Linux adds its counters up in its own time and may tell less later."""
+    return max(peak_memory(), report.baseline_memory, *(block.peak_memory for block in report.blocks))
+
+
 def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:
     """The figures that are only known at the end."""
-    report.peak_memory = peak_memory()
+    report.peak_memory = highest(report)
     if run.skeleton.device.type == "cuda":
         report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
     report.seconds = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
