@@ -254,6 +254,10 @@ def _samples(report: PruneReport) -> list[str]:
     ]
 
 
+def _setting(key: str, value: Any) -> str:
+    return key if value is True else f"{key} {value}"
+
+
 def _provenance(report: PruneReport) -> list[str]:
     calibration = report.calibration
     rows = [
@@ -261,7 +265,7 @@ def _provenance(report: PruneReport) -> list[str]:
         ("calibration", f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}"),
         ("its sha256", calibration["sha256"]),
         *([("evaluation", report.evaluation["source"])] if report.evaluation else []),
-        ("recipe", ", ".join(f"{key} {value}" for key, value in report.recipe.items())),
+        ("recipe", ", ".join(_setting(key, value) for key, value in report.recipe.items() if value)),
         ("machine", ", ".join(f"{key} {value}" for key, value in report.machine.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in report.versions.items())),
         ("left dense", ", ".join(f"{key}: {value:,}" for key, value in report.coverage["skipped"].items()) or "-"),
