@@ -61,7 +61,7 @@ PEERS = {
     "llmcompressor": Peer("LLM Compressor", ("llmcompressor==0.14.0.1", "torch==2.13.0"), "llmcompressor_worker.py"),
     "modelopt": Peer(
         "Model Optimizer",
-        ("nvidia-modelopt==0.47.0", "torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0"),
+        ("nvidia-modelopt==0.47.0", "torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "requests"),
         "modelopt_worker.py",
     ),
 }
