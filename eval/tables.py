@@ -25,7 +25,7 @@ def render(name: str) -> str:
     if (file := RESULTS / f"{name}.json").exists():
         result = json.loads(file.read_text(encoding="utf-8"))
         source = f"From `eval/results/{name}.json`, written at commit {result['commit']} by:"
-        table = scale.table if "larger_full" in result else peers.table
+        table = scale.table if "larger" in result else peers.table
         return f"{table(result).strip()}\n\n{source}\n```\n{result['command']}\n```"
     grid = tomllib.loads((ROOT / "eval" / "grids" / f"{name}.toml").read_text(encoding="utf-8"))
     cells: list[tuple[dict[str, Any], dict[str, Any]]] = []
