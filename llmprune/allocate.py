@@ -9,13 +9,14 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from llmprune.block import Group
 from llmprune.errors import InputError
 from llmprune.linalg import relative_error
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.pattern import Unstructured
 from llmprune.problem import GroupProblem
 from llmprune.recipe import Allocate
-from llmprune.stream import BlockStream, Group
+from llmprune.stream import BlockStream
 
 REACH = Fraction(8, 100)
 """How far a block's share may be from the mean."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llmprune.block import Block
 from llmprune.rehearse import Batch, hidden_of
 from llmprune.report import Refinement
-from llmprune.stream import Block
 
 RATE = 0.01  # of a parameter's root mean square, per step
 WHITENING = 0.5

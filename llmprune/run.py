@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmprune.allocate import allocate
-from llmprune.blocks import follow, groups_of, solve, spread_over, stream_of, windows_of
+from llmprune.block import Group
 from llmprune.checkpoint import SafetensorsFolder, copy_companions, replace_folder, write_json
 from llmprune.errors import CheckError
 from llmprune.estimate import Task, memory, product_rate, seconds
@@ -41,7 +41,8 @@ from llmprune.report import BlockReport, LayerReport, PruneReport
 from llmprune.resume import Journal, workplace
 from llmprune.room import with_room
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BATCH_TOKENS, BlockStream, Group
+from llmprune.stream import BATCH_TOKENS, BlockStream
+from llmprune.together import follow, groups_of, solve, spread_over, stream_of, windows_of
 from llmprune.verify import check_layers, patterns_of
 
 EXPLODED = 10.0

@@ -16,7 +16,6 @@ import torch
 from helpers import random_tokens, reload, save_tiny, token_file
 from torch import Tensor
 
-from llmprune.blocks import spread_over
 from llmprune.errors import InputError
 from llmprune.job import Job
 from llmprune.launch import join
@@ -25,6 +24,7 @@ from llmprune.prepare import prepare
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
 from llmprune.progress import Progress
 from llmprune.ranks import Ranks
+from llmprune.together import spread_over
 
 # A batch holds four windows, and its last one is held out: two processes with a batch each hold out the same ones.
 WINDOWS, LENGTH = 8, 512
@@ -33,11 +33,11 @@ TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
 
 DRIVER = """
 import os, sys
-from llmprune import cli, blocks
+from llmprune import cli, together
 if os.environ["RANK"] == "1":
     def broken(*_):
         raise ValueError("this process is broken")
-    blocks.solve = broken
+    together.solve = broken
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -127,15 +127,13 @@ def test_what_cannot_be_spread_is_refused(given: Path, tmp_path: Path) -> None:
 
 
 def test_processes_that_have_not_met_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import accelerate
-
     class Lonely:
         num_processes = 1
 
         def __init__(self, **_: object) -> None: ...
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(accelerate, "PartialState", Lonely)
+    monkeypatch.setattr("llmprune.launch.PartialState", Lonely)
     with pytest.raises(InputError, match="WORLD_SIZE is 2, but 1 of its processes have met"), join("cpu"):
         pass
 

@@ -22,12 +22,12 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from llmprune import Job, prune
 from llmprune.activations import Filed
+from llmprune.block import Block
 from llmprune.errors import InputError, PruneError
 from llmprune.html_report import PAGE
 from llmprune.progress import Progress
 from llmprune.resume import LOCK, STATE, Journal, read_state
 from llmprune.skeleton import Skeleton
-from llmprune.stream import Block
 
 BLOCKS = 4
 FREE = {"seconds", "peak_memory", "baseline_memory", "blocks", "out"}

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmprune.block import Block, Group
 from llmprune.errors import InputError
 from llmprune.memory import mapped_memory
 from llmprune.pattern import SparsityPattern
@@ -17,7 +18,7 @@ from llmprune.prepare import Prepared
 from llmprune.problem import LayerSolution
 from llmprune.ranks import Ranks
 from llmprune.refine import batch_tokens
-from llmprune.stream import BATCH_TOKENS, Block, BlockStream, Group
+from llmprune.stream import BATCH_TOKENS, BlockStream
 from llmprune.structure import scale_of
 
 
