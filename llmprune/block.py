@@ -23,6 +23,7 @@ from llmprune.families import LayerRef, find_layers, weight_of
 from llmprune.memory import mapped_memory
 from llmprune.pausing import Finder, Forward, Seen
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
+from llmprune.ranks import ALONE, Ranks
 from llmprune.rehearse import Batch, Stop, hidden_of, own_state
 from llmprune.skeleton import Skeleton
 from llmprune.stats import RunningGram, RunningPair
@@ -57,12 +58,22 @@ class Block:
         batches: the activations that enter it; they leave it when `advance` or `groups` is done.
         chosen: the layers to be pruned, by full name.
         paired: whether the layers' statistics are taken against the dense model's activations.
+        ranks: the processes that have the other windows of the batches.
+        count: how many batches there are in all.
     """
 
     def __init__(
-        self, skeleton: Skeleton, index: int, batches: list[Batch], chosen: frozenset[str], paired: bool = False
+        self,
+        skeleton: Skeleton,
+        index: int,
+        batches: list[Batch],
+        chosen: frozenset[str],
+        paired: bool = False,
+        ranks: Ranks = ALONE,
+        count: int | None = None,
     ) -> None:
         self.skeleton, self.index, self.batches, self.paired = skeleton, index, batches, paired
+        self.ranks, self.count = ranks, len(batches) if count is None else count
         self.paused = True
         self.name = skeleton.block_name(index)
         self.module = skeleton.blocks[index]
@@ -314,7 +325,7 @@ class Block:
             return
         both = seen.landed is not None and dense.landed is not None
         error = dense.landed - seen.landed if both else None  # type: ignore[operator]
-        stats.add(seen.inputs, dense.inputs, error, scale)
+        stats.add(seen.inputs, dense.inputs, error, scale, batch.fitted)
 
     def _result(self, running: RunningGram | RunningPair, layers: list[str]) -> InputStats:
         with mapped_memory():
@@ -324,7 +335,7 @@ class Block:
                 f"the inputs of layer {self.layers[layers[0]].name!r} hold NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
-        return stats
+        return self.ranks.summed(stats, [self.layers[local].name for local in layers])
 
 
 def even_weight(landed: Tensor) -> Tensor:

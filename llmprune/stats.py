@@ -82,7 +82,12 @@ class RunningPair:
         self._matched = True
 
     def add(
-        self, inputs: Tensor, dense: Tensor | None, error: Tensor | None = None, scale: Tensor | None = None
+        self,
+        inputs: Tensor,
+        dense: Tensor | None,
+        error: Tensor | None = None,
+        scale: Tensor | None = None,
+        fitted: int | None = None,
     ) -> None:
         """Take in the inputs `(..., in)` of one batch, and those of the dense model for the very same tokens.
 
@@ -93,9 +98,10 @@ class RunningPair:
             dense: of the dense model.
             error: `(..., out)`, what the residual stream behind the layer lacks, where the layer adds to it.
             scale: `(tokens, 1)`, multiplies every token's part of all these; None for 1.
+            fitted: how many tokens are not held out; by default three quarters.
         """
         rows = _rows(inputs, scale)
-        cut = len(rows) - int(HELD_OUT * len(rows))
+        cut = len(rows) - int(HELD_OUT * len(rows)) if fitted is None else fitted
         self.fit.add(rows[:cut])
         self.held.add(rows[cut:])
         if dense is None or dense.shape != inputs.shape:

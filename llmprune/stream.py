@@ -14,6 +14,7 @@ from llmprune.carried import Baggage, saved_wrap
 from llmprune.coupling import Coupling
 from llmprune.kinds import Kinds, short_batch
 from llmprune.memory import give_back_memory
+from llmprune.ranks import ALONE, Ranks
 from llmprune.rehearse import SPENT, rehearse
 from llmprune.skeleton import Skeleton
 
@@ -48,6 +49,7 @@ class BlockStream:
         folder: where hidden states rest that exceed the budget, and what `save` writes; None for neither.
         budget: bytes of hidden states that may rest in memory.
         saved: what `save` returned in a run that was stopped; the stream goes on from there.
+        ranks: the processes that share the tokens; statistics are those of all.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class BlockStream:
         folder: Path | None = None,
         budget: int = BUDGET,
         saved: dict[str, Any] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.skeleton, self.chosen, self.memory, self.folder = skeleton, chosen, memory, folder
         self.paired = paired and twin
@@ -81,7 +84,9 @@ class BlockStream:
         self.batch_size = max(1, batch_tokens // tokens.shape[1])
         if saved:
             self.batch_size = min(self.batch_size, saved["batch_size"])
-        self.rehearsal = rehearse(skeleton, tokens, self.batch_size, self._pruned, self._dense, wrap)
+        self.ranks, self.count = ranks, -(-len(tokens) // self.batch_size)
+        own, tokens = ranks.parts(len(tokens), self.batch_size), ranks.share(tokens)
+        self.rehearsal = rehearse(skeleton, tokens, self.batch_size, self._pruned, self._dense, wrap, own)
         short = short_batch(skeleton, tokens, self.rehearsal.wrap) if permute or scales else None
         self.kinds = Kinds(skeleton, chosen, short)
         self._baggage = Baggage(self.rehearsal) if folder else None
@@ -96,7 +101,8 @@ class BlockStream:
     def __iter__(self) -> Iterator[Block]:
         for index in range(self.done, len(self)):
             with self.skeleton.loaded(self.skeleton.block_parameters(index)):
-                block = Block(self.skeleton, index, self.rehearsal.batches, self.chosen, paired=self.paired)
+                batches = self.rehearsal.batches
+                block = Block(self.skeleton, index, batches, self.chosen, self.paired, self.ranks, self.count)
                 yield block
                 block.finish()
             self.done = index + 1
@@ -135,8 +141,8 @@ class BlockStream:
         return {
             "done": self.done + 1,
             "batch_size": self.batch_size,
-            "hidden": [stream.save() for stream in self._streams],
             "carried": self._baggage.save(self.done + 1, self.folder),
+            "hidden": [stream.save() for stream in self._streams],
             "kinds": self.kinds.save(),
             "uncalled": self.uncalled,
         }
@@ -146,7 +152,7 @@ class BlockStream:
         assert self._baggage is not None
         self.done, self.uncalled = saved["done"], list(saved["uncalled"])
         for stream, hidden in zip(self._streams, saved["hidden"], strict=True):
-            stream.load(hidden, self.done, self.batch_size)
+            stream.load(hidden, self.done, [len(batch.tokens) for batch in self.rehearsal.batches])
         self._baggage.load(self.done, self.folder, saved["carried"])
         self.kinds.load(saved["kinds"])
         for batch in self.rehearsal.batches:

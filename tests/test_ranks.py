@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import random_tokens, reload, save_tiny, token_file
-from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.job import Job
 from llmprune.launch import join
 from llmprune.pattern import NM, Unstructured
 from llmprune.prepare import prepare
-from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
+from llmprune.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.progress import Progress
 from llmprune.ranks import Ranks
 from llmprune.together import spread_over
@@ -71,6 +70,9 @@ def start(program: list[str], size: int = 2) -> subprocess.CompletedProcess[str]
         ("--sparsity", "2:4", "--effort", "fast"),
         ("--sparsity", "2:4", "--effort", "balanced"),
         ("--sparsity", "50%", "--method", "sparsegpt"),
+        ("--sparsity", "60%", "--method", "sparsegpt", "--allocate", "error"),
+        ("--sparsity", "60%", "--method", "wanda", "--allocate", "owl"),
+        ("--sparsity", "2:4", "--effort", "best"),
         ("--sparsity", "channels:50%", "--effort", "balanced"),
         ("--sparsity", "channels:50%+2:4", "--effort", "balanced"),
     ],
@@ -113,17 +115,11 @@ def prepared(given: Path, out: Path, **options: object) -> Job:
     return replace(base, **options)  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_spread_is_refused(given: Path, tmp_path: Path) -> None:
+def test_too_many_processes_are_refused(given: Path, tmp_path: Path) -> None:
     run = prepare(prepared(given, tmp_path / "out", method="wanda"), Progress())
     assert spread_over(run, Ranks()) is run
     with pytest.raises(InputError, match="9 processes cannot share 8 calibration windows"):
         spread_over(run, Ranks(0, 9))
-    best = prepare(prepared(given, tmp_path / "out", effort="best"), Progress())
-    with pytest.raises(InputError, match="--refine works in one process, and there are 2"):
-        spread_over(best, Ranks(0, 2))
-    shared = prepare(prepared(given, tmp_path / "out", sparsity="60%", method="sparsegpt", allocate="owl"), Progress())
-    with pytest.raises(InputError, match="--allocate works in one process"):
-        spread_over(shared, Ranks(0, 2))
 
 
 def test_processes_that_have_not_met_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,19 +143,6 @@ def test_a_process_alone_computes_nothing_new() -> None:
     assert ranks.facts(torch.zeros(3, 4)) == {}
 
 
-class Pretended(Ranks):
-    """Processes that are played one after the other: what one broadcasts, the others are given."""
-
-    def __init__(self, number: int, size: int, said: dict[int, list[LayerSolution]]) -> None:
-        super().__init__(number, size)
-        self.said = said
-
-    def _from(self, owner: int, solution: LayerSolution) -> LayerSolution:
-        if owner == self.number:
-            self.said.setdefault(owner, []).append(solution)
-        return solution
-
-
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5, "row"), Unstructured(0.5, "layer")], ids=str)
 def test_pieces_cover_every_row_once(pattern: NM | Unstructured) -> None:
     heights = (7, 3, 1, 12)
@@ -167,18 +150,11 @@ def test_pieces_cover_every_row_once(pattern: NM | Unstructured) -> None:
         tuple(LayerProblem(f"layer{n}", torch.randn(height, 8)) for n, height in enumerate(heights)),
         InputStats(1, torch.eye(8)),
     )
-    seen: list[Tensor] = []
-
-    def solve(part: GroupProblem, _: object) -> list[LayerSolution]:
-        seen.extend(layer.weight for layer in part.layers)
-        return [LayerSolution(layer.weight, torch.ones_like(layer.weight).bool()) for layer in part.layers]
-
-    said: dict[int, list[LayerSolution]] = {}
-    ranks = [Pretended(number, 3, said) for number in range(3)]
-    for one in ranks:
-        one.spread(solve, problem, pattern)
-    assert sorted(torch.cat(seen).flatten().tolist()) == sorted(
-        torch.cat([layer.weight for layer in problem.layers]).flatten().tolist()
-    )
-    assert all(one.rows == ranks[0].rows for one in ranks)
+    ranks = [Ranks(number, 3) for number in range(3)]
+    pieces = ranks[0]._pieces(problem, pattern)
+    assert all(one._pieces(problem, pattern) == pieces for one in ranks[1:])
+    for layer, height in enumerate(heights):
+        rows = [range(piece.start, piece.stop) for at, piece, _ in pieces if at == layer]
+        assert sorted(row for part in rows for row in part) == list(range(height))
+    assert ranks[0].rows == ranks[2].rows
     assert sum(ranks[0].rows) == sum(heights)

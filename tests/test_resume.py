@@ -499,7 +499,7 @@ while time.monotonic() - begun < seconds:
         attempt(0 if chance.random() < 0.6 else chance.randrange(2, 40))
         kills += 1
         state = partial / "state.json"
-        stages.add(json.loads(state.read_text())["state"]["stream"]["done"] if state.exists() else 0)
+        stages.add(json.loads(state.read_text())["state"]["streams"][0]["done"] if state.exists() else 0)
     finished.append(sorted(stages))
     job.out.rename(job.out.with_name(f"finished-{len(finished)}"))
 print(json.dumps({"kills": kills, "stages": finished}))
