@@ -26,7 +26,7 @@ from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSoluti
 from llmprune.ranks import ALONE, Ranks
 from llmprune.rehearse import Batch, Stop, hidden_of, own_state
 from llmprune.skeleton import Skeleton
-from llmprune.stats import RunningGram, RunningPair
+from llmprune.stats import QuietCount, RunningGram, RunningPair
 from llmprune.surgery import rearrange
 from llmprune.watch import Observer, watched
 
@@ -174,13 +174,14 @@ class Block:
     @torch.no_grad()
     def try_out(self) -> Tensor:
         """What the block makes of the first batch, which stays where it is."""
-        batch = self.batches[0]
-        (call,) = own_state([batch.calls[self.index]])
-        return hidden_of(call.run(self.module, batch.entered().to(self.skeleton.device)))
+        return self._forward(self.batches[0], trial=True)
 
-    def _forward(self, batch: Batch, dense: bool = False) -> Tensor:
+    def _forward(self, batch: Batch, dense: bool = False, trial: bool = False) -> Tensor:
+        """The block's output; a trial leaves nothing for later blocks."""
         hidden = batch.entered(dense)
         call = (batch.dense_calls if dense else batch.calls)[self.index]
+        if trial:
+            (call,) = own_state([call])
         return hidden_of(call.run(self.module, hidden.to(self.skeleton.device)))
 
     @torch.no_grad()
@@ -290,7 +291,7 @@ class Block:
         """What is seen of a group in a forward of its own, None if the forward does not come there."""
         finder = Finder(number)
         with self._observed_by(finder), self._as_dense() if dense else nullcontext(), suppress(Stop):
-            self._forward(batch, dense)
+            self._forward(batch, dense, trial=True)
         return finder.seen
 
     @contextmanager
@@ -310,8 +311,15 @@ class Block:
     def _running(self, layers: list[str]) -> RunningGram | RunningPair:
         with mapped_memory():
             width = self.layers[layers[0]].shape[1]
-            quiet = self.quiet if layers[0] in self.cuts else None
+            epsilon = self.quiet if layers[0] in self.cuts else None
+            quiet = None if epsilon is None else QuietCount(epsilon, self._mean_square)
             return (RunningPair if self.paired else RunningGram)(width, self.skeleton.device, quiet)
+
+    def _mean_square(self, rows: Tensor) -> float:
+        """Of the first batch, of which other processes may have a part, or all."""
+        here = rows if self.batches[0].part.batch == 0 else rows[:0]
+        squares, count = self.ranks.total([float(here.square().sum(dtype=torch.float64)), here.numel()])
+        return squares / count
 
     def _add(self, stats: RunningGram | RunningPair, batch: Batch, seen: Seen, dense: Seen | None) -> None:
         landed = dense.landed if dense is not None and dense.landed is not None else seen.landed

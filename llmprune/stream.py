@@ -21,11 +21,11 @@ from llmprune.skeleton import Skeleton
 BATCH_TOKENS = 2048
 """Tokens that pass through a block together."""
 
-MEMORY = 4 * 2**30
-"""Bytes that a block's intermediate activations may take."""
-
 BUDGET = 2 * 2**30
 """Bytes of hidden states that rest in memory between blocks."""
+
+INSIDE = 2
+"""How many times that a block's intermediate activations may take."""
 
 
 class BlockStream:
@@ -38,7 +38,7 @@ class BlockStream:
         tokens: `(samples, length)`, int64.
         batch_tokens: tokens per batch; fewer if `saved` says so.
         chosen: full names of the layers to be pruned.
-        memory: bytes that a block's intermediate activations may take.
+        memory: bytes that a block's intermediate activations may take; by default `INSIDE` times the budget.
         twin: whether the dense model's activations travel along.
         paired: whether the layers' statistics are taken against them, where there are such.
         permute: whether to find out which inputs may change places.
@@ -59,7 +59,7 @@ class BlockStream:
         *,
         batch_tokens: int = BATCH_TOKENS,
         chosen: frozenset[str] = frozenset(),
-        memory: int = MEMORY,
+        memory: int | None = None,
         twin: bool = False,
         paired: bool = True,
         permute: bool = False,
@@ -72,7 +72,8 @@ class BlockStream:
         saved: dict[str, Any] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.skeleton, self.chosen, self.memory, self.folder = skeleton, chosen, memory, folder
+        self.skeleton, self.chosen, self.folder = skeleton, chosen, folder
+        self.memory = INSIDE * budget if memory is None else memory
         self.paired = paired and twin
         self.cuts, self.quiet, self.permute, self.scales = cuts or {}, quiet, permute, scales
         # What enters a block and what leaves it are there at once.
@@ -145,6 +146,7 @@ class BlockStream:
             "hidden": [stream.save() for stream in self._streams],
             "kinds": self.kinds.save(),
             "uncalled": self.uncalled,
+            "rows": self.ranks.rows,
         }
 
     def _load(self, saved: dict[str, Any]) -> None:

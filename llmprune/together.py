@@ -56,6 +56,7 @@ def stream_of(run: Prepared, windows: int, saved: Sequence[dict[str, Any]] = ())
         saved: where a stopped run goes on, for every process; only the first must know.
     """
     saved = run.ranks.of_first(list(saved))
+    run.ranks.rows = list(saved[0]["rows"]) if saved else [0] * run.ranks.size
     return BlockStream(
         run.skeleton,
         run.tokens,

@@ -4,33 +4,64 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import random_tokens, reload, save_tiny, token_file
+from torch import Tensor, nn
 
+from llmprune import Job, prune
 from llmprune.errors import InputError
-from llmprune.job import Job
 from llmprune.launch import join
 from llmprune.pattern import NM, Unstructured
 from llmprune.prepare import prepare
 from llmprune.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.progress import Progress
 from llmprune.ranks import Ranks
+from llmprune.rehearse import Call
 from llmprune.together import spread_over
 
-# A batch holds four windows, and its last one is held out: two processes with a batch each hold out the same ones.
-WINDOWS, LENGTH = 8, 512
-LIMIT = 120
+WINDOWS, LENGTH, BLOCKS = 10, 256, 3
+LIMIT = 240
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
+FREE = {"seconds", "peak_memory", "baseline_memory", "blocks", "out", "command"}
 
-DRIVER = """
+MANY = """
+import json, sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from llmprune import Job, prune, run
+from llmprune.launch import join
+from llmprune.ranks import Ranks
+from llmprune.rehearse import Call
+
+forward = Call.run
+
+
+def cramped(call, block, hidden):
+    if len(hidden) > 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return forward(call, block, hidden)
+
+
+with join("cpu") as (ranks, device):
+    for options in json.loads(Path(sys.argv[1]).read_text()):
+        run.join = lambda _: nullcontext((Ranks(ranks.number, ranks.size), device))
+        Call.run = cramped if options.pop("cramped", False) and ranks.number == 1 else forward
+        prune(Job(**{**options, "out": Path(options["out"])}))
+"""
+BROKEN = """
 import os, sys
 from llmprune import cli, together
 if os.environ["RANK"] == "1":
@@ -39,15 +70,35 @@ if os.environ["RANK"] == "1":
     together.solve = broken
 sys.exit(cli.main(sys.argv[1:]))
 """
+KILLED = """
+import os, signal, sys
+from llmprune import activations, cli, resume
+rank, place, wanted = os.environ["KILL"].split()
+module = {"sync": activations, "_tidy": resume}[place]
+original, calls = getattr(module, place), 0
+
+def stop(*arguments):
+    global calls
+    calls += 1
+    if calls == int(wanted):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+
+if os.environ["RANK"] == rank:
+    setattr(module, place, stop)
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model, tokens, and a driver whose second process fails."""
+    """A random model, tokens, and programs to be started several times at once."""
     folder = tmp_path_factory.mktemp("given")
-    save_tiny("llama", folder / "model", num_hidden_layers=2, intermediate_size=128, max_position_embeddings=LENGTH)
+    sizes = {"num_hidden_layers": BLOCKS, "intermediate_size": 128, "max_position_embeddings": LENGTH}
+    save_tiny("llama", folder / "model", **sizes)
     token_file(folder / "tokens.safetensors", random_tokens(WINDOWS, LENGTH))
-    (folder / "driver.py").write_text(DRIVER)
+    for name, text in {"many": MANY, "broken": BROKEN, "killed": KILLED}.items():
+        (folder / f"{name}.py").write_text(text)
     return folder
 
 
@@ -56,54 +107,121 @@ def arguments(given: Path, out: Path, *flags: str) -> list[str]:
     return [*files, "--no-eval", "--device", "cpu", *flags]
 
 
-def start(program: list[str], size: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a program in several processes, or in one."""
-    launcher = [] if size == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *launcher, *program]
+def start(program: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment, check=False)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--sparsity", "2:4", "--effort", "fast"),
-        ("--sparsity", "2:4", "--effort", "balanced"),
-        ("--sparsity", "50%", "--method", "sparsegpt"),
-        ("--sparsity", "60%", "--method", "sparsegpt", "--allocate", "error"),
-        ("--sparsity", "60%", "--method", "wanda", "--allocate", "owl"),
-        ("--sparsity", "2:4", "--effort", "best"),
-        ("--sparsity", "channels:50%", "--effort", "balanced"),
-        ("--sparsity", "channels:50%+2:4", "--effort", "balanced"),
-    ],
-    ids=" ".join,
-)
-def test_two_processes_find_what_one_finds(flags: tuple[str, ...], given: Path, tmp_path: Path) -> None:
-    with ThreadPoolExecutor() as pool:
-        runs = [
-            pool.submit(start, ["-m", "llmprune", *arguments(given, tmp_path / str(size), *flags)], size)
-            for size in (1, 2)
-        ]
-    for run in runs:
-        assert run.result().returncode == 0, run.result().stderr
-    one, two = (reload(tmp_path / str(size)).state_dict() for size in (1, 2))
-    for name, tensor in one.items():
-        assert torch.equal(tensor == 0, two[name] == 0), name
-        torch.testing.assert_close(two[name], tensor, **TOLERANCE)
-    report = json.loads((tmp_path / "2" / "prune_report.json").read_text())
-    shares = report["processes"]
+CASES: dict[str, dict[str, Any]] = {
+    "fast": {"effort": "fast"},
+    "balanced": {"effort": "balanced"},
+    "best": {"effort": "best"},
+    "whole layers": {"sparsity": "50%", "method": "sparsegpt"},
+    "shares by error": {"sparsity": "60%", "method": "sparsegpt", "allocate": "error"},
+    "shares by outliers": {"sparsity": "60%", "method": "wanda", "allocate": "owl"},
+    "channels": {"sparsity": "channels:50%"},
+    "channels by zeros": {"sparsity": "channels:50%", "method": "apoz"},
+    "channels, then 2:4": {"sparsity": "channels:50%+2:4"},
+    "cramped": {"effort": "balanced", "cramped": True},
+}
+
+
+def job_of(given: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    files = {"model": str(given / "model"), "calib": str(given / "tokens.safetensors"), "out": str(out)}
+    return {"sparsity": "2:4", **files, "evaluate": False, "device": "cpu", **options}
+
+
+@pytest.fixture(scope="module")
+def outputs(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes make of all cases."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [job_of(given, folder / name, options) for name, options in CASES.items()]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = start([str(given / "many.py"), str(folder / "jobs.json")])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let blocks run out of memory on more than so many windows."""
+    run = Call.run
+
+    def limited(self: Call, block: nn.Module, hidden: Tensor) -> Any:
+        if len(hidden) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run(self, block, hidden)
+
+    monkeypatch.setattr(Call, "run", limited)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_find_what_one_finds(
+    name: str, given: Path, tmp_path: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "cramped" in CASES[name]:
+        # One process has room for two windows where each of two has it for one.
+        refuse(monkeypatch, 2)
+    options = {key: value for key, value in CASES[name].items() if key != "cramped"}
+    job = Job(**{**job_of(given, tmp_path, options), "out": tmp_path / "one"})
+    prune(job)
+    one, two = reload(tmp_path / "one").state_dict(), reload(outputs / name).state_dict()
+    for key, tensor in one.items():
+        assert torch.equal(tensor == 0, two[key] == 0), key
+        torch.testing.assert_close(two[key], tensor, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
+    before, after = (json.loads((f / "prune_report.json").read_text()) for f in (tmp_path / "one", outputs / name))
+    for alone, shared in zip(before["layers"], after["layers"], strict=True):
+        assert shared["error"] == pytest.approx(alone["error"], rel=1e-3)
+        assert shared["tokens"] == WINDOWS * LENGTH
+    shares = after["processes"]
     assert shares["size"] == 2
     assert sum(shares["tokens"]) == WINDOWS * LENGTH
     for counts in (shares["tokens"], shares["rows"]):
         assert max(counts) - min(counts) <= 0.2 * sum(counts) / 2
-    assert all(layer["tokens"] == WINDOWS * LENGTH for layer in report["layers"])
-    assert runs[1].result().stdout.count("saved to") == 1
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All files of a finished run; of the report all but times, memory and place."""
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    report = json.loads((folder / "prune_report.json").read_text())
+    return found | {key: report[key] for key in report.keys() - FREE}
+
+
+def test_processes_that_are_killed_go_on_behind_the_last_finished_block(
+    given: Path, tmp_path: Path, outputs: Path
+) -> None:
+    out = tmp_path / "balanced"
+    told = []
+    # While the second process makes the second block durable, and while it drops what is no longer needed behind it.
+    for where in ("1 sync 3", "1 _tidy 1"):
+        done = start([str(given / "killed.py"), *arguments(given, out, "--sparsity", "2:4")], KILL=where)
+        assert done.returncode != 0
+        assert not out.exists()
+        told.append(done.stderr)
+    done = start(["-m", "llmprune", *arguments(given, out, "--sparsity", "2:4")])
+    assert done.returncode == 0, done.stderr
+    told.append(done.stderr)
+    found = [re.findall(r"(\d) blocks were finished before", text) for text in told]
+    assert found == [[], ["1"], ["2"]], found
+    assert done.stdout.count("saved to") == 1
+    assert os.listdir(tmp_path) == ["balanced"]
+    assert contents(out) == contents(outputs / "balanced")
 
 
 def test_one_that_fails_ends_all(given: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     flags = ("--sparsity", "2:4", "--method", "wanda")
-    found = start([str(given / "driver.py"), *arguments(given, tmp_path / "out", *flags)])
+    found = start([str(given / "broken.py"), *arguments(given, tmp_path / "out", *flags)])
     assert found.returncode != 0
     assert "this process is broken" in found.stderr
     assert time.monotonic() - began < LIMIT / 2
@@ -118,8 +236,8 @@ def prepared(given: Path, out: Path, **options: object) -> Job:
 def test_too_many_processes_are_refused(given: Path, tmp_path: Path) -> None:
     run = prepare(prepared(given, tmp_path / "out", method="wanda"), Progress())
     assert spread_over(run, Ranks()) is run
-    with pytest.raises(InputError, match="9 processes cannot share 8 calibration windows"):
-        spread_over(run, Ranks(0, 9))
+    with pytest.raises(InputError, match="11 processes cannot share 10 calibration windows"):
+        spread_over(run, Ranks(0, 11))
 
 
 def test_processes_that_have_not_met_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
