@@ -60,6 +60,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(256, 704, 8, 4, 1000, 4),
+    "llama-3-1b": Shape(2048, 8192, 32, 8, 128256, 16),
     "llama-3-8b": Shape(4096, 14336, 32, 8, 128256, 32),
     "llama-3-70b": Shape(8192, 28672, 64, 8, 128256, 80),
 }
@@ -204,6 +205,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         model = write_model(shape, blocks, options.work / f"blocks-{blocks}")
         runs[blocks] = {**run(model, tokens, options), "foretold": foretell(model, options)}
         shutil.rmtree(model)
+    full = foretell(write_model(shape, shape.blocks, options.work / "full", data=False), options)
+    other = foretell(write_model(larger, larger.blocks, options.work / "larger", data=False), options)
     return {
         "shape": asdict(shape),
         "larger": asdict(larger),
@@ -211,18 +214,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "eval.scale", *sys.argv[1:]]),
         "settings": {key: str(value) for key, value in vars(options).items() if key not in {"work", "out", "debug"}},
         "runs": runs,
-        **(whole(runs, shape, larger, options) if len(runs) > 1 else {}),
+        "full": {"memory": full["memory"]},
+        "larger_full": {"memory": other["memory"]},
+        **(whole(runs, shape, full, other) if len(runs) > 1 else {}),
     }
 
 
-def whole(runs: dict[int, dict[str, Any]], shape: Shape, larger: Shape, options: argparse.Namespace) -> dict[str, Any]:
+def whole(
+    runs: dict[int, dict[str, Any]], shape: Shape, full: dict[str, float], other: dict[str, float]
+) -> dict[str, Any]:
     """The price of a block from the shortest and the longest run, and what the full models would take."""
     few, many = min(runs), max(runs)
     block = {key: (runs[many]["seconds"][key] - runs[few]["seconds"][key]) / (many - few) for key in ("total", "prune")}
     io = {key: (runs[many]["io"][key] - runs[few]["io"][key]) // (many - few) for key in IO}
     total = runs[few]["seconds"]["total"] + block["total"] * (shape.blocks - few)
-    full = foretell(write_model(shape, shape.blocks, options.work / "full", data=False), options)
-    other = foretell(write_model(larger, larger.blocks, options.work / "larger", data=False), options)
     return {
         "block": {"seconds": block, "io": io, "stored_bytes": _stored_bytes(shape)},
         "full": {"seconds": total, "memory": full["memory"]},
@@ -244,10 +249,12 @@ def table(result: dict[str, Any]) -> str:
         foretold = run["foretold"]["memory"] / gib
         lines.append(f"| {blocks} | {peak:.2f} | {foretold:.2f} | {run['wall']:.0f} | {io[0]:.1f} | {io[1]:.1f} |")
     settings = result["settings"]
-    if "block" not in result:
-        return "\n".join(lines)
-    block, full, larger = result["block"], result["full"], result["larger_full"]
+    full, larger = result["full"], result["larger_full"]
     used = f"{settings['method']}, {settings['samples']} x {settings['seq_len']} tokens"
+    if "block" not in result:
+        foretold = f"{full['memory'] / gib:.1f} GiB for {settings['shape']} whole, {larger['memory'] / gib:.1f} GiB for"
+        return "\n".join([*lines, "", f"A dry run ({used}) foretells {foretold} {settings['larger']}."])
+    block = result["block"]
     read, written = (block["io"][key] / 1e9 for key in ("rchar", "wchar"))
     lines += [
         "",
