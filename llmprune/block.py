@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmprune.coupling import Coupling
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
-from llmprune.memory import mapped_memory
+from llmprune.memory import give_back_memory, mapped_memory
 from llmprune.pausing import Finder, Forward, Seen
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
 from llmprune.ranks import ALONE, Ranks
@@ -196,6 +196,8 @@ class Block:
         with watched(self.module, order, self.landings, lambda: self.observer):
             for number, stats in self._pausing(order) if self.paused else self._repeating(order):
                 yield self._group(order[number], stats)
+                # What was freed of the group would else be scattered by the activations that come next.
+                give_back_memory()
         self.advanced = True
 
     def _group(self, locals_: list[str], stats: InputStats) -> Group:

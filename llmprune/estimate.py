@@ -16,7 +16,7 @@ from llmprune.perplexity import CHUNK_ELEMENTS
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BATCH_TOKENS, INSIDE
+from llmprune.stream import BATCH_TOKENS, MEMORY
 from llmprune.structured import CRITERIA
 
 LATE = 24 * 2**20  # of the libraries, what is paged in only when it is used
@@ -129,7 +129,7 @@ def _pruning(task: Task) -> int:
     new = share * task.skeleton.checkpoint.stored_dtype(f"{task.plan.layers[0].name}.weight").itemsize
     solve = max(_solving(recipe, layer.shape[1], _rows(task, layer)) for layer in task.plan.layers)
     pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
-    passing = pausing if pausing <= INSIDE * task.budget else repeating
+    passing = pausing if pausing <= MEMORY else repeating
     window = _window(task)
     train = 4 * 6 * share + window if recipe.refine else 0
     # Small activations stay in the heap when they are freed; large ones are mapped one by one.

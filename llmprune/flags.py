@@ -262,7 +262,7 @@ def _add_machine(parser: Parser) -> None:
     machine.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
     machine.add_argument(
         "--activation-memory", type=size, default="2GiB", metavar="SIZE",
-        help="hidden states beyond this rest in files; twice as much for what is inside a block (default: 2GiB)",
+        help="hidden states beyond this rest in files beside the output while it is made (default: 2GiB)",
     )  # fmt: skip
     machine.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="converted models and demo data (default: ~/.cache/llmprune)"

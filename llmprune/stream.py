@@ -24,8 +24,8 @@ BATCH_TOKENS = 2048
 BUDGET = 2 * 2**30
 """Bytes of hidden states that rest in memory between blocks."""
 
-INSIDE = 2
-"""How many times that a block's intermediate activations may take."""
+MEMORY = 4 * 2**30
+"""Bytes that a block's intermediate activations may take."""
 
 
 class BlockStream:
@@ -38,7 +38,7 @@ class BlockStream:
         tokens: `(samples, length)`, int64.
         batch_tokens: tokens per batch; fewer if `saved` says so.
         chosen: full names of the layers to be pruned.
-        memory: bytes that a block's intermediate activations may take; by default `INSIDE` times the budget.
+        memory: bytes that a block's intermediate activations may take; `MEMORY` by default.
         twin: whether the dense model's activations travel along.
         paired: whether the layers' statistics are taken against them, where there are such.
         permute: whether to find out which inputs may change places.
@@ -73,7 +73,7 @@ class BlockStream:
         ranks: Ranks = ALONE,
     ) -> None:
         self.skeleton, self.chosen, self.folder = skeleton, chosen, folder
-        self.memory = INSIDE * budget if memory is None else memory
+        self.memory = MEMORY if memory is None else memory
         self.paired = paired and twin
         self.cuts, self.quiet, self.permute, self.scales = cuts or {}, quiet, permute, scales
         # What enters a block and what leaves it are there at once.

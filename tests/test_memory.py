@@ -22,9 +22,10 @@ BLOCK = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * FEED)
 SCRIPT = """
 import resource, sys
 from pathlib import Path
-from llmprune import Job, prune
+from llmprune import Job, prune, stream
 
 model, out, calib, method, memory = sys.argv[1:]
+stream.MEMORY = 2 * int(memory)
 options = {"evaluate": False, "device": "cpu", "threads": 1, "activation_memory": int(memory)}
 prune(Job(model, "2:4", method, calib=calib, out=Path(out), **options))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

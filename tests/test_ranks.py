@@ -124,7 +124,7 @@ CASES: dict[str, dict[str, Any]] = {
     "channels": {"sparsity": "channels:50%"},
     "channels by zeros": {"sparsity": "channels:50%", "method": "apoz"},
     "channels, then 2:4": {"sparsity": "channels:50%+2:4"},
-    "cramped": {"effort": "balanced", "cramped": True},
+    "cramped": {"method": "sparsegpt", "targets": "dense", "cramped": True},
 }
 
 
