@@ -128,7 +128,8 @@ def solve(
     assert run.solver is not None
     assert pattern is not None
     solutions, order = run.solver.solve(group.problem, pattern, group.classes)
-    return run.ranks.agreed(solutions), order
+    # What was solved together is the same already, but for what came behind it.
+    return run.ranks.agreed(solutions) if run.recipe.refit else solutions, order
 
 
 def errors_of(run: Prepared, group: Group, stored: Sequence[Tensor]) -> list[float]:
