@@ -30,7 +30,7 @@ from llmprune.rehearse import Call
 from llmprune.together import spread_over
 
 WINDOWS, LENGTH, BLOCKS = 10, 256, 3
-LIMIT = 240
+LIMIT = 600
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
 FREE = {"seconds", "peak_memory", "baseline_memory", "blocks", "out", "command"}
 
@@ -224,7 +224,7 @@ def test_one_that_fails_ends_all(given: Path, tmp_path: Path) -> None:
     found = start([str(given / "broken.py"), *arguments(given, tmp_path / "out", *flags)])
     assert found.returncode != 0
     assert "this process is broken" in found.stderr
-    assert time.monotonic() - began < LIMIT / 2
+    assert time.monotonic() - began < LIMIT / 10
     assert not (tmp_path / "out").exists()
 
 
