@@ -60,6 +60,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(256, 704, 8, 4, 1000, 4),
+    "llama-3-1b": Shape(2048, 8192, 32, 8, 128256, 16),
     "llama-3-8b": Shape(4096, 14336, 32, 8, 128256, 32),
     "llama-3-70b": Shape(8192, 28672, 64, 8, 128256, 80),
 }
@@ -162,8 +163,8 @@ def foretell(model: Path, options: argparse.Namespace) -> dict[str, float]:
     from llmprune.skeleton import Skeleton
 
     skeleton = Skeleton(AutoConfig.from_pretrained(model), SafetensorsFolder(model))
-    plan = make_plan(skeleton, parse_pattern(options.sparsity, load_method(options.method).scope), (), ())
     recipe = make_recipe(options.method, DEFAULT_EFFORT, {})
+    plan = make_plan(skeleton, parse_pattern(options.sparsity, load_method(recipe.method).scope), (), ())
     tokens = options.samples * options.seq_len
     task = Task(skeleton, plan, recipe, tokens, options.seq_len, 0, options.activation_memory)
     return {"seconds": seconds(task, product_rate()), "memory": memory(task)}
@@ -174,7 +175,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m eval.scale", description="Prune random models of a shape.", allow_abbrev=False)
     parser.add_argument("--shape", choices=SHAPES, required=True, help=", ".join(SHAPES))
     parser.add_argument("--larger", choices=SHAPES, default="llama-3-70b", help="shape to foretell from it")
-    parser.add_argument("--blocks", type=positive, nargs=2, default=[4, 8], metavar="N", help="of the two runs")
+    parser.add_argument("--blocks", type=positive, nargs="+", default=[4, 8], metavar="N", help="of each run")
     parser.add_argument("--method", choices=(AUTO, *METHODS), default="sparsegpt", help="of pruning")
     parser.add_argument("--sparsity", default="2:4", help="pattern")
     parser.add_argument("--samples", type=positive, default=8, help="calibration windows")
@@ -188,7 +189,7 @@ def build_parser() -> Parser:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Both runs, the price of a block, and what the full models would take."""
+    """The runs, and what follows from them."""
     import torch
 
     from llmprune.tokens import save_tokens, token_batch
@@ -204,10 +205,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         model = write_model(shape, blocks, options.work / f"blocks-{blocks}")
         runs[blocks] = {**run(model, tokens, options), "foretold": foretell(model, options)}
         shutil.rmtree(model)
-    few, many = runs
-    block = {key: (runs[many]["seconds"][key] - runs[few]["seconds"][key]) / (many - few) for key in ("total", "prune")}
-    io = {key: (runs[many]["io"][key] - runs[few]["io"][key]) // (many - few) for key in IO}
-    total = runs[few]["seconds"]["total"] + block["total"] * (shape.blocks - few)
     full = foretell(write_model(shape, shape.blocks, options.work / "full", data=False), options)
     other = foretell(write_model(larger, larger.blocks, options.work / "larger", data=False), options)
     return {
@@ -217,6 +214,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "eval.scale", *sys.argv[1:]]),
         "settings": {key: str(value) for key, value in vars(options).items() if key not in {"work", "out", "debug"}},
         "runs": runs,
+        "full": {"memory": full["memory"]},
+        "larger_full": {"memory": other["memory"]},
+        **(whole(runs, shape, full, other) if len(runs) > 1 else {}),
+    }
+
+
+def whole(
+    runs: dict[int, dict[str, Any]], shape: Shape, full: dict[str, float], other: dict[str, float]
+) -> dict[str, Any]:
+    """The price of a block from the shortest and the longest run, and what the full models would take."""
+    few, many = min(runs), max(runs)
+    block = {key: (runs[many]["seconds"][key] - runs[few]["seconds"][key]) / (many - few) for key in ("total", "prune")}
+    io = {key: (runs[many]["io"][key] - runs[few]["io"][key]) // (many - few) for key in IO}
+    total = runs[few]["seconds"]["total"] + block["total"] * (shape.blocks - few)
+    return {
         "block": {"seconds": block, "io": io, "stored_bytes": _stored_bytes(shape)},
         "full": {"seconds": total, "memory": full["memory"]},
         # A dry run's seconds leave out what is no product; the runs tell by how much.
@@ -225,7 +237,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: both runs, what a block took, and what the full models would take."""
+    """Markdown: the runs, and where there are two, what a block took and what the full models would take."""
     gib, few_many = 2**30, sorted(result["runs"].items(), key=lambda item: int(item[0]))
     lines = [
         "| blocks | peak above the libraries', GiB | foretold, GiB | whole run, s | read, GB | written, GB |",
@@ -236,14 +248,19 @@ def table(result: dict[str, Any]) -> str:
         io = [run["io"][key] / 1e9 for key in ("rchar", "wchar")]
         foretold = run["foretold"]["memory"] / gib
         lines.append(f"| {blocks} | {peak:.2f} | {foretold:.2f} | {run['wall']:.0f} | {io[0]:.1f} | {io[1]:.1f} |")
-    block, full, larger = result["block"], result["full"], result["larger_full"]
     settings = result["settings"]
+    full, larger = result["full"], result["larger_full"]
     used = f"{settings['method']}, {settings['samples']} x {settings['seq_len']} tokens"
-    read, written = (block["io"][key] / 1e9 for key in ("rchar", "wchar"))
+    if "block" not in result:
+        foretold = f"{full['memory'] / gib:.1f} GiB for {settings['shape']} whole, {larger['memory'] / gib:.1f} GiB for"
+        return "\n".join([*lines, "", f"A dry run ({used}) foretells {foretold} {settings['larger']}."])
+    block = result["block"]
+    disk, read, written = (block["io"][key] / 1e9 for key in ("read_bytes", "rchar", "wchar"))
     lines += [
         "",
-        f"A block takes {block['seconds']['total']:.0f} s, reads {read:.2f} GB and writes {written:.2f} GB; it holds "
-        f"{block['stored_bytes'] / 1e9:.2f} GB. From this ({used}), {settings['shape']} whole: "
+        f"A block takes {block['seconds']['total']:.0f} s and holds {block['stored_bytes'] / 1e9:.2f} GB: "
+        f"{disk:.2f} GB come from the disk (the source is mapped), {written:.2f} GB are written, and {read:.2f} GB "
+        f"read again to hash what was written. From this ({used}), {settings['shape']} whole: "
         f"{full['seconds'] / 3600:.1f} h, {full['memory'] / gib:.1f} GiB; {settings['larger']}: "
         f"{larger['seconds'] / 3600:.1f} h, {larger['memory'] / gib:.1f} GiB.",
     ]
@@ -264,7 +281,7 @@ def run_scale(options: argparse.Namespace) -> int:
         shutil.rmtree(options.work)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["block"] | {"full": result["full"], "larger": result["larger_full"]}, indent=2))
+    print(json.dumps({key: result[key] for key in ("runs", "block", "full", "larger_full") if key in result}, indent=2))
     return 0
 
 

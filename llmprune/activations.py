@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,11 @@ class Piece:
         """Its size."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
-    def cut(self, rows: int) -> list[Piece]:
-        """The same bytes as batches of so many rows; the last may have fewer."""
+    def cut(self, rows: int) -> tuple[Piece, Piece]:
+        """The first rows, and the rest."""
         whole, *rest = self.shape
-        row = self.nbytes // whole
-        return [
-            Piece(self.offset + start * row, (min(rows, whole - start), *rest), self.dtype)
-            for start in range(0, whole, rows)
-        ]
+        offset = self.offset + rows * (self.nbytes // whole)
+        return replace(self, shape=(rows, *rest)), Piece(offset, (whole - rows, *rest), self.dtype)
 
 
 class Filed(dict[int, Piece]):
@@ -135,19 +133,21 @@ class Activations:
         pieces = [[piece.offset, list(piece.shape), str(piece.dtype)[6:]] for _, piece in sorted(filed.items())]
         return {"file": filed.path.name, "sha256": sha256(filed.path), "pieces": pieces}
 
-    def load(self, saved: dict[str, Any], generation: int, rows: int) -> None:
+    def load(self, saved: dict[str, Any], generation: int, sizes: Sequence[int]) -> None:
         """Take what entered a later block, in place of the first, from what `save` left before it.
 
         Args:
             saved: what it returned.
             generation: number of the later block.
-            rows: sequences in a batch; those that were saved may hold a multiple of it.
+            sizes: sequences in every batch; one that was saved may make several.
         """
         assert self.folder is not None
         filed = Filed(self.folder / saved["file"])
+        left = iter(sizes)
         for offset, shape, dtype in saved["pieces"]:
-            for part in Piece(offset, tuple(shape), getattr(torch, dtype)).cut(rows):
-                filed[len(filed)] = part
+            piece = Piece(offset, tuple(shape), getattr(torch, dtype))
+            while piece.shape[0]:
+                filed[len(filed)], piece = piece.cut(next(left))
         self.generation = generation
         if sum(piece.nbytes for piece in filed.values()) > self.limit:
             self._entered, self._left = filed, self._filed(generation + 1)

@@ -9,13 +9,15 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from llmprune.block import Group
 from llmprune.errors import InputError
 from llmprune.linalg import relative_error
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.pattern import Unstructured
 from llmprune.problem import GroupProblem
+from llmprune.ranks import Ranks
 from llmprune.recipe import Allocate
-from llmprune.stream import BlockStream, Group
+from llmprune.stream import BlockStream
 
 REACH = Fraction(8, 100)
 """How far a block's share may be from the mean."""
@@ -60,7 +62,7 @@ def allocate(
     ends = bounds(pattern.share)
     found, shapes = [], []
     for block in stream:
-        found.append(_survey(stream.groups(block), pattern, ends if kind == "error" else None))
+        found.append(_survey(stream.groups(block), pattern, ends if kind == "error" else None, stream.ranks))
         shapes.append([layer.shape for layer in block.layers.values()])
         step()
     shares = (by_error if kind == "error" else by_outliers)(found, pattern.share)
@@ -74,7 +76,9 @@ def allocate(
     return patterns
 
 
-def _survey(groups: Iterable[Group], pattern: Unstructured, ends: tuple[Fraction, Fraction] | None) -> Survey:
+def _survey(
+    groups: Iterable[Group], pattern: Unstructured, ends: tuple[Fraction, Fraction] | None, ranks: Ranks
+) -> Survey:
     """Look at the groups of a block, which stays dense."""
     weights, scores, errors = 0, [], [0.0, 0.0]
     for group in groups:
@@ -83,14 +87,14 @@ def _survey(groups: Iterable[Group], pattern: Unstructured, ends: tuple[Fraction
         weights += sum(layer.weight.numel() for layer in problem.layers)
         scores += [(layer.weight.abs() * norms).flatten() for layer in problem.layers] if ends is None else []
         for at, share in enumerate(ends or ()):
-            errors[at] += _error(problem, Unstructured(share, pattern.scope))
+            errors[at] += _error(problem, Unstructured(share, pattern.scope), ranks)
     every = torch.cat(scores) if scores else torch.zeros(1)
     return Survey(weights, (errors[0], errors[1]), float((every > OUTLIER * every.mean()).double().mean()))
 
 
-def _error(problem: GroupProblem, pattern: Unstructured) -> float:
+def _error(problem: GroupProblem, pattern: Unstructured, ranks: Ranks) -> float:
     """The sum of the layers' relative errors after SparseGPT."""
-    solutions = SparseGPT().solve(problem, pattern)
+    solutions = ranks.spread(SparseGPT().solve, problem, pattern)
     pairs = zip(problem.layers, solutions, strict=True)
     return sum(relative_error(layer.weight, new.weight, problem.stats) for layer, new in pairs)
 

@@ -142,11 +142,15 @@ def is_follower() -> bool:
 
 
 def run_follower(options: argparse.Namespace, job: Job) -> int:
-    """The main command in all processes but the first."""
+    """The main command in all processes but the first; it leaves it to one that failed to say so."""
+    from llmprune.ranks import DesertedError
     from llmprune.run import prune
 
-    if not options.dry_run:
-        prune(job)
+    try:
+        if not options.dry_run:
+            prune(job)
+    except DesertedError:
+        return 1
     return 0
 
 

@@ -43,6 +43,7 @@ def join(device: str) -> Iterator[tuple[Ranks, str]]:
             "start with: torchrun --nproc-per-node N -m llmprune ...",
         )
     try:
-        yield Ranks(state.process_index, state.num_processes), "cpu" if cpu else str(state.device)
+        place = "cpu" if cpu else str(state.device)
+        yield Ranks(state.process_index, state.num_processes, place), place
     finally:
         state.destroy_process_group()

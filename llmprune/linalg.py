@@ -190,10 +190,18 @@ def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
         pruned: W̃, the new weight, `(out, in)`.
         stats: of the layer's inputs.
     """
+    return ratio(*error_terms(weight, pruned, stats))
+
+
+def error_terms(weight: Tensor, pruned: Tensor, stats: InputStats) -> tuple[float, float]:
+    """What `relative_error` divides by what; both are sums over the rows of the weights."""
     if stats.cross is None or stats.dense is None:
-        energy, missed = output_energy(weight, stats.gram), output_energy(pruned - weight, stats.gram)
-    else:
-        energy = output_energy(weight, stats.dense)
-        shared = float((pruned @ stats.cross).mul_(weight).sum(dtype=torch.float64))
-        missed = output_energy(pruned, stats.gram) - 2 * shared + energy
+        return output_energy(pruned - weight, stats.gram), output_energy(weight, stats.gram)
+    energy = output_energy(weight, stats.dense)
+    shared = float((pruned @ stats.cross).mul_(weight).sum(dtype=torch.float64))
+    return output_energy(pruned, stats.gram) - 2 * shared + energy, energy
+
+
+def ratio(missed: float, energy: float) -> float:
+    """The share that is missed; what comes out negative is rounding."""
     return max(missed / energy, 0.0) if energy > 0 else 0.0

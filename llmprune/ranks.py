@@ -2,13 +2,18 @@
 
 Sums over windows are sums over processes, so all see the same statistics, and all write the same weights into their
 blocks. The first process alone reads, writes and reports everything else.
+
+Every exchange begins with words, short JSON of any length, from each process to all; tensors follow, whose shapes are
+then known. A process whose device is out of memory says that in place of its words, and all begin again together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -16,12 +21,22 @@ from torch import Tensor, distributed
 
 from llmprune.errors import PruneError
 from llmprune.pattern import NM, SparsityPattern
-from llmprune.problem import GroupProblem, InputStats, LayerSolution
+from llmprune.problem import GroupProblem, InputStats, LayerSolution, Status
+from llmprune.shares import Part, parts
 
 T = TypeVar("T")
 Solve = Callable[[GroupProblem, SparsityPattern], list[LayerSolution]]
 
 FIELDS = ("gram", "cross", "dense", "missed", "quiet")
+NO_ROOM = "no room"
+
+
+class NoRoomError(Exception):
+    """Another process's device is out of memory."""
+
+
+class DesertedError(PruneError):
+    """Another process has ended; what it says is what went wrong."""
 
 
 class Ranks:
@@ -30,13 +45,14 @@ class Ranks:
     Args:
         number: of this process, from 0.
         size: how many there are.
+        device: where what they tell each other travels.
 
     Attributes:
         rows: how many rows every process has solved so far.
     """
 
-    def __init__(self, number: int = 0, size: int = 1) -> None:
-        self.number, self.size = number, size
+    def __init__(self, number: int = 0, size: int = 1, device: str = "cpu") -> None:
+        self.number, self.size, self.device = number, size, torch.device(device)
         self.rows = [0] * size
 
     @property
@@ -44,14 +60,35 @@ class Ranks:
         """Whether this is the only process."""
         return self.size == 1
 
-    def share(self, tokens: Tensor, number: int | None = None) -> Tensor:
-        """A process's windows, by default this one's; shares differ by one window at most."""
-        return torch.tensor_split(tokens, self.size)[self.number if number is None else number]
+    # Words
+
+    def exchange(self, words: T) -> list[T]:
+        """What every process says, in order; JSON. Waits until all have spoken.
+
+        Raises:
+            NoRoomError: one has no memory left on its device.
+        """
+        if self.alone:
+            return [words]
+        return self._exchange({"words": words})
+
+    def out_of_room(self) -> None:
+        """Say, in place of what the others wait for, that this process's device has no memory left."""
+        if not self.alone:
+            try:
+                self._exchange({NO_ROOM: True})
+            except NoRoomError:
+                pass
 
     def meet(self) -> None:
         """Wait until all processes are here."""
+        self.exchange(None)
+
+    def part(self) -> None:
+        """Wait until all processes are done."""
         if not self.alone:
             with _together():
+                # Unlike words, it leaves no tensor to a thread that may outlive the interpreter.
                 distributed.barrier()
 
     def in_turn(self, work: Callable[[], T]) -> T:
@@ -63,15 +100,23 @@ class Ranks:
             self.meet()
         return result
 
-    def of_first(self, value: T) -> T:
-        """The first process's value, for all."""
-        if self.alone:
-            return value
-        box: list[Any] = [value.cpu() if isinstance(value, Tensor) else value]
-        with _together():
-            distributed.broadcast_object_list(box)
-        result: T = box[0]
-        return result
+    def of_first(self, words: T) -> T:
+        """The first process's words, for all."""
+        return self.exchange(words if self.number == 0 else None)[0]  # type: ignore[return-value]
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over the processes, bit for bit the same in all."""
+        return [sum(column) for column in zip(*self.exchange(list(values)), strict=True)]
+
+    # Windows
+
+    def share(self, tokens: Tensor, number: int | None = None) -> Tensor:
+        """A process's windows, by default this one's; shares differ by one window at most."""
+        return tokens[self.number if number is None else number :: self.size]
+
+    def parts(self, windows: int, batch: int) -> list[Part]:
+        """What this process has of every batch, see `shares.parts`."""
+        return parts(windows, batch, self.number, self.size)
 
     def summed(self, stats: InputStats, layers: list[str]) -> InputStats:
         """Statistics over the windows of all processes, from those over each one's own.
@@ -85,14 +130,25 @@ class Ranks:
         """
         if self.alone:
             return stats
-        heads = self._gathered({"layers": layers, "stats": _head(stats)})
-        if any(head["layers"] != layers for head in heads):
-            others = next(head["layers"] for head in heads if head["layers"] != layers)
+        words: dict[str, Any] = {"layers": layers, "stats": _head(stats)}
+        heads = self.exchange(words)
+        if other := next((head["layers"] for head in heads if head["layers"] != layers), None):
             raise PruneError(
-                f"the blocks take {layers} in one process and {others} in another",
+                f"the blocks take {layers} in one process and {other} in another",
                 "a model that routes tokens this way cannot be spread: use one process",
             )
         return self._sum(stats, [head["stats"] for head in heads])
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Sum tensors over the processes, in place."""
+        if self.alone:
+            return
+        self.meet()
+        for tensor in tensors:
+            with _together():
+                distributed.all_reduce(tensor)
+
+    # Rows
 
     def spread(self, solve: Solve, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Solve a group together: every process its rows where these do not depend on each other, else whole layers.
@@ -109,17 +165,61 @@ class Ranks:
         layers = tuple(
             replace(problem.layers[layer], weight=problem.layers[layer].weight[rows]) for layer, rows in mine
         )
-        found = iter(solve(replace(problem, layers=layers), pattern) if layers else [])
+        found = solve(replace(problem, layers=layers), pattern) if layers else []
+        said = [iter(heads) for heads in self.exchange([_words(solution) for solution in found])]
+        own = iter(found)
         parts: list[list[LayerSolution]] = [[] for _ in problem.layers]
         for layer, rows, owner in pieces:
-            weight = problem.layers[layer].weight[rows]
-            own = next(found) if owner == self.number else LayerSolution(weight, torch.zeros_like(weight).bool())
-            parts[layer].append(self._from(owner, own))
+            like = problem.layers[layer].weight[rows]
+            parts[layer].append(self._from(owner, next(own) if owner == self.number else None, like, next(said[owner])))
         return [_joined(solutions) for solutions in parts]
+
+    def by_rows(self, compute: Callable[[slice], Tensor], height: int) -> Tensor:
+        """What is computed row by row, every process its share of them.
+
+        Args:
+            compute: the result for some of the rows.
+            height: how many there are.
+        """
+        if self.alone:
+            return compute(slice(0, height))
+        cuts = self._cuts(height)
+        mine = compute(cuts[self.number]).contiguous()
+        self.meet()
+        found = [
+            mine if owner == self.number else mine.new_empty(rows.stop - rows.start, *mine.shape[1:])
+            for owner, rows in enumerate(cuts)
+        ]
+        for owner, part in enumerate(found):
+            self._broadcast(part, owner)
+        return torch.cat(found)
+
+    def own_rows(self, height: int) -> slice:
+        """This process's share of so many rows."""
+        return self._cuts(height)[self.number]
+
+    # The first process's
 
     def agreed(self, solutions: list[LayerSolution]) -> list[LayerSolution]:
         """The first process's solutions, for all: machines may differ in the last bit, weights may not."""
-        return solutions if self.alone else [self._from(0, solution) for solution in solutions]
+        if self.alone:
+            return solutions
+        heads = self.of_first([_words(solution) for solution in solutions])
+        return [self._from(0, own, own.weight, head) for own, head in zip(solutions, heads, strict=True)]
+
+    def same(self, tensors: Iterable[Tensor]) -> None:
+        """Make tensors those of the first process, in place."""
+        if self.alone:
+            return
+        self.meet()
+        for tensor in tensors:
+            self._broadcast(tensor, 0)
+
+    def same_order(self, order: Tensor | None) -> Tensor | None:
+        """The first process's order of inputs."""
+        if self.alone or order is None:
+            return order
+        return torch.tensor(self.of_first(order.tolist()), dtype=order.dtype, device=order.device)
 
     def facts(self, tokens: Tensor) -> dict[str, Any]:
         """For the report: how many processes, and every one's tokens and rows; nothing where there is one."""
@@ -128,14 +228,18 @@ class Ranks:
         shares = [self.share(tokens, number).numel() for number in range(self.size)]
         return {"size": self.size, "tokens": shares, "rows": list(self.rows)}
 
+    def _cuts(self, height: int) -> list[slice]:
+        ends = [height * number // self.size for number in range(self.size + 1)]
+        return [slice(*pair) for pair in pairwise(ends)]
+
     def _pieces(self, problem: GroupProblem, pattern: SparsityPattern) -> list[tuple[int, slice, int]]:
         """Layer, rows and process of every piece; all processes come to the same."""
         pieces = []
         for layer, part in enumerate(problem.layers):
             height = len(part.weight)
             if isinstance(pattern, NM) or getattr(pattern, "scope", "layer") == "row":
-                ends = [height * number // self.size for number in range(self.size + 1)]
-                pieces += [(layer, slice(ends[n], ends[n + 1]), n) for n in range(self.size) if ends[n] < ends[n + 1]]
+                cuts = enumerate(self._cuts(height))
+                pieces += [(layer, rows, owner) for owner, rows in cuts if rows.start < rows.stop]
             else:
                 # A count over a whole layer cannot be cut; who has done least so far is next.
                 pieces.append((layer, slice(0, height), self.rows.index(min(self.rows))))
@@ -144,20 +248,34 @@ class Ranks:
                     self.rows[owner] += rows.stop - rows.start
         return pieces
 
-    def _from(self, owner: int, solution: LayerSolution) -> LayerSolution:
-        weight, mask = solution.weight.contiguous(), solution.mask.to(torch.uint8).contiguous()
-        rest = [(solution.status, solution.stats)]
-        with _together():
-            distributed.broadcast(weight, owner)
-            distributed.broadcast(mask, owner)
-            distributed.broadcast_object_list(rest, owner)
-        return LayerSolution(weight, mask.bool(), *rest[0])
+    def _from(self, owner: int, own: LayerSolution | None, like: Tensor, words: list[Any]) -> LayerSolution:
+        """A process's solution, for all; `like` has its weights' form."""
+        if owner == self.number and own is not None:
+            weight, mask = own.weight.contiguous(), own.mask.to(torch.uint8).contiguous()
+        else:
+            weight, mask = (torch.empty_like(like, memory_format=torch.contiguous_format) for _ in range(2))
+            mask = mask.to(torch.uint8)
+        self._broadcast(weight, owner)
+        self._broadcast(mask, owner)
+        return LayerSolution(weight, mask.bool(), Status(words[0]), words[1])
 
-    def _gathered(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.size
+    def _broadcast(self, tensor: Tensor, owner: int) -> None:
         with _together():
-            distributed.all_gather_object(values, value)
-        return values
+            distributed.broadcast(tensor, owner)
+
+    def _exchange(self, words: Any) -> list[Any]:
+        raw = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8).to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        with _together():
+            distributed.all_gather(lengths, torch.tensor([len(raw)], device=self.device))
+            longest = max(int(length) for length in lengths)
+            found = [raw.new_zeros(longest) for _ in lengths]
+            distributed.all_gather(found, torch.cat([raw, raw.new_zeros(longest - len(raw))]))
+        texts = [bytes(text[: int(length)].tolist()) for text, length in zip(found, lengths, strict=True)]
+        heard = [json.loads(text) for text in texts]
+        if any(NO_ROOM in one for one in heard):
+            raise NoRoomError
+        return [one["words"] for one in heard]
 
     def _sum(self, stats: InputStats, heads: list[dict[str, Any]]) -> InputStats:
         tokens = sum(head["tokens"] for head in heads)
@@ -170,7 +288,7 @@ class Ranks:
             if any(shape is None for shape in shapes):
                 found[name] = None
                 continue
-            part = stats.gram.new_zeros(shapes[0]) if value is None else value * (stats.tokens / max(tokens, 1))
+            part = stats.gram.new_zeros(shapes[0]) if value is None else value.mul_(stats.tokens / max(tokens, 1))
             with _together():
                 distributed.all_reduce(part)
             found[name] = part
@@ -185,10 +303,15 @@ class Ranks:
 ALONE = Ranks()
 
 
+def _words(solution: LayerSolution) -> list[Any]:
+    """What is known of a solution besides its tensors."""
+    return [solution.status.value, solution.stats]
+
+
 def _head(stats: InputStats) -> dict[str, Any]:
     """What the others must know to add these statistics to theirs."""
     values = {name: getattr(stats, name) for name in FIELDS}
-    shapes = {name: tuple(value.shape) for name, value in values.items() if value is not None}
+    shapes = {name: list(value.shape) for name, value in values.items() if value is not None}
     return {"tokens": stats.tokens, "shapes": shapes, "held": None if stats.held is None else _head(stats.held)}
 
 
@@ -205,4 +328,4 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PruneError("another process of this run has ended", "its own error says why") from error
+        raise DesertedError("another process of this run has ended", "its own error says why") from error

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llmprune.block import Block
 from llmprune.rehearse import Batch, hidden_of
 from llmprune.report import Refinement
-from llmprune.stream import Block
 
 RATE = 0.01  # of a parameter's root mean square, per step
 WHITENING = 0.5
@@ -37,8 +38,8 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
         epochs: passes over the calibration batches.
         seed: of the order of the batches.
     """
-    held = max(1, len(block.batches) // HELD_OUT)
-    training, held_out = block.batches[:-held], block.batches[-held:]
+    held = max(1, block.count // HELD_OUT)
+    training, held_out = range(block.count - held), range(block.count - held, block.count)
     values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block).items()}
     masks = {name: value != 0 for name, value in values.items() if value.dim() == 2}
     loss = BlockLoss(block, values)
@@ -48,13 +49,13 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs if training else 0):
         for index in torch.randperm(len(training), generator=generator).tolist():
-            with torch.enable_grad():
-                gradients = gradients_of(loss(training[index]), list(values.values()))
+            gradients = loss.gradients(training[index])
             for (name, value), gradient in zip(values.items(), gradients, strict=True):
                 value.grad = gradient.mul_(masks[name]) if name in masks else gradient
             schedule.step()
         if (reached := loss.mean(held_out)) < after:
             best, after = {name: value.detach().clone() for name, value in values.items()}, reached
+    block.ranks.same(best.values())
     block.store(best)
     block.rewind()
     return Refinement(block.name, before, after)
@@ -94,8 +95,11 @@ class BlockLoss:
 
     def __init__(self, block: Block, values: dict[str, nn.Parameter]) -> None:
         self.block, self.values = block, values
-        energy = torch.stack([_dense(batch).square().mean((0, 1)) for batch in block.batches]).mean(0)
-        self.weights = (energy / energy.mean()).clamp(min=1e-6).pow(-WHITENING).to(block.skeleton.device)
+        self.batches = {batch.part.batch: batch for batch in block.batches}
+        means = [_dense(batch).square().mean((0, 1)) * batch.part.share for batch in block.batches]
+        energy = (torch.stack(means).sum(0) / block.count).to(block.skeleton.device)
+        block.ranks.add([energy])
+        self.weights = (energy / energy.mean()).clamp(min=1e-6).pow(-WHITENING)
 
     def __call__(self, batch: Batch) -> Tensor:
         """The mean over the tokens of a batch."""
@@ -109,10 +113,22 @@ class BlockLoss:
         assert isinstance(mean, Tensor)
         return mean
 
+    def gradients(self, number: int) -> tuple[Tensor, ...]:
+        """Of the mean over the tokens of a batch, in all processes, for every parameter."""
+        values, batch = list(self.values.values()), self.batches.get(number)
+        found = tuple(torch.zeros_like(value) for value in values)
+        if batch is not None:
+            with torch.enable_grad():
+                found = gradients_of(self(batch) * batch.part.share, values)
+        self.block.ranks.add(found)
+        return found
+
     @torch.no_grad()
-    def mean(self, batches: list[Batch]) -> float:
-        """The mean over batches."""
-        return sum(float(self(batch)) for batch in batches) / len(batches)
+    def mean(self, numbers: Sequence[int]) -> float:
+        """The mean over batches, in all processes."""
+        here = [self.batches[number] for number in numbers if number in self.batches]
+        (total,) = self.block.ranks.total([sum(float(self(batch)) * batch.part.share for batch in here)])
+        return total / len(numbers)
 
 
 def _dense(batch: Batch) -> Tensor:

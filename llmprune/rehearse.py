@@ -6,7 +6,7 @@ by running the model with its blocks replaced by identities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmprune.activations import Activations
 from llmprune.errors import InputError
+from llmprune.shares import Part, parts
 from llmprune.skeleton import Skeleton
 
 
@@ -99,6 +100,7 @@ class Batch:
         dense_calls: the arguments of the dense model's blocks.
         number: of the batch in the streams.
         streams: where its hidden states rest, and those of the dense model if they travel along.
+        part: which windows of a batch of all processes these are.
     """
 
     tokens: Tensor
@@ -106,6 +108,12 @@ class Batch:
     dense_calls: list[Call]
     number: int
     streams: tuple[Activations, Activations | None]
+    part: Part
+
+    @property
+    def fitted(self) -> int:
+        """How many of its tokens statistics are fitted to; the rest is held out."""
+        return self.part.fitted(self.tokens.shape[1])
 
     @property
     def hidden(self) -> Tensor:
@@ -179,6 +187,7 @@ def rehearse(
     pruned: Activations | None = None,
     dense: Activations | None = None,
     wrap: Wrap | None = None,
+    own: Sequence[Part] = (),
 ) -> Rehearsal:
     """Run all that comes before the blocks, and record what each block is called with.
 
@@ -192,19 +201,21 @@ def rehearse(
         pruned: where the hidden states rest; None for memory.
         dense: where those of the dense model rest, if they are to travel along.
         wrap: how blocks return their hidden states; None to run the first block and see.
+        own: what of every batch the tokens are; by default all of it.
     """
+    own = own or parts(len(tokens), batch_size)
     streams = (pruned or Activations(), dense)
     batches: list[Batch] = []
     with skeleton.loaded(skeleton.before_blocks()):
         wrap = wrap or _probe_output(skeleton, tokens[:1])
-        for part in torch.split(tokens, batch_size):
-            hidden, calls = _record(skeleton, part, wrap)
-            known = [batch.calls for batch in batches if batch.tokens.shape == part.shape][:1]
+        for part, windows in zip(own, torch.split(tokens, [len(part.own) for part in own]), strict=True):
+            hidden, calls = _record(skeleton, windows, wrap)
+            known = [batch.calls for batch in batches if batch.tokens.shape == windows.shape][:1]
             for earlier in known:
                 calls = [old if old.same(new) else new for old, new in zip(earlier, calls, strict=True)]
             for stream in filter(None, streams):
                 stream.append(hidden)
-            batches.append(Batch(part, calls, own_state(calls), len(batches), streams))
+            batches.append(Batch(windows, calls, own_state(calls), len(batches), streams, part))
     return Rehearsal(batches, wrap)
 
 

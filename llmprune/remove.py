@@ -12,6 +12,7 @@ from llmprune.linalg import relative_error
 from llmprune.pattern import SparsityPattern
 from llmprune.permutation import classes_left
 from llmprune.problem import GroupProblem, InputStats, LayerSolution, Status
+from llmprune.ranks import ALONE, Ranks
 from llmprune.refit import refit
 from llmprune.solve import Solver
 from llmprune.structured import Criterion
@@ -34,6 +35,7 @@ class Remover:
         steps: in how many nested steps the inputs go.
         reconstruct: whether the rest makes up for them, by least squares.
         solver: prunes the weights that stay.
+        ranks: the processes that solve together.
     """
 
     criterion: Criterion
@@ -41,6 +43,7 @@ class Remover:
     steps: int = 1
     reconstruct: bool = True
     solver: Solver | None = None
+    ranks: Ranks = ALONE
 
     @property
     def quiet(self) -> float | None:
@@ -76,7 +79,7 @@ class Remover:
             pattern.
         """
         (layer,) = problem.layers
-        goal, strengths = toward_dense(problem) if self.dense else (problem, [])
+        goal, strengths = toward_dense(problem, ranks=self.ranks) if self.dense else (problem, [])
         target = goal.layers[0].weight.double()
         gram = problem.stats.gram
         kept = self._choose(RemovalProblem(target, gram, units.to(gram.device), scale, problem.stats.quiet), count)

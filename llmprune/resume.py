@@ -1,7 +1,8 @@
 """What a run leaves when it is stopped, and how the same command goes on from there.
 
-The work lies in `.NAME.partial`: the model so far, the hidden states on their way, and `state.json`, which is replaced
-after every block and names all other files with their hashes. What it does not name is of no use and goes.
+The work lies in `.NAME.partial`: the model so far, the hidden states on their way (of several processes, each has a
+folder of its own), and `state.json`, which is replaced after every block and names all other files with their hashes.
+What it does not name is of no use and goes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,7 @@ from llmprune.progress import Progress
 from llmprune.report import PruneReport
 from llmprune.stream import BlockStream
 
-STATE, LOCK = "state.json", "lock"
+STATE, LOCK, MODEL, RANK = "state.json", "lock", "model", "rank-"
 AGAIN = "free disk space and run the same command again, or choose another --out"
 
 
@@ -59,7 +60,12 @@ class Journal:
     @property
     def blocks(self) -> int:
         """How many are finished."""
-        return int(self.state["stream"]["done"]) if self.state else 0
+        return int(self.streams[0]["done"]) if self.state else 0
+
+    @property
+    def streams(self) -> list[dict[str, Any]]:
+        """Where every process goes on; nothing at the start."""
+        return list(self.state.get("streams", ()))
 
     def open(self, facts: dict[str, str], restart: bool) -> None:
         """Take up what an earlier run left, or make room.
@@ -79,9 +85,10 @@ class Journal:
             self.state, self.resumed = {}, False
         if self.resumed:
             self.dense = Perplexity(**self.state["dense"]) if self.state["dense"] else None
-            self.patterns = [parse_pattern(name, self._scope) if name else None for name in self.state["patterns"]]
+            self.patterns = parsed(self.state["patterns"], self._scope)
             self.writer().unseal()
-            self._tidy()
+            for number in range(len(self.streams)):
+                _tidy(rank_folder(self.folder, number), self._files())
             self.progress.note(f"{self.blocks} blocks were finished before, in {self.folder}; going on from there")
         else:
             self._clear()
@@ -120,28 +127,28 @@ class Journal:
 
     def save(self, stream: BlockStream, report: PruneReport, writer: ShardWriter) -> None:
         """Make a finished block durable: the shards are already, now come the hidden states and then the new state."""
-        try:
-            onward = stream.save()
-        except CannotBeSavedError as error:
-            self.progress.note(f"{error}, which cannot be saved: this run could not be resumed if it were stopped")
-            return
-        whole = report.to_json()
-        self.state = {
-            "run": self.facts,
-            "shards": [asdict(shard) for shard in writer.shards],
-            "dense": asdict(self.dense) if self.dense else None,
-            "patterns": [pattern.name if pattern else "" for pattern in self.patterns],
-            "report": {key: whole[key] for key in ("layers", "refinements", "blocks", "seconds")},
-            "stream": onward,
-        }
-        write_json(self.folder / STATE, {"sha256": _digest(self.state), "state": self.state})
-        self._tidy()
+
+        def write(streams: list[dict[str, Any]]) -> None:
+            whole = report.to_json()
+            self.state = {
+                "run": self.facts,
+                "shards": [asdict(shard) for shard in writer.shards],
+                "dense": asdict(self.dense) if self.dense else None,
+                "patterns": names_of(self.patterns),
+                "report": {key: whole[key] for key in ("layers", "refinements", "blocks", "seconds")},
+                "streams": streams,
+            }
+            write_json(self.folder / STATE, {"sha256": _digest(self.state), "state": self.state})
+
+        if reason := keep(stream, self.folder, write):
+            self.progress.note(f"{reason}, which cannot be saved: this run could not be resumed if it were stopped")
 
     def _files(self) -> dict[Path, str]:
         """All files that the state names, with their hashes."""
-        stream = self.state["stream"]
-        files = {self.folder / item["file"]: item["sha256"] for item in (*stream["hidden"], stream["carried"])}
-        return files | {self.model / shard["file"]: shard["sha256"] for shard in self.state["shards"]}
+        files = {self.model / shard["file"]: str(shard["sha256"]) for shard in self.state["shards"]}
+        for number, stream in enumerate(self.streams):
+            files |= _files_of(stream, rank_folder(self.folder, number))
+        return files
 
     def _damaged(self) -> Path | None:
         """The first file that is not what the state says."""
@@ -157,18 +164,61 @@ class Journal:
         self.progress.finish()
         return None
 
-    def _tidy(self) -> None:
-        """Remove what the state does not name."""
-        for path in set(self.folder.iterdir()) - self._files().keys() - {self.model, *self._own()}:
-            _remove(path)
-
-    def _own(self) -> list[Path]:
-        return [self.folder / STATE, self.folder / LOCK]
-
     def _clear(self) -> None:
         for path in set(self.folder.iterdir()) - {self.folder / LOCK}:
             _remove(path)
         self.model.mkdir()
+
+
+def keep(stream: BlockStream, folder: Path, write: Callable[[list[dict[str, Any]]], None]) -> str:
+    """Make what the blocks behind the one at hand need durable, in every process, and then drop what older ones needed.
+
+    Args:
+        stream: at the block.
+        folder: of this process's files.
+        write: names what all processes left, when all of it is durable; the first process's counts.
+
+    Returns:
+        why that cannot be done; empty if it is done.
+    """
+    try:
+        own = stream.save()
+    except CannotBeSavedError as error:
+        own = {"reason": str(error)}
+    streams = stream.ranks.exchange(own)
+    if reasons := [one["reason"] for one in streams if "reason" in one]:
+        return str(reasons[0])
+    write(streams)
+    stream.ranks.meet()
+    _tidy(folder, _files_of(own, folder))
+    return ""
+
+
+def rank_folder(folder: Path, number: int) -> Path:
+    """Where a process's hidden states rest."""
+    return folder / f"{RANK}{number}" if number else folder
+
+
+def _files_of(stream: Mapping[str, Any], folder: Path) -> dict[Path, str]:
+    """The files that hold a stream, with their hashes."""
+    return {folder / item["file"]: item["sha256"] for item in (*stream["hidden"], stream["carried"])}
+
+
+def _tidy(folder: Path, files: Mapping[Path, str]) -> None:
+    """Remove what nobody names."""
+    for path in folder.iterdir():
+        if path not in files and path.name not in {STATE, LOCK, MODEL} and not path.name.startswith(RANK):
+            _remove(path)
+
+
+def names_of(patterns: Sequence[SparsityPattern | None]) -> list[str]:
+    """Patterns as JSON."""
+    return [pattern.name if pattern else "" for pattern in patterns]
+
+
+def parsed(names: Sequence[str], scope: Scope) -> list[SparsityPattern | None]:
+    """The inverse of `names_of`."""
+    return [parse_pattern(name, scope) if name else None for name in names]
 
 
 def _remove(path: Path) -> None:

@@ -10,17 +10,19 @@ import torch
 from llmprune.errors import PruneError
 from llmprune.memory import give_back_memory
 from llmprune.progress import Progress
+from llmprune.ranks import ALONE, NoRoomError, Ranks
 
 T = TypeVar("T")
 
 
-def with_room(attempt: Callable[[int], T], windows: int, progress: Progress) -> T:
+def with_room(attempt: Callable[[int], T], windows: int, progress: Progress, ranks: Ranks = ALONE) -> T:
     """Attempt something with so many windows at once; where memory does not suffice, with half as many, down to one.
 
     Args:
         attempt: what to do; called again after it ran out of the device's memory.
         windows: at once, at first.
         progress: told when there are fewer.
+        ranks: the processes that attempt it together.
 
     Raises:
         PruneError: one window alone is too much.
@@ -28,14 +30,18 @@ def with_room(attempt: Callable[[int], T], windows: int, progress: Progress) -> 
     while True:
         try:
             return attempt(windows)
+        except NoRoomError:
+            reason = "another process says so"
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            if windows == 1:
-                raise PruneError(
-                    f"one window at a time is more than the device's memory holds: {str(error).splitlines()[0]}",
-                    "a shorter --seq-len, or --device cpu",
-                ) from error
+            reason = str(error).splitlines()[0]
+            ranks.out_of_room()
+        if windows == 1:
+            raise PruneError(
+                f"one window at a time is more than the device's memory holds: {reason}",
+                "a shorter --seq-len, or --device cpu",
+            )
         # Only here, behind the `except`, is what the attempt held free.
         windows = half(windows)
         give_back_memory()

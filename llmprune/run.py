@@ -6,8 +6,8 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.allocate import allocate
-from llmprune.blocks import follow, groups_of, solve, spread_over, stream_of, windows_of
+from llmprune.block import Group
 from llmprune.checkpoint import SafetensorsFolder, copy_companions, replace_folder, write_json
 from llmprune.errors import CheckError
 from llmprune.estimate import Task, memory, product_rate, seconds
@@ -26,9 +25,8 @@ from llmprune.html_report import write_report
 from llmprune.hub import model_card
 from llmprune.job import Job
 from llmprune.launch import join
-from llmprune.linalg import relative_error
 from llmprune.memory import mapped_memory, peak_memory, resident_memory
-from llmprune.pattern import SparsityPattern, Unstructured
+from llmprune.pattern import SparsityPattern
 from llmprune.perplexity import Perplexity, perplexity
 from llmprune.plan import Plan
 from llmprune.prepare import Prepared, prepare
@@ -36,13 +34,22 @@ from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
 from llmprune.ranks import Ranks
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
-from llmprune.refine import refine
 from llmprune.report import BlockReport, LayerReport, PruneReport
 from llmprune.resume import Journal, workplace
 from llmprune.room import with_room
 from llmprune.skeleton import Skeleton
 from llmprune.spectrum import input_spectrum
-from llmprune.stream import BATCH_TOKENS, BlockStream, Group
+from llmprune.stream import BATCH_TOKENS
+from llmprune.together import (
+    block_patterns,
+    errors_of,
+    follow,
+    solve,
+    spread_over,
+    stream_of,
+    train,
+    windows_of,
+)
 from llmprune.verify import check_layers, patterns_of
 
 EXPLODED = 10.0
@@ -84,8 +91,9 @@ def lead(job: Job, ranks: Ranks, progress: Progress) -> PruneReport:
                 journal.dense = journal.dense or measure(run, run.source.folder, "dense perplexity", progress)
             with clock("prune"):
                 clock.add(journal.seconds)
+                ranks.meet()
                 blocks = partial(prune_blocks, run, journal, report, clock, progress)
-                with_room(blocks, windows_of(run), progress) if ranks.alone else blocks(windows_of(run))
+                with_room(blocks, windows_of(run), progress, ranks)
             with clock("verify"):
                 verify_written(run, report, progress)
             with clock("pruned_evaluation"):
@@ -96,7 +104,7 @@ def lead(job: Job, ranks: Ranks, progress: Progress) -> PruneReport:
             write_companions(run, report)
             replace_folder(run.unfinished, run.out)
     finish_report(run, report, clock)
-    ranks.meet()
+    ranks.part()
     return report
 
 
@@ -126,10 +134,9 @@ def prune_blocks(
     run: Prepared, journal: Journal, report: PruneReport, clock: Clock, progress: Progress, windows: int
 ) -> None:
     """The heart of the run: one block in memory, its groups pruned in call order, one shard written."""
-    size = windows * run.calibration.tokens.shape[1]
-    patterns = journal.patterns = journal.patterns or block_patterns(run, clock, progress, size)
-    run.ranks.meet()
-    stream = stream_of(run, windows, run.partial, journal.state.get("stream"))
+    with clock("allocate") if run.recipe.allocate != "uniform" else nullcontext():
+        patterns = journal.patterns = block_patterns(run, journal.patterns, windows, progress)
+    stream = stream_of(run, windows, journal.streams)
     journal.fill(report)
     writer = journal.writer()
     if not writer.shards:
@@ -138,16 +145,15 @@ def prune_blocks(
     began = time.perf_counter()
     for block in stream:
         first, pattern = len(report.layers), patterns[block.index]
-        for group in groups_of(run, stream, block):
+        for group in stream.groups(block):
             with mapped_memory():
                 with clock("solve"):
                     solutions, order = solve(run, block, group, pattern)
                 stored = group.write(solutions, order)
                 with clock("error"):
-                    report.layers += describe(group, pattern, solutions, stored)
-        if run.recipe.refine:
-            with clock("refine"):
-                report.refinements.append(refine(block, run.recipe.refine, run.job.seed))
+                    report.layers += describe(group, pattern, solutions, stored, errors_of(run, group, stored))
+        with clock("refine") if run.recipe.refine else nullcontext():
+            report.refinements += filter(None, [train(run, block)])
         with clock("write"), mapped_memory():
             writer.write(block.export())
             block.finish()
@@ -155,8 +161,7 @@ def prune_blocks(
             report.blocks.append(BlockReport(block.name, round(now - began, 3), highest(report), resident_memory()))
             began = now
             report.seconds = clock.so_far()
-            if run.ranks.alone:
-                journal.save(stream, report, writer)
+            journal.save(stream, report, writer)
         errors = [layer.error for layer in report.layers[first:]]
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
@@ -164,33 +169,17 @@ def prune_blocks(
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
 
 
-def block_patterns(
-    run: Prepared, clock: Clock, progress: Progress, batch_tokens: int
-) -> Sequence[SparsityPattern | None]:
-    """Every block's pattern: the one asked for, or its own share of it, from a first pass over the dense model."""
-    if run.recipe.allocate == "uniform" or not isinstance(run.pattern, Unstructured):
-        return [run.pattern] * len(run.skeleton.blocks)
-    progress.start("sharing out", len(run.skeleton.blocks))
-    with clock("allocate"), TemporaryDirectory(dir=run.partial) as spare:
-        stream = BlockStream(
-            run.skeleton,
-            run.tokens,
-            batch_tokens=batch_tokens,
-            chosen=run.plan.names,
-            folder=Path(spare),
-            budget=run.job.activation_memory,
-        )
-        patterns = allocate(stream, run.pattern, run.recipe.allocate, progress.step)
-    progress.finish()
-    return patterns
-
-
 def describe(
-    group: Group, pattern: SparsityPattern | None, solutions: list[LayerSolution], stored: list[Tensor]
+    group: Group,
+    pattern: SparsityPattern | None,
+    solutions: list[LayerSolution],
+    stored: list[Tensor],
+    errors: list[float],
 ) -> list[LayerReport]:
-    """Report the layers of a group; the error is that of the weights as they are stored."""
+    """Report the layers of a group, with the errors of their weights as they are stored."""
     stats = group.problem.stats
     spectrum = input_spectrum(stats.gram)
+    found = zip(group.refs, group.problem.layers, solutions, stored, errors, strict=True)
     return [
         LayerReport(
             name=problem.name,
@@ -198,12 +187,12 @@ def describe(
             pattern=pattern.name if pattern else "",
             pruned=int((~solution.mask).sum()),
             kept_zeros=int(((weight == 0) & solution.mask).sum()),
-            error=relative_error(problem.weight, weight, stats),
+            error=error,
             status=solution.status.value,
             tokens=stats.tokens,
             stats=solution.stats | (spectrum.figures(solution.stats.get("ridge")) if spectrum else {}),
         )
-        for ref, problem, solution, weight in zip(group.refs, group.problem.layers, solutions, stored, strict=True)
+        for ref, problem, solution, weight, error in found
     ]
 
 

@@ -44,7 +44,7 @@ class Solver:
             the solutions, and the order of the inputs in which they hold the pattern; None for the order as it is.
         """
         dense = self.recipe.targets == "dense"
-        goal, strengths = toward_dense(problem) if dense else (problem, [])
+        goal, strengths = toward_dense(problem, ranks=self.ranks) if dense else (problem, [])
         order = self._order(goal, pattern, classes)
         if order is not None:
             solutions = [reordered(s, order.argsort()) for s in self._stages(permuted(goal, order), pattern)]
@@ -60,7 +60,7 @@ class Solver:
         if not classes or not self.recipe.permute or not isinstance(pattern, NM):
             return None
         (layer,) = goal.layers
-        return self.ranks.of_first(choose(saliency(layer.weight, goal.stats.gram), pattern, classes))
+        return self.ranks.same_order(choose(saliency(layer.weight, goal.stats.gram), pattern, classes))
 
     def _stages(self, goal: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Reach the pattern in nested steps: zeros stay zero, so each step's mask lies within the one before."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,13 +19,13 @@ class RunningGram:
     Args:
         width: number of inputs.
         device: where the inputs come from.
-        quiet: count how often inputs are nearly zero, see `QuietCount`; None not to.
+        quiet: counts how often inputs are nearly zero; None not to.
     """
 
-    def __init__(self, width: int, device: torch.device, quiet: float | None = None) -> None:
+    def __init__(self, width: int, device: torch.device, quiet: QuietCount | None = None) -> None:
         self.tokens = 0
         self._sum = torch.zeros(width, width, device=device)
-        self._quiet = None if quiet is None else QuietCount(quiet)
+        self._quiet = quiet
 
     def add(self, inputs: Tensor, scale: Tensor | None = None) -> None:
         """Take in one batch `(..., in)` of any float dtype; `scale (tokens, 1)` multiplies every token's."""
@@ -44,16 +46,18 @@ class QuietCount:
 
     Args:
         epsilon: nearly zero is below this share of the root mean square of all inputs in the first batch.
+        mean_square: of the inputs in the first batch, from those that are here.
     """
 
-    def __init__(self, epsilon: float) -> None:
+    def __init__(self, epsilon: float, mean_square: Callable[[Tensor], float] | None = None) -> None:
         self.epsilon, self.limit = epsilon, -1.0
+        self._mean_square = mean_square or (lambda rows: float(rows.square().mean()))
         self._exact = self._near = torch.zeros(())
 
     def add(self, rows: Tensor) -> None:
         """Take in `(tokens, in)`."""
         if self.limit < 0 and len(rows):
-            self.limit = self.epsilon * float(rows.square().mean().sqrt())
+            self.limit = self.epsilon * self._mean_square(rows) ** 0.5
         self._exact = self._exact + (rows == 0).sum(0)
         self._near = self._near + (rows.abs() <= self.limit).sum(0)
 
@@ -71,10 +75,10 @@ class RunningPair:
     Args:
         width: number of inputs.
         device: where the inputs come from.
-        quiet: count how often inputs are nearly zero, see `QuietCount`; None not to.
+        quiet: counts how often inputs are nearly zero; None not to.
     """
 
-    def __init__(self, width: int, device: torch.device, quiet: float | None = None) -> None:
+    def __init__(self, width: int, device: torch.device, quiet: QuietCount | None = None) -> None:
         self.fit, self.held = RunningGram(width, device, quiet), RunningGram(width, device)
         self.dense = RunningGram(width, device)
         self._cross = torch.zeros(2, width, width, device=device)
@@ -82,7 +86,12 @@ class RunningPair:
         self._matched = True
 
     def add(
-        self, inputs: Tensor, dense: Tensor | None, error: Tensor | None = None, scale: Tensor | None = None
+        self,
+        inputs: Tensor,
+        dense: Tensor | None,
+        error: Tensor | None = None,
+        scale: Tensor | None = None,
+        fitted: int | None = None,
     ) -> None:
         """Take in the inputs `(..., in)` of one batch, and those of the dense model for the very same tokens.
 
@@ -93,9 +102,10 @@ class RunningPair:
             dense: of the dense model.
             error: `(..., out)`, what the residual stream behind the layer lacks, where the layer adds to it.
             scale: `(tokens, 1)`, multiplies every token's part of all these; None for 1.
+            fitted: how many tokens are not held out; by default three quarters.
         """
         rows = _rows(inputs, scale)
-        cut = len(rows) - int(HELD_OUT * len(rows))
+        cut = len(rows) - int(HELD_OUT * len(rows)) if fitted is None else fitted
         self.fit.add(rows[:cut])
         self.held.add(rows[cut:])
         if dense is None or dense.shape != inputs.shape:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from llmprune.block import Block
 from llmprune.coupling import Coupling, Source
 from llmprune.errors import InputError
 from llmprune.kinds import all_kinds
 from llmprune.pattern import NM, SparsityPattern
 from llmprune.skeleton import Skeleton
 from llmprune.sparsity import WORDS, Kind, Removal
-from llmprune.stream import Block
 from llmprune.surgery import changed_config, channel_settings, find_settings, head_settings, shapes_after
 
 if TYPE_CHECKING:

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from llmprune.linalg import inverse_factor
 from llmprune.problem import GroupProblem, InputStats
+from llmprune.ranks import ALONE, Ranks
 
 DAMPING = 0.1
 
 
-def toward_dense(problem: GroupProblem, damping: float = DAMPING) -> tuple[GroupProblem, list[float]]:
+def toward_dense(
+    problem: GroupProblem, damping: float = DAMPING, ranks: Ranks = ALONE
+) -> tuple[GroupProblem, list[float]]:
     """Replace every weight by that of the regression on dense outputs, `W* = W + α Δ`, `Δ = M (H + λI)⁻¹`.
 
     M is what the outputs lack, times the inputs: `M = W (C − H)ᵀ` makes a layer give what it gives in the dense model.
@@ -27,6 +30,7 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING) -> tuple[Group
     Args:
         problem: a group with cross statistics; one without is returned as it is.
         damping: λ as a fraction of the mean diagonal of H.
+        ranks: the processes that share the rows.
 
     Returns:
         the problem with the new weights, and every layer's α.
@@ -34,15 +38,13 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING) -> tuple[Group
     stats, held = problem.stats, problem.stats.held
     if stats.cross is None or held is None:
         return problem, [0.0] * len(problem.layers)
-    rows = torch.cat([layer.weight for layer in problem.layers])
-    trial = _correction(rows, _without(stats, held), damping)
-    gain = (trial * _lacking(rows, held)).sum(1, dtype=torch.float64)
-    cost = (trial * (trial @ held.gram)).sum(1, dtype=torch.float64)
-    sums = zip(problem.split(gain), problem.split(cost), strict=True)
-    strengths = [min(max(float(g.sum() / c.sum().clamp(min=1e-30)), 0.0), 1.0) for g, c in sums]
+    weights = torch.cat([layer.weight for layer in problem.layers])
+    sums = ranks.by_rows(lambda rows: _gain_and_cost(weights, rows, stats, held, damping), len(weights))
+    pairs = [part.sum(0) for part in problem.split(sums)]
+    strengths = [min(max(float(gain / cost.clamp(min=1e-30)), 0.0), 1.0) for gain, cost in pairs]
     if not any(strengths):
         return problem, strengths
-    parts = problem.split(_correction(rows, stats, damping))
+    parts = problem.split(ranks.by_rows(lambda rows: _correction(weights, rows, stats, damping), len(weights)))
     layers = tuple(
         replace(layer, weight=(layer.weight + strength * delta).mul_(layer.weight != 0))
         for layer, strength, delta in zip(problem.layers, strengths, parts, strict=True)
@@ -50,18 +52,26 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING) -> tuple[Group
     return replace(problem, layers=layers), strengths
 
 
-def _lacking(rows: Tensor, stats: InputStats) -> Tensor:
-    """M, `(out, in)`."""
+def _gain_and_cost(weights: Tensor, rows: slice, stats: InputStats, held: InputStats, damping: float) -> Tensor:
+    """How the error on the held-out tokens falls and rises with α, row by row: `‖E‖² − 2 gain α + cost α²`."""
+    trial = _correction(weights, rows, _without(stats, held), damping)
+    gain = (trial * _lacking(weights, rows, held)).sum(1, dtype=torch.float64)
+    cost = (trial * (trial @ held.gram)).sum(1, dtype=torch.float64)
+    return torch.stack([gain, cost], 1)
+
+
+def _lacking(weights: Tensor, rows: slice, stats: InputStats) -> Tensor:
+    """M, `(out, in)`, some of its rows."""
     if stats.missed is not None:
-        return stats.missed.T
+        return stats.missed.T[rows]
     assert stats.cross is not None
-    return rows @ (stats.cross - stats.gram).T
+    return weights[rows] @ (stats.cross - stats.gram).T
 
 
-def _correction(rows: Tensor, stats: InputStats, damping: float) -> Tensor:
-    """`Δ = M (H + λI)⁻¹`."""
+def _correction(weights: Tensor, rows: slice, stats: InputStats, damping: float) -> Tensor:
+    """`Δ = M (H + λI)⁻¹`, some of its rows."""
     upper = inverse_factor(stats.gram, damping).upper
-    return (_lacking(rows, stats) @ upper.T) @ upper
+    return (_lacking(weights, rows, stats) @ upper.T) @ upper
 
 
 def _without(stats: InputStats, held: InputStats) -> InputStats:

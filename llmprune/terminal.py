@@ -129,12 +129,16 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
         ("calibration", calibration_text(report.calibration)),
         ("size", f"{size(report.size['dense'])} dense, {size(report.size['pruned'])} pruned"),
-        ("time", f"{duration(seconds['total'])}; pruning {duration(seconds['prune'])}, {solves}"),
+        ("time", f"{duration(seconds['total'])}; pruning {duration(seconds['prune'])}, {solves}{_shared(report)}"),
         ("memory", f"peak {size(report.peak_memory)}"),
         ("saved to", report.out),
         ("load with", f'AutoModelForCausalLM.from_pretrained("{report.out}")'),
     ]
     return rows
+
+
+def _shared(report: PruneReport) -> str:
+    return f"; shared by {report.processes['size']} processes" if report.processes else ""
 
 
 def _errors(report: PruneReport) -> str:

@@ -41,6 +41,7 @@ CASES = {
     "many tokens": {"method": "sparsegpt", "samples": 128},
     "dense targets": {"method": "sparsegpt", "targets": "dense"},
     "evaluated": {"method": "magnitude", "evaluate": True},
+    "demo": {"model": "demo", "method": "sparsegpt"},
 }
 
 

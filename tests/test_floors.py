@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "llmprune"
 FLOORS = [
     {"chart", "durable", "errors", "memory", "pattern", "problem", "progress", "reach", "recipe", "report", "sparsity"},
-    {"linalg", "noise", "permutation", "positions", "ranks", "refit", "spectrum", "stats", "targets"},
+    {"linalg", "noise", "permutation", "positions", "ranks", "refit", "shares", "spectrum", "stats", "targets"},
     {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
     {"structured", *(f"structured.{path.stem}" for path in PACKAGE.glob("structured/[!_]*.py"))},
     {"remove", "solve"},
@@ -30,11 +30,13 @@ FLOORS = [
     },
     {
         "activations",
+        "block",
         "carried",
         "coupling",
         "find_couplings",
         "float64",
         "kinds",
+        "pausing",
         "probe",
         "rehearse",
         "skeleton",
@@ -44,7 +46,7 @@ FLOORS = [
         "watch",
     },
     {"estimate", "hub", "perplexity", "plan", "prepare", "refine", "resume", "verify"},
-    {"allocate", "blocks", "launch", "packing", "room", "upload"},
+    {"allocate", "launch", "packing", "room", "together", "upload"},
     {"samples"},
     {"run"},
     {"__main__", "bars", "cli", "flags", "shell", "terminal"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ from llmprune.errors import InputError
 from llmprune.flags import size
 from llmprune.progress import Progress
 from llmprune.resume import STATE, read_state
+from llmprune.sparsity import parse_sparsity
 from llmprune.tokens import calibration_tokens, load_tokens, save_tokens, token_batch
 
-many = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(
+    deadline=None,
+    max_examples=int(os.environ.get("FUZZ", "300")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -155,6 +161,18 @@ def test_any_calibration_text(raw: bytes, tmp_path: Path, tokenizer: Any) -> Non
 def test_any_state_of_an_unfinished_run(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / STATE).write_bytes(raw)
     assert read_state(tmp_path / STATE) == {}
+
+
+@many
+@given(text=st.text(max_size=16) | st.text("0123456789:.%+ channelsd", max_size=20))
+@example(text="channels:25%+heads:33%+2:4")
+def test_any_sparsity(text: str) -> None:
+    try:
+        found = parse_sparsity(text)
+    except InputError as error:
+        explained(error)
+        return
+    assert parse_sparsity(found.name).name == found.name
 
 
 @many

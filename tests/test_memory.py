@@ -11,20 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VOCAB, random_tokens, token_file
+from helpers import VOCAB, random_tokens, save_tiny, token_file
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 HIDDEN, FEED = 1024, 1536
+LENGTH = 128
 BLOCK = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * FEED)
 """Bytes of a block in float32."""
 SCRIPT = """
 import resource, sys
 from pathlib import Path
-from llmprune import Job, prune
+from llmprune import Job, prune, stream
 
-model, out, calib, method = sys.argv[1:]
-prune(Job(model, "2:4", method, calib=calib, out=Path(out), evaluate=False, device="cpu", threads=1))
+model, out, calib, method, memory = sys.argv[1:]
+stream.MEMORY = 2 * int(memory)
+options = {"evaluate": False, "device": "cpu", "threads": 1, "activation_memory": int(memory)}
+prune(Job(model, "2:4", method, calib=calib, out=Path(out), **options))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -68,19 +71,35 @@ def work(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-def start(blocks: int, work: Path) -> subprocess.Popen[str]:
+def start(model: Path, calib: Path, memory: int = 2**31) -> subprocess.Popen[str]:
     """A run in a process of its own, which prints its peak resident memory."""
-    model = llama_of(blocks, work / f"model{blocks}")
-    calib = token_file(work / f"tokens{blocks}.safetensors", random_tokens(4, 32))
-    command = [sys.executable, "-c", SCRIPT, str(model), str(work / f"out{blocks}"), str(calib), "wanda"]
+    out = calib.with_suffix(".out")
+    command = [sys.executable, "-c", SCRIPT, str(model), str(out), str(calib), "wanda", str(memory)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_sixteen_blocks_take_no_more_memory_than_four(work: Path) -> None:
-    peaks = []
-    for process in [start(blocks, work) for blocks in (4, 16)]:
+def peaks(processes: list[subprocess.Popen[str]]) -> list[int]:
+    """What the runs took, in bytes."""
+    found = []
+    for process in processes:
         out, errors = process.communicate()
         assert process.returncode == 0, errors
-        peaks.append(int(out.split()[-1]) * (1 if sys.platform == "darwin" else 1024))
-    few, many = peaks
+        found.append(int(out.split()[-1]) * (1 if sys.platform == "darwin" else 1024))
+    return found
+
+
+def test_sixteen_blocks_take_no_more_memory_than_four(work: Path) -> None:
+    texts = {blocks: token_file(work / f"{blocks}.safetensors", random_tokens(4, 32)) for blocks in (4, 16)}
+    few, many = peaks([start(llama_of(blocks, work / f"model{blocks}"), text) for blocks, text in texts.items()])
     assert abs(many - few) < BLOCK
+
+
+def test_beyond_the_budget_four_times_the_text_takes_no_more_memory(work: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": LENGTH}
+    model = save_tiny("llama", work / "model", **sizes)
+    budget, windows = 4 * 2**20, (128, 512)
+    texts = [token_file(work / f"{many}.safetensors", random_tokens(many, LENGTH)) for many in windows]
+    few, many = peaks([start(model, text, budget) for text in texts])
+    # Of hidden states alone, what enters a block and what leaves it.
+    more = 2 * 4 * 256 * LENGTH * (windows[1] - windows[0])
+    assert many - few < more / 8

@@ -4,51 +4,101 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import random_tokens, reload, save_tiny, token_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from llmprune.blocks import spread_over
+from llmprune import Job, prune
 from llmprune.errors import InputError
-from llmprune.job import Job
 from llmprune.launch import join
 from llmprune.pattern import NM, Unstructured
 from llmprune.prepare import prepare
-from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
+from llmprune.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.progress import Progress
 from llmprune.ranks import Ranks
+from llmprune.rehearse import Call
+from llmprune.together import spread_over
 
-# A batch holds four windows, and its last one is held out: two processes with a batch each hold out the same ones.
-WINDOWS, LENGTH = 8, 512
-LIMIT = 120
+WINDOWS, LENGTH, BLOCKS = 10, 256, 3
+LIMIT = 600
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
+FREE = {"seconds", "peak_memory", "baseline_memory", "blocks", "out", "command"}
 
-DRIVER = """
+MANY = """
+import json, sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from llmprune import Job, prune, run
+from llmprune.launch import join
+from llmprune.ranks import Ranks
+from llmprune.rehearse import Call
+
+forward = Call.run
+
+
+def cramped(call, block, hidden):
+    if len(hidden) > 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return forward(call, block, hidden)
+
+
+with join("cpu") as (ranks, device):
+    for options in json.loads(Path(sys.argv[1]).read_text()):
+        run.join = lambda _: nullcontext((Ranks(ranks.number, ranks.size), device))
+        Call.run = cramped if options.pop("cramped", False) and ranks.number == 1 else forward
+        prune(Job(**{**options, "out": Path(options["out"])}))
+"""
+BROKEN = """
 import os, sys
-from llmprune import cli, blocks
+from llmprune import cli, together
 if os.environ["RANK"] == "1":
     def broken(*_):
         raise ValueError("this process is broken")
-    blocks.solve = broken
+    together.solve = broken
+sys.exit(cli.main(sys.argv[1:]))
+"""
+KILLED = """
+import os, signal, sys
+from llmprune import activations, cli, resume
+rank, place, wanted = os.environ["KILL"].split()
+module = {"sync": activations, "_tidy": resume}[place]
+original, calls = getattr(module, place), 0
+
+def stop(*arguments):
+    global calls
+    calls += 1
+    if calls == int(wanted):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+
+if os.environ["RANK"] == rank:
+    setattr(module, place, stop)
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model, tokens, and a driver whose second process fails."""
+    """A random model, tokens, and programs to be started several times at once."""
     folder = tmp_path_factory.mktemp("given")
-    save_tiny("llama", folder / "model", num_hidden_layers=2, intermediate_size=128, max_position_embeddings=LENGTH)
+    sizes = {"num_hidden_layers": BLOCKS, "intermediate_size": 128, "max_position_embeddings": LENGTH}
+    save_tiny("llama", folder / "model", **sizes)
     token_file(folder / "tokens.safetensors", random_tokens(WINDOWS, LENGTH))
-    (folder / "driver.py").write_text(DRIVER)
+    for name, text in {"many": MANY, "broken": BROKEN, "killed": KILLED}.items():
+        (folder / f"{name}.py").write_text(text)
     return folder
 
 
@@ -57,54 +107,124 @@ def arguments(given: Path, out: Path, *flags: str) -> list[str]:
     return [*files, "--no-eval", "--device", "cpu", *flags]
 
 
-def start(program: list[str], size: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a program in several processes, or in one."""
-    launcher = [] if size == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, *launcher, *program]
+def start(program: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=environment, check=False)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--sparsity", "2:4", "--effort", "fast"),
-        ("--sparsity", "2:4", "--effort", "balanced"),
-        ("--sparsity", "50%", "--method", "sparsegpt"),
-        ("--sparsity", "channels:50%", "--effort", "balanced"),
-        ("--sparsity", "channels:50%+2:4", "--effort", "balanced"),
-    ],
-    ids=" ".join,
-)
-def test_two_processes_find_what_one_finds(flags: tuple[str, ...], given: Path, tmp_path: Path) -> None:
-    with ThreadPoolExecutor() as pool:
-        runs = [
-            pool.submit(start, ["-m", "llmprune", *arguments(given, tmp_path / str(size), *flags)], size)
-            for size in (1, 2)
-        ]
-    for run in runs:
-        assert run.result().returncode == 0, run.result().stderr
-    one, two = (reload(tmp_path / str(size)).state_dict() for size in (1, 2))
-    for name, tensor in one.items():
-        assert torch.equal(tensor == 0, two[name] == 0), name
-        torch.testing.assert_close(two[name], tensor, **TOLERANCE)
-    report = json.loads((tmp_path / "2" / "prune_report.json").read_text())
-    shares = report["processes"]
+CASES: dict[str, dict[str, Any]] = {
+    "fast": {"effort": "fast"},
+    "balanced": {"effort": "balanced"},
+    "best": {"effort": "best"},
+    "whole layers": {"sparsity": "50%", "method": "sparsegpt"},
+    "shares by error": {"sparsity": "60%", "method": "sparsegpt", "allocate": "error"},
+    "shares by outliers": {"sparsity": "60%", "method": "wanda", "allocate": "owl"},
+    "channels": {"sparsity": "channels:50%"},
+    "channels by zeros": {"sparsity": "channels:50%", "method": "apoz"},
+    "channels, then 2:4": {"sparsity": "channels:50%+2:4"},
+    "cramped": {"method": "sparsegpt", "targets": "dense", "cramped": True},
+}
+
+
+def job_of(given: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    files = {"model": str(given / "model"), "calib": str(given / "tokens.safetensors"), "out": str(out)}
+    return {"sparsity": "2:4", **files, "evaluate": False, "device": "cpu", **options}
+
+
+@pytest.fixture(scope="module")
+def outputs(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes make of all cases."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [job_of(given, folder / name, options) for name, options in CASES.items()]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = start([str(given / "many.py"), str(folder / "jobs.json")])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let blocks run out of memory on more than so many windows."""
+    run = Call.run
+
+    def limited(self: Call, block: nn.Module, hidden: Tensor) -> Any:
+        if len(hidden) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run(self, block, hidden)
+
+    monkeypatch.setattr(Call, "run", limited)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_find_what_one_finds(
+    name: str, given: Path, tmp_path: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "cramped" in CASES[name]:
+        # One process has room for two windows where each of two has it for one.
+        refuse(monkeypatch, 2)
+    options = {key: value for key, value in CASES[name].items() if key != "cramped"}
+    job = Job(**{**job_of(given, tmp_path, options), "out": tmp_path / "one"})
+    prune(job)
+    one, two = reload(tmp_path / "one").state_dict(), reload(outputs / name).state_dict()
+    for key, tensor in one.items():
+        assert torch.equal(tensor == 0, two[key] == 0), key
+        torch.testing.assert_close(two[key], tensor, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
+    before, after = (json.loads((f / "prune_report.json").read_text()) for f in (tmp_path / "one", outputs / name))
+    for alone, shared in zip(before["layers"], after["layers"], strict=True):
+        assert shared["error"] == pytest.approx(alone["error"], rel=1e-3)
+        assert shared["tokens"] == WINDOWS * LENGTH
+    shares = after["processes"]
     assert shares["size"] == 2
     assert sum(shares["tokens"]) == WINDOWS * LENGTH
     for counts in (shares["tokens"], shares["rows"]):
         assert max(counts) - min(counts) <= 0.2 * sum(counts) / 2
-    assert all(layer["tokens"] == WINDOWS * LENGTH for layer in report["layers"])
-    assert runs[1].result().stdout.count("saved to") == 1
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All files of a finished run; of the report all but times, memory and place."""
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    report = json.loads((folder / "prune_report.json").read_text())
+    return found | {key: report[key] for key in report.keys() - FREE}
+
+
+def test_processes_that_are_killed_go_on_behind_the_last_finished_block(
+    given: Path, tmp_path: Path, outputs: Path
+) -> None:
+    out = tmp_path / "balanced"
+    told = []
+    # While the second process makes the second block durable, and while it drops what is no longer needed behind it.
+    for where in ("1 sync 3", "1 _tidy 1"):
+        done = start([str(given / "killed.py"), *arguments(given, out, "--sparsity", "2:4")], KILL=where)
+        assert done.returncode != 0
+        assert not out.exists()
+        told.append(done.stderr)
+    done = start(["-m", "llmprune", *arguments(given, out, "--sparsity", "2:4")])
+    assert done.returncode == 0, done.stderr
+    told.append(done.stderr)
+    found = [re.findall(r"(\d) blocks were finished before", text) for text in told]
+    assert found == [[], ["1"], ["2"]], found
+    assert done.stdout.count("saved to") == 1
+    assert os.listdir(tmp_path) == ["balanced"]
+    assert contents(out) == contents(outputs / "balanced")
 
 
 def test_one_that_fails_ends_all(given: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     flags = ("--sparsity", "2:4", "--method", "wanda")
-    found = start([str(given / "driver.py"), *arguments(given, tmp_path / "out", *flags)])
+    found = start([str(given / "broken.py"), *arguments(given, tmp_path / "out", *flags)])
     assert found.returncode != 0
     assert "this process is broken" in found.stderr
-    assert time.monotonic() - began < LIMIT / 2
+    assert time.monotonic() - began < LIMIT / 10
     assert not (tmp_path / "out").exists()
 
 
@@ -113,29 +233,21 @@ def prepared(given: Path, out: Path, **options: object) -> Job:
     return replace(base, **options)  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_spread_is_refused(given: Path, tmp_path: Path) -> None:
+def test_too_many_processes_are_refused(given: Path, tmp_path: Path) -> None:
     run = prepare(prepared(given, tmp_path / "out", method="wanda"), Progress())
     assert spread_over(run, Ranks()) is run
-    with pytest.raises(InputError, match="9 processes cannot share 8 calibration windows"):
-        spread_over(run, Ranks(0, 9))
-    best = prepare(prepared(given, tmp_path / "out", effort="best"), Progress())
-    with pytest.raises(InputError, match="--refine works in one process, and there are 2"):
-        spread_over(best, Ranks(0, 2))
-    shared = prepare(prepared(given, tmp_path / "out", sparsity="60%", method="sparsegpt", allocate="owl"), Progress())
-    with pytest.raises(InputError, match="--allocate works in one process"):
-        spread_over(shared, Ranks(0, 2))
+    with pytest.raises(InputError, match="11 processes cannot share 10 calibration windows"):
+        spread_over(run, Ranks(0, 11))
 
 
 def test_processes_that_have_not_met_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import accelerate
-
     class Lonely:
         num_processes = 1
 
         def __init__(self, **_: object) -> None: ...
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(accelerate, "PartialState", Lonely)
+    monkeypatch.setattr("llmprune.launch.PartialState", Lonely)
     with pytest.raises(InputError, match="WORLD_SIZE is 2, but 1 of its processes have met"), join("cpu"):
         pass
 
@@ -149,19 +261,6 @@ def test_a_process_alone_computes_nothing_new() -> None:
     assert ranks.facts(torch.zeros(3, 4)) == {}
 
 
-class Pretended(Ranks):
-    """Processes that are played one after the other: what one broadcasts, the others are given."""
-
-    def __init__(self, number: int, size: int, said: dict[int, list[LayerSolution]]) -> None:
-        super().__init__(number, size)
-        self.said = said
-
-    def _from(self, owner: int, solution: LayerSolution) -> LayerSolution:
-        if owner == self.number:
-            self.said.setdefault(owner, []).append(solution)
-        return solution
-
-
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5, "row"), Unstructured(0.5, "layer")], ids=str)
 def test_pieces_cover_every_row_once(pattern: NM | Unstructured) -> None:
     heights = (7, 3, 1, 12)
@@ -169,18 +268,11 @@ def test_pieces_cover_every_row_once(pattern: NM | Unstructured) -> None:
         tuple(LayerProblem(f"layer{n}", torch.randn(height, 8)) for n, height in enumerate(heights)),
         InputStats(1, torch.eye(8)),
     )
-    seen: list[Tensor] = []
-
-    def solve(part: GroupProblem, _: object) -> list[LayerSolution]:
-        seen.extend(layer.weight for layer in part.layers)
-        return [LayerSolution(layer.weight, torch.ones_like(layer.weight).bool()) for layer in part.layers]
-
-    said: dict[int, list[LayerSolution]] = {}
-    ranks = [Pretended(number, 3, said) for number in range(3)]
-    for one in ranks:
-        one.spread(solve, problem, pattern)
-    assert sorted(torch.cat(seen).flatten().tolist()) == sorted(
-        torch.cat([layer.weight for layer in problem.layers]).flatten().tolist()
-    )
-    assert all(one.rows == ranks[0].rows for one in ranks)
+    ranks = [Ranks(number, 3) for number in range(3)]
+    pieces = ranks[0]._pieces(problem, pattern)
+    assert all(one._pieces(problem, pattern) == pieces for one in ranks[1:])
+    for layer, height in enumerate(heights):
+        rows = [range(piece.start, piece.stop) for at, piece, _ in pieces if at == layer]
+        assert sorted(row for part in rows for row in part) == list(range(height))
+    assert ranks[0].rows == ranks[2].rows
     assert sum(ranks[0].rows) == sum(heights)

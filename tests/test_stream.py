@@ -27,13 +27,14 @@ from helpers import (
 )
 from torch import Tensor, nn
 
+from llmprune.block import Group
 from llmprune.errors import InputError
 from llmprune.families import find_layers
 from llmprune.methods import load_method
 from llmprune.pattern import NM
 from llmprune.problem import InputStats, LayerSolution, Status
 from llmprune.skeleton import Skeleton
-from llmprune.stream import BlockStream, Group
+from llmprune.stream import BlockStream
 
 PATTERN = NM(2, 4)
 MODES = {"pausing": 2**30, "repeating": 0}

@@ -1,0 +1,173 @@
+"""What all processes of a run do, in step: stream their windows, solve groups, train blocks, keep what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from llmprune.allocate import allocate
+from llmprune.block import Block, Group
+from llmprune.errors import InputError, PruneError
+from llmprune.linalg import error_terms, ratio
+from llmprune.memory import mapped_memory
+from llmprune.pattern import SparsityPattern, Unstructured
+from llmprune.prepare import Prepared
+from llmprune.problem import LayerSolution
+from llmprune.progress import Progress
+from llmprune.ranks import Ranks
+from llmprune.refine import batch_tokens, refine
+from llmprune.report import Refinement
+from llmprune.resume import AGAIN, keep, names_of, parsed, rank_folder
+from llmprune.room import with_room
+from llmprune.stream import BATCH_TOKENS, BlockStream
+from llmprune.structure import scale_of
+
+
+def spread_over(run: Prepared, ranks: Ranks) -> Prepared:
+    """The same run by several processes.
+
+    Raises:
+        InputError: there are more of them than windows.
+    """
+    if ranks.alone:
+        return run
+    windows = len(run.calibration.tokens)
+    if windows < ranks.size:
+        raise InputError(
+            f"{ranks.size} processes cannot share {windows} calibration windows", "more --samples, or fewer processes"
+        )
+    solver = run.solver and replace(run.solver, ranks=ranks)
+    remover = run.remover and replace(run.remover, solver=solver, ranks=ranks)
+    return replace(run, solver=solver, remover=remover, ranks=ranks)
+
+
+def stream_of(run: Prepared, windows: int, saved: Sequence[dict[str, Any]] = ()) -> BlockStream:
+    """This process's windows on their way through the blocks.
+
+    Args:
+        run: the job.
+        windows: how many go through a block at once.
+        saved: where a stopped run goes on, for every process; only the first must know.
+    """
+    saved = run.ranks.of_first(list(saved))
+    run.ranks.rows = list(saved[0]["rows"]) if saved else [0] * run.ranks.size
+    return BlockStream(
+        run.skeleton,
+        run.tokens,
+        batch_tokens=windows * run.calibration.tokens.shape[1],
+        chosen=run.chosen,
+        twin=run.recipe.twin,
+        paired=run.recipe.targets == "dense",
+        permute=run.recipe.permute,
+        cuts={cut.name: cut.coupling for cut in run.structure.cuts} if run.structure else None,
+        quiet=run.remover.quiet if run.remover else None,
+        scales=run.recipe.method == "scaling",
+        again=run.recipe.refine > 0,
+        folder=rank_folder(run.partial, run.ranks.number),
+        budget=run.job.activation_memory,
+        saved=saved[run.ranks.number] if saved else None,
+        ranks=run.ranks,
+    )
+
+
+def windows_of(run: Prepared) -> int:
+    """How many windows of the calibration text go through a block at once, if there is room for them."""
+    samples, length = run.calibration.tokens.shape
+    most = batch_tokens(run.calibration.tokens) if run.recipe.refine else BATCH_TOKENS
+    return min(max(most // length, 1), samples)
+
+
+def block_patterns(
+    run: Prepared, known: Sequence[SparsityPattern | None], windows: int, progress: Progress
+) -> Sequence[SparsityPattern | None]:
+    """Every block's pattern: the one asked for, or its own share of it, from a first pass over the dense model.
+
+    Args:
+        run: the job.
+        known: the patterns, if the first process knows them.
+        windows: how many go through a block at once.
+        progress: of the pass.
+    """
+    if run.recipe.allocate == "uniform" or not isinstance(run.pattern, Unstructured):
+        return [run.pattern] * len(run.skeleton.blocks)
+    if names := run.ranks.of_first(names_of(known)):
+        return parsed(names, run.pattern.scope)
+    progress.start("sharing out", len(run.skeleton.blocks))
+    with TemporaryDirectory(dir=rank_folder(run.partial, run.ranks.number), ignore_cleanup_errors=True) as spare:
+        stream = BlockStream(
+            run.skeleton,
+            run.tokens,
+            batch_tokens=windows * run.calibration.tokens.shape[1],
+            chosen=run.plan.names,
+            folder=Path(spare),
+            budget=run.job.activation_memory,
+            ranks=run.ranks,
+        )
+        patterns = allocate(stream, run.pattern, run.recipe.allocate, progress.step)
+    progress.finish()
+    return parsed(run.ranks.of_first(names_of(patterns)), run.pattern.scope)
+
+
+def solve(
+    run: Prepared, block: Block, group: Group, pattern: SparsityPattern | None
+) -> tuple[list[LayerSolution], Tensor | None]:
+    """Solve a group: remove inputs if its layer loses some, prune the weights if a pattern is asked for."""
+    name = group.refs[0].name
+    cut = run.structure.by_name.get(name) if run.structure else None
+    pattern = pattern if name in run.plan.names else None
+    if cut is not None and run.remover is not None:
+        scale = scale_of(block, cut.coupling) if run.remover.scaled else None
+        solutions, kept = run.remover.solve(group.problem, cut.units, cut.count, pattern, group.classes, scale)
+        return run.ranks.agreed(solutions), run.ranks.same_order(kept)
+    assert run.solver is not None
+    assert pattern is not None
+    solutions, order = run.solver.solve(group.problem, pattern, group.classes)
+    # What was solved together is the same already, but for what came behind it.
+    return run.ranks.agreed(solutions) if run.recipe.refit else solutions, order
+
+
+def errors_of(run: Prepared, group: Group, stored: Sequence[Tensor]) -> list[float]:
+    """The relative output errors of a group's layers with the weights as they are stored, every process its rows."""
+    parts = [run.ranks.own_rows(len(weight)) for weight in stored]
+    sums = [
+        error_terms(layer.weight[rows], weight[rows], group.problem.stats)
+        for layer, weight, rows in zip(group.problem.layers, stored, parts, strict=True)
+    ]
+    totals = iter(run.ranks.total([value for pair in sums for value in pair]))
+    return [ratio(missed, next(totals)) for missed in totals]
+
+
+def train(run: Prepared, block: Block) -> Refinement | None:
+    """Refine a block whose groups are all solved, if the recipe says so."""
+    return refine(block, run.recipe.refine, run.job.seed) if run.recipe.refine else None
+
+
+def follow(run: Prepared) -> None:
+    """What all processes but the first do: all that these functions do, and nothing else."""
+    run.ranks.meet()
+    folder = rank_folder(run.partial, run.ranks.number)
+    try:
+        folder.mkdir(exist_ok=True)
+        with_room(partial(_follow, run), windows_of(run), Progress(), run.ranks)
+    except OSError as error:
+        raise PruneError(f"cannot write {folder}: {error.strerror or error}", AGAIN) from error
+    run.ranks.part()
+
+
+def _follow(run: Prepared, windows: int) -> None:
+    patterns = block_patterns(run, (), windows, Progress())
+    stream = stream_of(run, windows)
+    for block in stream:
+        for group in stream.groups(block):
+            with mapped_memory():
+                stored = group.write(*solve(run, block, group, patterns[block.index]))
+                errors_of(run, group, stored)
+        train(run, block)
+        block.finish()
+        keep(stream, rank_folder(run.partial, run.ranks.number), lambda _: None)
