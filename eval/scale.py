@@ -258,9 +258,9 @@ def table(result: dict[str, Any]) -> str:
     disk, read, written = (block["io"][key] / 1e9 for key in ("read_bytes", "rchar", "wchar"))
     lines += [
         "",
-        f"A block takes {block['seconds']['total']:.0f} s and holds {block['stored_bytes'] / 1e9:.2f} GB: {disk:.2f} GB "
-        f"come from the disk (the source is mapped), {written:.2f} GB are written, and {read:.2f} GB read again to hash "
-        f"what was written. From this ({used}), {settings['shape']} whole: "
+        f"A block takes {block['seconds']['total']:.0f} s and holds {block['stored_bytes'] / 1e9:.2f} GB: "
+        f"{disk:.2f} GB come from the disk (the source is mapped), {written:.2f} GB are written, and {read:.2f} GB "
+        f"read again to hash what was written. From this ({used}), {settings['shape']} whole: "
         f"{full['seconds'] / 3600:.1f} h, {full['memory'] / gib:.1f} GiB; {settings['larger']}: "
         f"{larger['seconds'] / 3600:.1f} h, {larger['memory'] / gib:.1f} GiB.",
     ]
