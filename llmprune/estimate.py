@@ -10,7 +10,6 @@ import torch
 
 from llmprune.checkpoint import SHARD_BYTES, Entry
 from llmprune.families import LayerRef
-from llmprune.memory import HEAP, KEPT
 from llmprune.methods import METHODS, MethodEntry
 from llmprune.perplexity import CHUNK_ELEMENTS
 from llmprune.plan import Plan
@@ -134,9 +133,7 @@ def _pruning(task: Task) -> int:
     passing = pausing if pausing <= MEMORY else repeating
     window = _window(task)
     train = 4 * 6 * share + window if recipe.refine else 0
-    # Small activations stay in the heap when they are freed; large ones are mapped one by one.
-    kept = window if window < KEPT and _widest(task) < HEAP else 0
-    return held + new + max(solve + passing + kept, window + passing, train + repeating)
+    return held + new + max(solve + passing, window + passing, train + repeating)
 
 
 def _solving(recipe: Recipe, width: int, rows: int) -> int:
