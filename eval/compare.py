@@ -109,8 +109,10 @@ def draw_picture(runs: Sequence[Run], out: Path) -> None:
     from matplotlib import pyplot as plt
 
     worst = max(run.worst for run in runs)
+    heights = [len(run.errors) for run in runs]
+    size = (9, 0.6 + 0.4 * len(runs) + 0.22 * sum(heights))
     figure, axes = plt.subplots(
-        len(runs), 1, figsize=(9, 0.6 + 1.9 * len(runs)), squeeze=False, layout="constrained", sharex=True
+        len(runs), 1, figsize=size, squeeze=False, layout="constrained", sharex=True, height_ratios=heights
     )
     image: Any = None
     for axis, run in zip(axes[:, 0], runs, strict=True):

@@ -1,11 +1,13 @@
-"""`python -m eval.peers`: our SparseGPT and LLM Compressor's, side by side on the same tokens, threads and evaluation.
+"""`python -m eval.peers`: our SparseGPT and another tool's, side by side on the same tokens, threads and evaluation.
 
 One run makes (or takes) a frozen token file, prunes the model with both tools in turns, each in its own process and
 its own environment, then judges the dense model and both results with one plain transformers computation. Both times
 are set against the arithmetic no implementation avoids: one dense forward over the calibration tokens and the Grams.
 
+The peers are LLM Compressor, and NVIDIA Model Optimizer (2:4 only).
+
 The two whole-run times compare what each tool reports of itself, which excludes Python's imports. The peer's is its
-`oneshot` call alone (model in memory, nothing written); ours includes reading and writing the weights, which is to our
+pruning call alone (model in memory, nothing written); ours includes reading and writing the weights, which is to our
 disadvantage. Wall seconds of both processes, imports and all, stand beside them.
 """
 
@@ -33,16 +35,36 @@ from llmprune.errors import InputError, PruneError
 from llmprune.flags import positive, seed, window
 from llmprune.shell import Parser, hush_libraries, run_command
 
-WORKER = Path(__file__).with_name("llmcompressor_worker.py")
-PEER = "LLM Compressor"
 OURS = "llmprune"
-PEER_VERSION = "0.14.0.1"
-PEER_PACKAGES = (f"llmcompressor=={PEER_VERSION}", "torch==2.13.0")
 OUR_PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "numpy")
 COMPARED = ("whole", "solve", "process", "peak_rss_mib")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 LOG_TAIL = 12
 QUIET = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another tool: what it is called, the packages its environment needs, and the script that runs it there."""
+
+    name: str
+    packages: tuple[str, ...]
+    script: str
+
+    @property
+    def worker(self) -> Path:
+        """The script's path."""
+        return Path(__file__).with_name(self.script)
+
+
+PEERS = {
+    "llmcompressor": Peer("LLM Compressor", ("llmcompressor==0.14.0.1", "torch==2.13.0"), "llmcompressor_worker.py"),
+    "modelopt": Peer(
+        "Model Optimizer",
+        ("nvidia-modelopt==0.47.0", "torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "requests"),
+        "modelopt_worker.py",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +101,7 @@ def build_parser() -> Parser:
     """The flags."""
     parser = Parser(
         prog="python -m eval.peers",
-        description="Compare llmprune's SparseGPT with LLM Compressor's on the same tokens, threads and evaluation.",
+        description="Compare llmprune's SparseGPT with another tool's on the same tokens, threads and evaluation.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -95,7 +117,8 @@ def build_parser() -> Parser:
     add("--eval-context", type=window, default=1024, help="tokens per evaluation window (default: 1024)")
     add("--eval-windows", type=positive, default=12, help="windows, from the start of the text (default: 12)")
     add("--tools", choices=("both", "peer", "ours"), default="both", help="which tools to run (default: both)")
-    add("--peer-python", type=existing, help="Python that has LLM Compressor (default: made once in the cache folder)")
+    add("--peer", choices=tuple(PEERS), default="llmcompressor", help="the other tool (default: llmcompressor)")
+    add("--peer-python", type=existing, help="Python that has the peer (default: made once in the cache folder)")
     add("--peer-batch-size", type=positive, default=1, help="windows per forward of the peer (default: 1, its own)")
     add("--out", type=Path, help="file that receives the whole result as JSON")
     add("--work", type=Path, help="folder for tokens, logs and pruned models (default: a temporary one)")
@@ -191,32 +214,32 @@ def describe_tokens(path: Path) -> dict[str, Any]:
 # The two tools
 
 
-def peer_python(given: Path | None) -> Path:
+def peer_python(peer: Peer, given: Path | None) -> Path:
     """The Python that has the peer: the one given, or that of an environment made once in the user's cache folder."""
     from llmprune.demo import default_cache
 
-    folder = default_cache() / f"llmcompressor-{PEER_VERSION}"
+    folder = default_cache() / peer.packages[0].replace("==", "-")
     python, ready = given or folder / "bin" / "python", folder / "ready"
     if given is None and not ready.exists():
         folder.mkdir(parents=True, exist_ok=True)
         log, hint = folder / "install.log", "make the environment yourself and name its Python with --peer-python"
-        say(f"installing {' '.join(PEER_PACKAGES)} into {folder} (once)")
+        say(f"installing {' '.join(peer.packages)} into {folder} (once)")
         execute([sys.executable, "-m", "venv", folder], 1, log, hint)
-        execute([python, "-m", "pip", "install", *PEER_PACKAGES], 1, log, hint)
+        execute([python, "-m", "pip", "install", *peer.packages], 1, log, hint)
         ready.touch()
     return python
 
 
 def run_peer(options: argparse.Namespace, wanted: str, tokens: Path, work: Path, python: Path) -> Run:
     """Prune with the peer, in its environment."""
-    report = work / "peer.json"
-    command = [python, "-I", WORKER, "--model", options.model, "--tokens", tokens, "--sparsity", wanted]
+    report, peer = work / "peer.json", PEERS[options.peer]
+    command = [python, "-I", peer.worker, "--model", options.model, "--tokens", tokens, "--sparsity", wanted]
     command += ["--batch-size", options.peer_batch_size, "--threads", options.threads]
     command += ["--out", work / "peer", "--report", report]
-    hint = f"--peer-python must name a Python that has {' and '.join(PEER_PACKAGES)}"
+    hint = f"--peer-python must name a Python that has {' and '.join(peer.packages)}"
     _, process = execute(command, options.threads, work / "peer.log", hint)
     found = json.loads(report.read_text(encoding="utf-8"))
-    return Run(PEER, found["seconds"]["oneshot"], found["seconds"]["solve"], found["solves"], process, found)
+    return Run(peer.name, found["seconds"]["oneshot"], found["seconds"]["solve"], found["solves"], process, found)
 
 
 def run_ours(options: argparse.Namespace, wanted: str, tokens: Path, work: Path) -> Run:
@@ -256,13 +279,14 @@ def study(options: argparse.Namespace, given: Sequence[str], work: Path) -> dict
     path = token_file(options, work)
     tokens = describe_tokens(path)
     tools: dict[str, Callable[[], Run]] = {}
+    peer = PEERS[options.peer]
     if options.tools != "ours":
-        python = peer_python(options.peer_python)
-        tools[PEER] = lambda: run_peer(options, wanted, path, work, python)
+        python = peer_python(peer, options.peer_python)
+        tools[peer.name] = lambda: run_peer(options, wanted, path, work, python)
     if options.tools != "peer":
         tools[OURS] = lambda: run_ours(options, wanted, path, work)
     runs = take_turns(tools, options.repeats)
-    folders = {"dense": options.model} | {name: work / {PEER: "peer", OURS: "ours"}[name] for name in tools}
+    folders = {"dense": options.model} | {name: work / {peer.name: "peer", OURS: "ours"}[name] for name in tools}
     found = evaluate(options, wanted, tokens, folders)
     middles = {name: medians([one for one in runs if one.tool == name]) for name in tools}
     return {
@@ -275,7 +299,7 @@ def study(options: argparse.Namespace, given: Sequence[str], work: Path) -> dict
         "tokens": tokens,
         "runs": [asdict(one) for one in runs],
         "medians": middles,
-        "ratios": ratios(middles, found["floor"]["seconds"]),
+        "ratios": ratios(middles.get(peer.name), middles.get(OURS), found["floor"]["seconds"]),
         **found,
     }
 
@@ -314,9 +338,8 @@ def medians(runs: list[Run]) -> dict[str, float]:
     return dict(zip(COMPARED, map(statistics.median, zip(*numbers, strict=True)), strict=True))
 
 
-def ratios(middles: dict[str, dict[str, float]], floor: float) -> dict[str, float | None]:
+def ratios(peer: dict[str, float] | None, ours: dict[str, float] | None, floor: float) -> dict[str, float | None]:
     """How many times faster (or smaller) we are than the peer, and how far each tool is above the floor."""
-    peer, ours = middles.get(PEER), middles.get(OURS)
     against = {f"{name}_peer_over_ours": peer[name] / ours[name] if peer and ours else None for name in COMPARED}
     floors = {
         "peer_over_floor": peer["whole"] / floor if peer else None,
@@ -352,12 +375,13 @@ def table(result: dict[str, Any]) -> str:
         cells = [name, *times, memory, perplexity, f"{quality['layers_in_pattern']}/{quality['layers']}"]
         lines.append(f"| {' | '.join(cells)} |")
     ratio, floor = result["ratios"], result["floor"]
+    peer = next((name for name in result["quality"] if name not in ("dense", OURS)), "the peer")
     lines += [
         "",
-        f"{PEER} over {OURS}: whole run {number(ratio['whole_peer_over_ours'], 2)}, "
+        f"{peer} over {OURS}: whole run {number(ratio['whole_peer_over_ours'], 2)}, "
         f"solves {number(ratio['solve_peer_over_ours'], 2)}.",
         f"Floor (dense forward and Grams at {floor['flops_per_second'] / 1e9:.0f} GFLOP/s): {floor['seconds']:.1f} s; "
-        f"{OURS} {number(ratio['ours_over_floor'], 2)} times that, {PEER} {number(ratio['peer_over_floor'], 2)} times.",
+        f"{OURS} {number(ratio['ours_over_floor'], 2)} times that, {peer} {number(ratio['peer_over_floor'], 2)} times.",
     ]
     busy = max((one["process"]["cores_elsewhere"] or 0.0 for one in result["runs"]), default=0.0)
     if busy > QUIET:

@@ -1,7 +1,8 @@
-"""How fast is a pruned model beside the dense one? `python -m eval.speed DENSE PRUNED [--json FILE]`
+"""`python -m eval.speed DENSE PRUNED`: how fast is a pruned model beside the dense one, in prefill and in decoding?
 
 Each model runs in a process of its own, through plain transformers. The processes live side by side and take turns, so
-that whatever else the machine does meets both; what is told is the ratio within a turn, its median and its spread.
+that whatever else the machine does meets all of them; what is told is the ratio within a turn, its median and its
+spread. Where the GPU has sparse kernels, 2:4 layers are measured with them, too (`llmprune.accelerate`, in bfloat16).
 """
 
 from __future__ import annotations
@@ -11,81 +12,116 @@ import json
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-MEASURES = {
-    "prefill": "tokens/s",
-    "decode": "tokens/s",
-}
+from llmprune.errors import InputError, PruneError
+from llmprune.flags import positive
+from llmprune.shell import Parser, run_command
+
+MEASURES = {"prefill": "tokens/s", "decode": "tokens/s"}
+SETTINGS = ("prompt", "new", "batch", "threads", "device", "dtype")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The flags."""
-    parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m eval.speed", description=__doc__, allow_abbrev=False)
     parser.add_argument("dense", type=Path, metavar="DENSE", help="model folder")
     parser.add_argument("pruned", type=Path, metavar="PRUNED", help="model folder")
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="turns of each model (default: 9)")
-    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt (default: 512)")
-    parser.add_argument("--new", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at a time (default: 1)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--repeats", type=positive, default=9, metavar="N", help="turns of each model (default: 9)")
+    parser.add_argument("--prompt", type=positive, default=512, metavar="N", help="tokens of the prompt (default: 512)")
+    parser.add_argument("--new", type=positive, default=32, metavar="N", help="tokens to generate (default: 32)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at a time (default: 1)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
+    parser.add_argument("--dtype", help="such as bfloat16 (default: the folder's own; bfloat16 with sparse kernels)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file that receives the result as JSON")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout instead of the table")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure two folders in turns."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["--worker"]:
-        serve(json.loads(arguments[1]))
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["--worker"]:
+        serve(json.loads(given[1]))
         return 0
-    options = build_parser().parse_args(arguments)
+    return run_command(build_parser(), lambda options: run(options, given), given)
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Measure two folders, write and print what was found."""
     for folder in (options.dense, options.pruned):
         if not (folder / "config.json").exists():
-            print(f"error: {folder} has no config.json\nhint: name two model folders", file=sys.stderr)
-            return 2
-    figures = compare(options)
-    print(text(figures))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            raise InputError(f"{folder} has no config.json", "name two model folders")
+    figures = {"command": shlex.join(["python", "-m", "eval.speed", *given]), **compare(options)}
+    found = json.dumps(figures, indent=2)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(found + "\n", encoding="utf-8")
+    print(found if options.json else text(figures))
     return 0
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures, with the ratios of pruned over dense."""
-    settings = {key: getattr(options, key) for key in ("prompt", "new", "batch", "threads", "device")}
-    with Worker(options.dense, settings) as dense, Worker(options.pruned, settings) as pruned:
-        for worker in (dense, pruned):
+    """All figures, with the ratios over dense."""
+    sparse = has_kernels(options.device)
+    settings = {key: getattr(options, key) for key in SETTINGS}
+    settings["dtype"] = settings["dtype"] or ("bfloat16" if sparse else None)
+    folders = {"dense": options.dense, "pruned": options.pruned} | ({"sparse": options.pruned} if sparse else {})
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker(folder, {**settings, "sparse": name == "sparse"}))
+            for name, folder in folders.items()
+        }
+        for worker in workers.values():
             worker.turn()  # warm-up
-        turns = [(dense.turn(), pruned.turn()) for _ in range(options.repeats)]
-        ends = {"dense": dense.end(), "pruned": pruned.end()}
+        turns = [{name: worker.turn() for name, worker in workers.items()} for _ in range(options.repeats)]
+        ends = {name: worker.end() for name, worker in workers.items()}
     models = {
         name: {
             "folder": str(folder),
-            **{measure: statistics.median(turn[at][measure] for turn in turns) for measure in MEASURES},
+            **{measure: statistics.median(turn[name][measure] for turn in turns) for measure in MEASURES},
             "size": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
             **ends[name],
         }
-        for at, (name, folder) in enumerate((("dense", options.dense), ("pruned", options.pruned)))
+        for name, folder in folders.items()
     }
-    ratios = {measure: spread([pruned[measure] / dense[measure] for dense, pruned in turns]) for measure in MEASURES}
+    ratios = {name: over_dense(turns, name) for name in folders if name != "dense"}
     promised = models["dense"]["flops"] / models["pruned"]["flops"]
     return {
         **models,
-        "speedup": ratios,
+        "speedup": ratios["pruned"],
+        **({"sparse_speedup": ratios["sparse"]} if sparse else {}),
         "promised": promised,
-        "kept": (ratios["prefill"]["median"] - 1) / (promised - 1) if promised != 1 else None,
+        "kept": (ratios["pruned"]["prefill"]["median"] - 1) / (promised - 1) if promised != 1 else None,
         "settings": {**settings, "repeats": options.repeats},
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
     }
+
+
+def has_kernels(device: str) -> bool:
+    """Whether torch has sparse kernels for 2:4 there."""
+    if not device.startswith("cuda"):
+        return False
+    import torch
+
+    from llmprune.semistructured import device_obstacle
+
+    return not device_obstacle(torch.device(device))
+
+
+def over_dense(turns: list[dict[str, dict[str, float]]], name: str) -> dict[str, dict[str, float]]:
+    """Within each turn, how many times as fast as the dense model."""
+    return {measure: spread([turn[name][measure] / turn["dense"][measure] for turn in turns]) for measure in MEASURES}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -96,20 +132,22 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def text(figures: dict[str, Any]) -> str:
     """A table for people."""
-    dense, pruned = figures["dense"], figures["pruned"]
-    rows = [("", "dense", "pruned", "pruned / dense")]
+    names = [name for name in ("dense", "pruned", "sparse") if name in figures]
+    models = [figures[name] for name in names]
+    rows = [("", *names, "over dense")]
     for measure, unit in MEASURES.items():
-        ratio = figures["speedup"][measure]
-        told = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
-        rows.append((f"{measure}, {unit}", f"{dense[measure]:.1f}", f"{pruned[measure]:.1f}", told))
+        ratios = [figures[key][measure] for key in ("speedup", "sparse_speedup") if key in figures]
+        told = "; ".join(f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in ratios)
+        rows.append((f"{measure}, {unit}", *(f"{model[measure]:.1f}" for model in models), told))
     for key, name in (("size", "size, MiB"), ("memory", "peak memory, MiB")):
-        told = f"{pruned[key] / dense[key]:.3f}"
-        rows.append((name, f"{dense[key] / 2**20:.0f}", f"{pruned[key] / 2**20:.0f}", told))
-    rows.append(("prefill, GFLOP", f"{dense['flops'] / 1e9:.1f}", f"{pruned['flops'] / 1e9:.1f}", ""))
-    lines = [f"{a:<20} {b:>10} {c:>10}  {d}" for a, b, c, d in rows]
+        told = "; ".join(f"{model[key] / models[0][key]:.3f}" for model in models[1:])
+        rows.append((name, *(f"{model[key] / 2**20:.0f}" for model in models), told))
+    flops = [f"{model['flops'] / 1e9:.1f}" if model["flops"] else "-" for model in models]
+    rows.append(("prefill, GFLOP", *flops, ""))
+    lines = [f"{first:<20}" + "".join(f"{cell:>11}" for cell in cells) + f"  {last}" for first, *cells, last in rows]
     kept = "" if figures["kept"] is None else f"; {figures['kept']:.0%} of that gain was measured"
     lines.append(f"by its operations, prefill should be {figures['promised']:.3f} times as fast{kept}")
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 class Worker:
@@ -121,6 +159,7 @@ class Worker:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
         task = json.dumps({"folder": str(folder), **settings})
         command = [sys.executable, "-m", "eval.speed", "--worker", task]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -132,23 +171,26 @@ class Worker:
         self.process.kill()
         self.process.communicate()
 
-    def turn(self) -> dict[str, float]:
+    def turn(self) -> dict[str, Any]:
         """Time it once: tokens per second."""
         return self._ask("turn")
 
-    def end(self) -> dict[str, float]:
+    def end(self) -> dict[str, Any]:
         """Peak memory (bytes) and operations of a prefill."""
         return self._ask("end")
 
-    def _ask(self, what: str) -> dict[str, float]:
+    def _ask(self, what: str) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"error: the model's process ended with code {self.process.wait()}")
-        figures: dict[str, float] = json.loads(answer)
+            raise PruneError(
+                f"the process of {self.folder} ended with code {self.process.wait()}",
+                "see above; perhaps two or three models do not fit into memory together",
+            )
+        figures: dict[str, Any] = json.loads(answer)
         return figures
 
 
@@ -161,13 +203,20 @@ def serve(task: dict[str, Any]) -> None:
     logging.disable_progress_bar()
     if task["threads"]:
         torch.set_num_threads(task["threads"])
-    model = AutoModelForCausalLM.from_pretrained(task["folder"]).eval().to(task["device"])
+    dtype = {"dtype": task["dtype"]} if task["dtype"] else {}
+    model = AutoModelForCausalLM.from_pretrained(task["folder"], **dtype).eval().to(task["device"])
+    if task["sparse"]:
+        from llmprune import accelerate
+
+        accelerate(model)
     generator = torch.Generator().manual_seed(0)
     size = (task["batch"], task["prompt"])
     prompt = torch.randint(3, model.config.vocab_size, size, generator=generator).to(task["device"])
     for line in sys.stdin:
         with torch.no_grad():
-            answer = timed(model, prompt, task["new"]) if line.strip() == "turn" else measured(model, prompt)
+            answer = (
+                timed(model, prompt, task["new"]) if line.strip() == "turn" else measured(model, prompt, task["sparse"])
+            )
         print(json.dumps(answer), flush=True)
 
 
@@ -183,12 +232,17 @@ def timed(model: Any, prompt: Any, new: int) -> dict[str, float]:
     return {"prefill": prompt.numel() / (filled - start), "decode": new * len(prompt) / (done - filled)}
 
 
-def measured(model: Any, prompt: Any) -> dict[str, float]:
-    """Peak memory of the process, and the operations of a prefill."""
+def measured(model: Any, prompt: Any, sparse: bool) -> dict[str, float | None]:
+    """Peak memory (of the GPU, else of the process), and a prefill's operations (not counted in sparse kernels)."""
+    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = peak if sys.platform == "darwin" else peak * 1024
+    if prompt.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if sparse:
+        return {"memory": peak, "flops": None}
     # The counter does not know the fused attention of CPUs.
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:

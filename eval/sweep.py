@@ -1,4 +1,4 @@
-"""`python -m eval.sweep GRID.toml`: run llmprune over a grid of settings, one JSON file a cell, and a Markdown table.
+"""`python -m eval.sweep GRID.toml`: run llmprune over a grid of settings: a JSON file a cell, a table, a plot.
 
 The grid is a table of lists; every combination is a cell:
 
@@ -16,7 +16,8 @@ Cells whose JSON is there already are not run again. With a table
     windows = 12
     context = 1024
 
-every cell's model is measured on these texts too, and the dense model once (`dense.json`).
+every cell's model is measured on these texts too, and the dense model once (`dense.json`). At the end a Markdown table
+is printed and `plot.png` drawn: perplexity over the last setting, a line for each combination of the others.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.perplexity import measure
+from eval.plot import draw
 from llmprune.errors import InputError
 from llmprune.shell import Parser, hush_libraries, run_command
 
@@ -173,6 +175,11 @@ def run(options: argparse.Namespace) -> int:
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         results.append((settings, json.loads(path.read_text(encoding="utf-8"))))
     print(json.dumps([result for _, result in results], indent=2) if options.json else table(results))
+    try:
+        draw(results, read_dense(out), out / "plot.png")
+        sys.stderr.write(f"drew {out / 'plot.png'}\n")
+    except ImportError:
+        sys.stderr.write("no plot: matplotlib is not installed (pip install matplotlib)\n")
     return 0
 
 

@@ -1,7 +1,7 @@
 """`python -m eval.tables`: rewrite the tables of README.md and eval/LOG.md from the JSON in eval/results.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a folder of `eval.sweep` or a JSON file of
-`eval.peers`, `eval.scale` or `eval.processes`. Figures are never typed.
+`eval.peers`, `eval.scale`, `eval.processes` or `eval.zero_shot`. Figures are never typed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from eval import peers, processes, scale, sweep
+from eval import peers, processes, scale, sweep, zero_shot
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
@@ -25,7 +25,13 @@ def render(name: str) -> str:
     if (file := RESULTS / f"{name}.json").exists():
         result = json.loads(file.read_text(encoding="utf-8"))
         source = f"From `eval/results/{name}.json`, written at commit {result['commit']} by:"
-        table = scale.table if "larger" in result else processes.table if "turns" in result else peers.table
+        kinds = {
+            "larger": scale.table,
+            "turns": processes.table,
+            "quality": peers.table,
+            "results": zero_shot.table,
+        }
+        table = next(table for key, table in kinds.items() if key in result)
         return f"{table(result).strip()}\n\n{source}\n```\n{result['command']}\n```"
     grid = tomllib.loads((ROOT / "eval" / "grids" / f"{name}.toml").read_text(encoding="utf-8"))
     cells: list[tuple[dict[str, Any], dict[str, Any]]] = []

@@ -1,7 +1,8 @@
-"""`python -m eval.zero_shot MODEL --tasks TASK[,TASK ...]`: accuracy on tasks that the model was not trained for.
+"""`python -m eval.zero_shot MODEL [MODEL ...] --tasks TASK[,TASK ...]`: accuracy on tasks, without training.
 
-A task is a file, scored here by log-likelihood, or the name of a task of lm-evaluation-harness, which then does it all
-(`pip install -e ".[harness]"`; flags and figures are those of `lm_eval`). A file has one JSON object a line:
+A task is a .jsonl file, scored here by log-likelihood (or, with --harness, by lm-evaluation-harness), or the name or
+.yaml file of a task of that harness (`pip install -e ".[harness]"`; flags and figures are those of `lm_eval`). A .jsonl
+file has one JSON object a line:
 
     {"query": "Question: ...", "choices": ["...", "..."], "gold": 0}     the likeliest choice is the answer
     {"context": "...", "continuation": "word"}                           the greedy continuation is the answer
@@ -12,7 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from llmprune.flags import positive
 from llmprune.shell import Parser, hush_libraries, run_command
 
 ANSWER = "\nAnswer:"
+UP = {"aggregation": "mean", "higher_is_better": True}
+DOWN = {"aggregation": "perplexity", "higher_is_better": False}
 
 
 def build_parser() -> Parser:
@@ -31,13 +37,15 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", help="model folder, Hub id, .gguf file, or demo")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="model folder, Hub id, .gguf file, or demo")
     parser.add_argument("--tasks", required=True, metavar="A,B", help=".jsonl files, or tasks of lm-evaluation-harness")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first questions of every task")
     parser.add_argument("--batch_size", type=positive, default=8, metavar="N", help="texts at a time (default: 8)")
     parser.add_argument("--num_fewshot", type=int, metavar="N", help="worked examples (tasks of the harness only)")
+    parser.add_argument("--harness", action="store_true", help="score .jsonl files by lm-evaluation-harness, too")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file that receives the result as JSON")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout instead of the table")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -163,7 +171,7 @@ def _share(name: str, right: list[bool]) -> dict[str, float]:
     return {name: share, f"{name}_stderr": math.sqrt(share * (1 - share) / max(len(right) - 1, 1))}
 
 
-def score_files(options: argparse.Namespace, paths: list[Path]) -> dict[str, dict[str, Any]]:
+def score_files(options: argparse.Namespace, model_name: str, paths: list[Path]) -> dict[str, dict[str, Any]]:
     """The figures of every file."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -175,9 +183,7 @@ def score_files(options: argparse.Namespace, paths: list[Path]) -> dict[str, dic
 
     tasks = {path.stem: read_task(path, options.limit) for path in paths}
     device = pick_device(options.device)
-    source = open_source(
-        options.model, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()
-    )
+    source = open_source(model_name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress())
     tokenizer = load_tokenizer(source, False)
     dtype = torch.float32 if device.type == "cpu" else "auto"
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval().to(device)
@@ -190,66 +196,116 @@ def score_files(options: argparse.Namespace, paths: list[Path]) -> dict[str, dic
     return result
 
 
-def ask_harness(options: argparse.Namespace, tasks: list[str]) -> dict[str, dict[str, Any]]:
-    """The figures of lm-evaluation-harness."""
+def harness_task(path: Path) -> dict[str, Any]:
+    """A file as a task of lm-evaluation-harness that asks the very same."""
+    kind = {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{' ' + continuation.strip()}}",
+        "metric_list": [{"metric": "acc", **UP}, {"metric": "perplexity", **DOWN}],
+    }
+    if not is_cloze(read_task(path, 1)[0]):
+        kind = {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{query.rstrip()}}" + ANSWER,
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "gold",
+            "metric_list": [{"metric": "acc", **UP}, {"metric": "acc_norm", **UP}],
+        }
+    files = {"data_files": {"test": str(path.resolve())}}
+    return {"task": path.stem, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **kind}
+
+
+def ask_harness(options: argparse.Namespace, model_name: str, tasks: list[str]) -> dict[str, dict[str, Any]]:
+    """The figures of lm-evaluation-harness.
+
+    Raises:
+        InputError: it is not installed, does not know a task, or cannot read its data.
+    """
     from llmprune.errors import InputError
 
     try:
         import lm_eval
     except ImportError as error:
         raise InputError(
-            f"{tasks[0]} is no file, and lm-evaluation-harness is not installed",
+            f"{tasks[0]} is for lm-evaluation-harness, which is not installed",
             'name .jsonl files, or: pip install -e ".[harness]"',
         ) from error
     from llmprune.demo import default_cache
     from llmprune.progress import Progress
     from llmprune.source import open_source
 
-    source = open_source(
-        options.model, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()
-    )
-    found = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(source.folder), "dtype": "float32" if options.device == "cpu" else "auto"},
-        tasks=tasks,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        device=options.device,
-    )
-    # "acc,none" is the figure `acc` after the filter `none`.
+    source = open_source(model_name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress())
+    # The harness ends its worker processes by this signal; our handler would make each of them show a traceback.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    asked = [harness_task(Path(task)) if task.endswith(".jsonl") else task for task in tasks]
+    try:
+        found = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(source.folder), "dtype": "float32" if options.device == "cpu" else "auto"},
+            tasks=asked,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            device=options.device,
+            bootstrap_iters=1000,
+        )
+    except (OSError, KeyError, ValueError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"lm-evaluation-harness cannot do {', '.join(tasks)}: {said}",
+            "its tasks' data come from the Hugging Face Hub; without it, name .jsonl files (--harness)",
+        ) from error
+    # "acc,none" is the figure `acc` after the filter `none`; a figure without a standard error has "N/A" for it.
     return {
         task: {key.removesuffix(",none"): value for key, value in figures.items() if isinstance(value, float)}
         for task, figures in found["results"].items()
     }
 
 
-def table(result: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table."""
-    lines = ["| task | figure | value |", "|---|---|--:|"]
-    for task, figures in result.items():
+def table(found: dict[str, Any]) -> str:
+    """A Markdown table, a column a model."""
+    results = found["results"]
+    lines = [f"| task | figure | {' | '.join(results)} |", "|---|---|" + "--:|" * len(results)]
+    for task, figures in next(iter(results.values())).items():
         for name, value in figures.items():
             if isinstance(value, float) and not name.endswith("_stderr"):
-                error = figures.get(f"{name}_stderr")
-                lines.append(f"| {task} | {name} | {value:.4f}{f' ± {error:.4f}' if error is not None else ''} |")
+                cells = [_cell(result[task], name) for result in results.values()]
+                lines.append(f"| {task} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Score and print."""
+def _cell(figures: dict[str, float], name: str) -> str:
+    error = figures.get(f"{name}_stderr")
+    return f"{figures[name]:.4g}{f' ± {error:.2g}' if error is not None else ''}"
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Score, write and print."""
+    from eval.sweep import commit
+
     hush_libraries(options.debug)
     tasks = [task for task in options.tasks.split(",") if task]
-    files = [task for task in tasks if task.endswith(".jsonl")]
-    result = score_files(options, [Path(file) for file in files]) if files else {}
-    if others := [task for task in tasks if task not in files]:
-        result |= ask_harness(options, others)
-    print(json.dumps({"model": options.model, "results": result}, indent=2) if options.json else table(result))
+    files = [task for task in tasks if task.endswith(".jsonl") and not options.harness]
+    others = [task for task in tasks if task not in files]
+    results = {}
+    for model in options.models:
+        result = score_files(options, model, [Path(file) for file in files]) if files else {}
+        results[Path(model).name] = result | (ask_harness(options, model, others) if others else {})
+    command = shlex.join(["python", "-m", "eval.zero_shot", *given])
+    found = {"command": command, "commit": commit(), "limit": options.limit, "results": results}
+    text = json.dumps(found, indent=2)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n", encoding="utf-8")
+    print(text if options.json else table(found))
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command(build_parser(), run, argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    return run_command(build_parser(), lambda options: run(options, given), given)
 
 
 if __name__ == "__main__":

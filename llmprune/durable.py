@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
@@ -20,10 +23,14 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; when all went well, the file is made durable and takes the place of `path`."""
+    """A temporary name to write to; when all went well, the file is made durable and takes the place of `path`.
+
+    Whoever may read other new files may read it, too (safetensors makes files for the owner alone).
+    """
     temporary = path.with_suffix(".tmp")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~UMASK)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)

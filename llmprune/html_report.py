@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +15,28 @@ from llmprune.durable import replacing
 from llmprune.report import FILE, LayerReport, PruneReport, split_name
 
 PAGE = "prune_report.html"
+STATS = {
+    "ridge": "ridge",
+    "damping_raises": "dampings raised",
+    "directions": "input directions",
+    "condition": "condition",
+    "target_strength": "target strength",
+}
+"""What the table of all layers shows of a method's own figures."""
+STAGES = {
+    "prepare": "checks, download, tokens",
+    "dense_evaluation": "dense perplexity",
+    "prune": "pruning, of it:",
+    "allocate": "· sharing the sparsity out",
+    "solve": "· solving layers",
+    "error": "· measuring layer errors",
+    "refine": "· refining blocks",
+    "write": "· writing",
+    "verify": "verifying",
+    "pruned_evaluation": "pruned perplexity",
+    "total": "in all",
+}
+"""The stages of a run in their order; what is left of pruning are the forward passes."""
 STYLE = """
 body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 960px;
   margin: 2rem auto; padding: 0 1rem; }
@@ -48,6 +71,7 @@ def report_page(report: PruneReport) -> str:
             *(f'<p class="warning">{escape(text)}</p>' for text in report.warnings),
             facts(report),
             *_errors(report),
+            *_inputs(report),
             *_refinements(report),
             *_blocks(report),
             *_samples(report),
@@ -70,7 +94,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table; a column of numbers is set right."""
     body = [list(row) for row in rows]
-    numeric = [all(isinstance(row[at], int | float) for row in body) for at in range(len(head))]
+    numeric = [all(_is_figure(row[at]) for row in body) for at in range(len(head))]
 
     def line(cells: Sequence[Any], tag: str) -> str:
         looks = (' class="number"' if right else "" for right in numeric)
@@ -81,6 +105,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         )
 
     return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in body)}</table></div>'
+
+
+def _is_figure(cell: Any) -> bool:
+    return isinstance(cell, int | float) or re.fullmatch(r"-|[\d.,]+(e[+-]\d+|%| ± [\d.,]+)?", str(cell)) is not None
 
 
 def _show(cell: Any) -> str:
@@ -127,7 +155,8 @@ def _errors(report: PruneReport) -> list[str]:
         return []
     worst = max(layer.error for layer in report.layers)
     raised = [layer for layer in report.layers if layer.status != "ok"]
-    head = ["layer", "shape", "pattern", "error", "pruned", "zeros kept", "status", "ridge", "dampings raised"]
+    stats = [key for key in STATS if any(key in layer.stats for layer in report.layers)]
+    head = ["layer", "shape", "pattern", "error", "pruned", "zeros kept", "status", *(STATS[key] for key in stats)]
     return [
         "<h2>Error by block and layer</h2>",
         '<p class="note">Relative squared error of each layer&#39;s output on the calibration text, '
@@ -138,16 +167,44 @@ def _errors(report: PruneReport) -> list[str]:
         + (f", such as {escape(raised[0].name)}: {escape(raised[0].status)}" if raised else "")
         + ".</p>",
         f"<details><summary>All {len(report.layers)} layers</summary>",
-        table(head, map(_row, report.layers)),
+        table(head, [_row(layer, stats) for layer in report.layers]),
         "</details>",
     ]
 
 
-def _row(layer: LayerReport) -> list[Any]:
+def _row(layer: LayerReport, stats: Sequence[str]) -> list[Any]:
     share = layer.pruned / (layer.shape[0] * layer.shape[1])
-    stats = [layer.stats.get("ridge", "-"), layer.stats.get("damping_raises", "-")]
+    figures = [f"{layer.stats[key]:.3g}" if key in layer.stats else "-" for key in stats]
     shape = f"{layer.shape[0]} x {layer.shape[1]}"
-    return [layer.name, shape, layer.pattern, layer.error, f"{share:.2%}", layer.kept_zeros, layer.status, *stats]
+    return [layer.name, shape, layer.pattern, layer.error, f"{share:.2%}", layer.kept_zeros, layer.status, *figures]
+
+
+def _inputs(report: PruneReport) -> list[str]:
+    """How hard the layers' regression problems were."""
+    known = [layer for layer in report.layers if "top_direction" in layer.stats]
+    if not known:
+        return []
+    rows = by_inputs(by_kind((layer.name, layer.stats["top_direction"]) for layer in known))
+    conditions = [(layer.stats["condition"], layer.name) for layer in known if "condition" in layer.stats]
+    worst = max(conditions, default=None)
+    said = f"The worst condition of a damped Gram was {worst[0]:.2g}, of {worst[1]}." if worst else ""
+    return [
+        "<h2>Inputs in one direction</h2>",
+        '<p class="note">Share of the energy of each layer&#39;s inputs that lies in a single direction. Near 1, a few '
+        "inputs or tokens outweigh all others, and the rest is fitted by little more than the damping. "
+        "+2: two more layers have these inputs.</p>",
+        chart.heat_map(rows, 1.0),
+        chart.scale(1.0),
+        f"<p>{escape(said)}</p>" if said else "",
+    ]
+
+
+def by_inputs(rows: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Layers' values with those of the same inputs, and hence the same values, told once: `q_proj +2`."""
+    groups: dict[str, list[str]] = {}
+    for label, values in rows.items():
+        groups.setdefault(repr(values), []).append(label)
+    return {names[0] + (f" +{len(names) - 1}" if names[1:] else ""): rows[names[0]] for names in groups.values()}
 
 
 def _refinements(report: PruneReport) -> list[str]:
@@ -166,15 +223,21 @@ def _refinements(report: PruneReport) -> list[str]:
 
 
 def _blocks(report: PruneReport) -> list[str]:
-    stages = table(["stage", "seconds"], [(name, f"{value:,.1f}") for name, value in report.seconds.items()])
+    known = [name for name in STAGES if name in report.seconds]
+    stages = table(["stage", "seconds"], [(STAGES[name], f"{report.seconds[name]:,.1f}") for name in known])
     if not report.blocks:
         return ["<h2>Time</h2>", stages]
+    memory = {
+        "at the end of a block": [block.memory / 2**20 for block in report.blocks],
+        "largest until then": [block.peak_memory / 2**20 for block in report.blocks],
+    }
     return [
         "<h2>Seconds a block</h2>",
         chart.lines({"seconds": [block.seconds for block in report.blocks]}),
         "<h2>Memory, MiB</h2>",
-        '<p class="note">Largest resident size of the process until the end of each block.</p>',
-        chart.lines({"MiB": [block.peak_memory / 2**20 for block in report.blocks]}, "{:,.0f}".format),
+        '<p class="note">Resident size of the process.</p>',
+        # Older reports have only the largest.
+        chart.lines({name: values for name, values in memory.items() if any(values)}, "{:,.0f}".format),
         "<h2>Time</h2>",
         stages,
     ]
@@ -191,6 +254,10 @@ def _samples(report: PruneReport) -> list[str]:
     ]
 
 
+def _setting(key: str, value: Any) -> str:
+    return key if value is True else f"{key} {value}"
+
+
 def _provenance(report: PruneReport) -> list[str]:
     calibration = report.calibration
     rows = [
@@ -198,7 +265,7 @@ def _provenance(report: PruneReport) -> list[str]:
         ("calibration", f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}"),
         ("its sha256", calibration["sha256"]),
         *([("evaluation", report.evaluation["source"])] if report.evaluation else []),
-        ("recipe", ", ".join(f"{key} {value}" for key, value in report.recipe.items())),
+        ("recipe", ", ".join(_setting(key, value) for key, value in report.recipe.items() if value)),
         ("machine", ", ".join(f"{key} {value}" for key, value in report.machine.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in report.versions.items())),
         ("left dense", ", ".join(f"{key}: {value:,}" for key, value in report.coverage["skipped"].items()) or "-"),

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llmprune.errors import InputError
 from llmprune.recipe import Recipe
 from llmprune.report import PruneReport
+from llmprune.tokens import DATASETS
 
 FILE, SPEED = "README.md", "speed.json"
 INHERITED = ("language", "license", "license_name", "license_link")
@@ -33,6 +34,8 @@ An ordinary fine-tune fills the zeros in. `Trainer(..., callbacks=[llmprune.Keep
 own, put them back after every step of the optimiser:
 
 ```python
+import torch
+
 masks = {name: weight != 0 for name, weight in model.named_parameters()}
 # ... loss.backward(); optimizer.step()
 with torch.no_grad():
@@ -55,7 +58,7 @@ def model_card(report: PruneReport, source: Path) -> str:
     parts = [
         f"---\n{_metadata(report, source, name)}\n---",
         f"# {name}",
-        f"{report.model['name']} pruned with llmprune {report.llmprune}: {report.sparsity['meaning']}, "
+        f"{_origin(report, source)} pruned with llmprune {report.llmprune}: {report.sparsity['meaning']}, "
         f"by {_recipe(report)}.",
         f"| | |\n|---|---|\n{rows}",
         *(f"> {warning}" for warning in report.warnings),
@@ -71,7 +74,7 @@ def model_card(report: PruneReport, source: Path) -> str:
 def card_for(folder: Path, report: PruneReport, repo: str) -> str:
     """The card of a folder as it is uploaded: what stands in it, but the model goes by the repository's name.
 
-    It tells the speed where `python -m eval.speed DENSE DIR --json DIR/speed.json` was run.
+    It tells the speed where `python -m eval.speed DENSE DIR --out DIR/speed.json` was run.
 
     Args:
         folder: as `prune` left it, its card perhaps edited or deleted since.
@@ -95,10 +98,13 @@ def _speed(path: Path) -> str:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items() if value is not None)
+        kinds = {"speedup": ("pruned", ""), "sparse_speedup": ("sparse", " (sparse kernels)")}
         rows = [
-            f"| {measure}, tokens/s | {found['dense'][measure]:.1f} | {found['pruned'][measure]:.1f} "
+            f"| {measure}, tokens/s{note} | {found['dense'][measure]:.1f} | {found[name][measure]:.1f} "
             f"| {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) |"
-            for measure, ratio in found["speedup"].items()
+            for kind, (name, note) in kinds.items()
+            if kind == "speedup" or kind in found
+            for measure, ratio in found[kind].items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no result of eval.speed: {error}", "measure again, or delete it") from error
@@ -109,7 +115,7 @@ def _speed(path: Path) -> str:
 def _metadata(report: PruneReport, source: Path, name: str) -> str:
     inherited = _inherited(source / FILE)
     data = ModelCardData(
-        base_model=report.model["name"] if report.model["revision"] else inherited.get("base_model"),
+        base_model=_base(report, inherited),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pruned", "sparse", "llmprune", report.method["name"]],
@@ -119,6 +125,16 @@ def _metadata(report: PruneReport, source: Path, name: str) -> str:
         **{key: inherited.get(key) for key in INHERITED},
     )
     return data.to_yaml()
+
+
+def _base(report: PruneReport, inherited: dict[str, Any]) -> Any:
+    """The dense model on the Hub; its own base where it is only known as a folder; None where nothing is known."""
+    return report.model["name"] if report.model["revision"] else inherited.get("base_model")
+
+
+def _origin(report: PruneReport, source: Path) -> str:
+    base = _base(report, _inherited(source / FILE))
+    return base if isinstance(base, str) else str(report.model["name"])
 
 
 def _inherited(card: Path) -> dict[str, Any]:
@@ -137,19 +153,31 @@ def _results(report: PruneReport) -> list[EvalResult]:
     """The perplexities, pruned and dense, for the index of measured models."""
     if (evaluation := report.evaluation) is None:
         return []
-    text, context = Path(evaluation["source"]).name, evaluation["seq_len"]
+    context = evaluation["seq_len"]
     names = {"pruned": f"perplexity, context {context}", "dense": f"perplexity of the dense model, context {context}"}
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=text,
-            dataset_name=text,
+            **_dataset(evaluation["source"]),
             metric_type="perplexity",
             metric_name=name,
             metric_value=round(evaluation[key]["value"], 4),
         )
         for key, name in names.items()
     ]
+
+
+def _dataset(source: str) -> dict[str, Any]:
+    """How the index of measured models calls a text."""
+    entry = DATASETS.get(source)
+    if entry is None or not entry.repo:
+        return {"dataset_type": Path(source).name, "dataset_name": entry.help if entry else Path(source).name}
+    return {
+        "dataset_type": entry.repo,
+        "dataset_name": entry.help,
+        "dataset_config": entry.config or entry.folder,
+        "dataset_split": entry.evaluation,
+    }
 
 
 def _facts(report: PruneReport) -> list[tuple[str, str]]:

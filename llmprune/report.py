@@ -51,6 +51,7 @@ class BlockReport:
     name: str
     seconds: float
     peak_memory: int
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,9 @@ class PruneReport:
         try:
             return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(
-                f"{folder / FILE} is no report of llmprune: {error}",
+                f"{folder / FILE} is no report of llmprune: {reason}",
                 "name a folder that llmprune wrote, or say what it holds: --sparsity",
             ) from error
 

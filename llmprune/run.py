@@ -38,6 +38,7 @@ from llmprune.report import BlockReport, LayerReport, PruneReport
 from llmprune.resume import Journal, workplace
 from llmprune.room import with_room
 from llmprune.skeleton import Skeleton
+from llmprune.spectrum import input_spectrum
 from llmprune.stream import BATCH_TOKENS
 from llmprune.together import (
     block_patterns,
@@ -157,7 +158,7 @@ def prune_blocks(
             writer.write(block.export())
             block.finish()
             now = time.perf_counter()
-            report.blocks.append(BlockReport(block.name, round(now - began, 3), peak_memory()))
+            report.blocks.append(BlockReport(block.name, round(now - began, 3), highest(report), resident_memory()))
             began = now
             report.seconds = clock.so_far()
             journal.save(stream, report, writer)
@@ -176,6 +177,8 @@ def describe(
     errors: list[float],
 ) -> list[LayerReport]:
     """Report the layers of a group, with the errors of their weights as they are stored."""
+    stats = group.problem.stats
+    spectrum = input_spectrum(stats.gram)
     found = zip(group.refs, group.problem.layers, solutions, stored, errors, strict=True)
     return [
         LayerReport(
@@ -186,8 +189,8 @@ def describe(
             kept_zeros=int(((weight == 0) & solution.mask).sum()),
             error=error,
             status=solution.status.value,
-            tokens=group.problem.stats.tokens,
-            stats=solution.stats,
+            tokens=stats.tokens,
+            stats=solution.stats | (spectrum.figures(solution.stats.get("ridge")) if spectrum else {}),
         )
         for ref, problem, solution, weight, error in found
     ]
@@ -372,9 +375,14 @@ def write_companions(run: Prepared, report: PruneReport) -> None:
     write_report(report, run.unfinished)
 
 
+def highest(report: PruneReport) -> int:
+    """Largest resident size so far, in bytes; Linux adds its counters up in its own time and may tell less later."""
+    return max(peak_memory(), report.baseline_memory, *(block.peak_memory for block in report.blocks))
+
+
 def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:
     """The figures that are only known at the end."""
-    report.peak_memory = peak_memory()
+    report.peak_memory = highest(report)
     if run.skeleton.device.type == "cuda":
         report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
     report.seconds = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}

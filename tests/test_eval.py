@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,11 +146,12 @@ def test_grades_are_shares_with_their_standard_errors() -> None:
 def test_files_are_scored_and_shown(models: tuple[Path, Path], tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [str(models[0]), "--tasks", f"{tasks / 'pick.jsonl'},{tasks / 'fill.jsonl'}", "--limit", "5"]
     assert zero_shot.main([*flags, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["results"]
+    found = json.loads(capsys.readouterr().out)["results"]["one"]
     assert [found[name]["questions"] for name in ("pick", "fill")] == [5, 5]
-    assert zero_shot.main(flags) == 0
+    assert zero_shot.main([str(models[1]), *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == f"| pick | acc | {found['pick']['acc']:.4f} ± {found['pick']['acc_stderr']:.4f} |"
+    assert lines[0] == "| task | figure | other | one |"
+    assert lines[2].endswith(f" | {found['pick']['acc']:.4g} ± {found['pick']['acc_stderr']:.2g} |")
     assert len(lines) == 6
 
 
@@ -170,6 +172,26 @@ def test_what_is_no_task_is_refused(tmp_path: Path, content: str) -> None:
         zero_shot.read_task(tmp_path / "t.jsonl", None)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_harness_itself_finds_the_same_in_files(
+    models: tuple[Path, Path], tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    model = shutil.copytree(models[0], tmp_path / "model")
+    tokenizer = word_tokenizer(96)
+    tokenizer.eos_token = "w95"  # the harness cannot do without
+    tokenizer.save_pretrained(model)
+    flags = [str(model), "--tasks", f"{tasks / 'pick.jsonl'},{tasks / 'fill.jsonl'}", "--json"]
+    results = []
+    for more in ([], ["--harness"]):
+        assert zero_shot.main([*flags, *more]) == 0
+        said = capsys.readouterr().out
+        results.append(json.loads(said[said.index("{\n") :])["results"]["model"])
+    for task, key in (("pick", "acc"), ("pick", "acc_norm"), ("pick", "acc_stderr"), ("fill", "acc")):
+        assert results[1][task][key] == pytest.approx(results[0][task][key], rel=1e-4), key
+    assert results[1]["fill"]["perplexity"] == pytest.approx(results[0]["fill"]["perplexity"], rel=1e-3)
+
+
 def test_other_tasks_go_to_the_harness(
     models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,8 +203,11 @@ def test_other_tasks_go_to_the_harness(
 
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
     assert zero_shot.main([str(models[0]), "--tasks", "piqa", "--limit", "3", "--num_fewshot", "1"]) == 0
-    assert "| piqa | acc | 0.5000 ± 0.1000 |" in capsys.readouterr().out
+    assert "| piqa | acc | 0.5 ± 0.1 |" in capsys.readouterr().out
     assert (asked[0]["tasks"], asked[0]["limit"], asked[0]["num_fewshot"]) == (["piqa"], 3, 1)
+    monkeypatch.setattr(sys.modules["lm_eval"], "simple_evaluate", lambda **_: {}["no such task"])
+    assert zero_shot.main([str(models[0]), "--tasks", "nonsense"]) == 2
+    assert "cannot do nonsense: 'no such task'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert zero_shot.main([str(models[0]), "--tasks", "piqa"]) == 2
     assert 'pip install -e ".[harness]"' in capsys.readouterr().err

@@ -156,6 +156,15 @@ def test_the_card_has_valid_metadata(report: PruneReport) -> None:
     assert "dense model" in str(data.eval_results[1].metric_name)
 
 
+def test_a_known_text_goes_by_its_name_on_the_hub(report: PruneReport, tiny: Path) -> None:
+    assert report.evaluation
+    data = ModelCard(model_card(replace(report, evaluation=report.evaluation | {"source": "wikitext2"}), tiny)).data
+    assert data.eval_results
+    (known, *_) = data.eval_results
+    assert (known.dataset_type, known.dataset_config) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert (known.dataset_name, known.dataset_split) == ("WikiText-2 raw", "test")
+
+
 def test_the_card_says_what_was_done_and_what_came_of_it(report: PruneReport) -> None:
     card = ModelCard.load(Path(report.out) / "README.md").text
     assert report.evaluation

@@ -20,7 +20,7 @@ def test_a_smaller_folder_is_told_as_smaller(tmp_path: Path, capsys: pytest.Capt
     dense = save_tiny("llama", tmp_path / "dense", intermediate_size=256)
     pruned = save_tiny("llama", tmp_path / "pruned", intermediate_size=128)
     out = tmp_path / "figures.json"
-    flags = ["--repeats", "2", "--prompt", "8", "--new", "2", "--threads", "1", "--json", str(out)]
+    flags = ["--repeats", "2", "--prompt", "8", "--new", "2", "--threads", "1", "--out", str(out)]
     assert speed.main([str(dense), str(pruned), *flags]) == 0
     figures = json.loads(out.read_text(encoding="utf-8"))
     assert figures["pruned"]["size"] < figures["dense"]["size"]
@@ -31,6 +31,23 @@ def test_a_smaller_folder_is_told_as_smaller(tmp_path: Path, capsys: pytest.Capt
         assert min(figures[name][key] for key in ("prefill", "decode", "memory")) > 0
     assert figures["promised"] == pytest.approx(figures["dense"]["flops"] / figures["pruned"]["flops"])
     assert "prefill, tokens/s" in capsys.readouterr().out
+    assert figures["command"].startswith("python -m eval.speed ")
+
+
+def test_sparse_kernels_are_a_third_model_where_there_are_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "has_kernels", lambda _: True)
+    dense = save_tiny("llama", tmp_path / "dense")
+    flags = ["--repeats", "1", "--prompt", "8", "--new", "1", "--threads", "1"]
+    assert speed.main([str(dense), str(dense), *flags, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["sparse"]["flops"] is None
+    assert figures["settings"]["dtype"] == "bfloat16"
+    assert figures["sparse_speedup"].keys() == {"prefill", "decode"}
+    head, prefill, *_ = speed.text(figures).splitlines()
+    assert head.split() == ["dense", "pruned", "sparse", "over", "dense"]
+    assert prefill.count("(") == 2
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

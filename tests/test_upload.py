@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -341,6 +342,66 @@ def test_a_dropped_connection_is_a_failed_upload(hub: Hub, pruned: Path) -> None
         push(pruned, REPO, private=True, revision="b")
     assert failure.value.hint.endswith(f"llmprune push {pruned} {REPO} --private --hub-revision b")
     assert list(hub.files(REPO, "b")) == [".gitattributes"]
+
+
+# Large files: the Hub's storage
+
+# The client's own call of its HTTP library.
+OLD_CALL = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture
+def large(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A Hub that keeps weights in the storage of large files, with a client that sends them by git LFS."""
+    hub.large = True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    return hub
+
+
+def puts(hub: Hub) -> int:
+    return sum(request.startswith("PUT /storage/upload/") for request in hub.requests)
+
+
+@OLD_CALL
+def test_large_files_take_the_way_through_the_storage(large: Hub, pruned: Path) -> None:
+    push(pruned, REPO)
+    weights = {name: data for name, data in contents(pruned).items() if name.endswith(".safetensors")}
+    assert {hashlib.sha256(data).hexdigest(): data for data in weights.values()} == large.objects
+    assert weights.items() <= large.files(REPO).items()
+    assert puts(large) == len(weights) > 1
+    push(pruned, "me/again")
+    assert puts(large) == len(weights)
+
+
+@OLD_CALL
+@pytest.mark.parametrize("status", [401, 500, 0])
+@pytest.mark.parametrize("part", ["objects/batch", "storage/upload", "storage/verify"])
+def test_what_fails_between_two_large_files_is_repeated_without_what_was_sent(
+    large: Hub, run: Callable[..., Outcome], pruned: Path, part: str, status: int
+) -> None:
+    large.fail(part, status, after=0 if part == "objects/batch" else 1)
+    result = run("push", pruned, REPO)
+    assert result.code == 1
+    error, hint = result.err.splitlines()[-2:]
+    assert error.startswith(f"error: the upload of {pruned} to {REPO} failed: {status or ''}")
+    assert hint == f"hint: nothing is lost; to repeat it without pruning again: llmprune push {pruned} {REPO}"
+    assert list(large.files(REPO)) == [".gitattributes"]
+    there, large.failures = len(large.objects), []
+    assert bool(there) == (part != "objects/batch")
+    large.requests.clear()
+    assert run(*hint.partition("llmprune ")[2].split()).code == 0
+    weights = [name for name in contents(pruned) if name.endswith(".safetensors")]
+    assert puts(large) == len(weights) - there
+    assert {"config.json", *weights} <= large.files(REPO).keys()
+
+
+def test_without_a_way_into_the_newer_storage_the_upload_fails_cleanly(hub: Hub, pruned: Path) -> None:
+    pytest.importorskip("hf_xet")
+    hub.large = True
+    hub.fail("xet-write-token", 403)
+    with pytest.raises(PruneError, match=r"the upload of .* failed: .*403") as failure:
+        push(pruned, REPO)
+    assert failure.value.hint.endswith(f"llmprune push {pruned} {REPO}")
 
 
 def test_an_interrupted_upload_says_how_to_repeat_it(

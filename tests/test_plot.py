@@ -1,0 +1,59 @@
+"""The picture of a grid has a line for every combination of settings but the last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import plot, sweep
+
+CELLS: plot.Cells = [
+    (
+        {"method": method, "sparsity": sparsity},
+        {
+            "mean_layer_error": 0.1,
+            "evaluation": {"source": "a/b.txt", "dense": {"value": 9.0}, "pruned": {"value": value, "error": 0.5}},
+            "texts": {"other": {"value": 2 * value, "error": 1.0}},
+        },
+    )
+    for method, sparsity, value in (("x", "2:4", 20.0), ("x", "4:8", 15.0), ("y", "2:4", 18.0), ("y", "4:8", 12.0))
+]
+
+
+def test_lines_run_over_the_last_setting() -> None:
+    found = plot.series(CELLS, "evaluation")
+    assert found == {"x": [("2:4", 20, 0.5), ("4:8", 15, 0.5)], "y": [("2:4", 18, 0.5), ("4:8", 12, 0.5)]}
+    assert plot.series(CELLS, "other")["y"][1] == ("4:8", 24, 1)
+    assert plot.series(CELLS, None)["x"][0] == ("2:4", 0.1, 0)
+    alone = [({"effort": "fast"}, CELLS[0][1])]
+    assert plot.series(alone, "other") == {"pruned": [("fast", 40, 1)]}
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_picture_is_drawn(tmp_path: Path, evaluated: bool) -> None:
+    pytest.importorskip("matplotlib")
+    bare: dict[str, Any] = {} if evaluated else {"evaluation": None, "texts": {}}
+    cells = [(settings, result | bare) for settings, result in CELLS]
+    plot.draw(cells, {"other": {"value": 9.0}}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_sweep_of_a_tiny_grid_gives_a_table_and_is_resumed(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "g.toml").write_text(
+        f'[grid]\nmethod = ["magnitude"]\n[fixed]\nmodel = "{tiny}"\nsparsity = "2:4"\ncalib = "{text}"\n'
+        "samples = 2\nseq_len = 16\nno_eval = true\n"
+    )
+    flags = [str(tmp_path / "g.toml"), "--out", str(tmp_path / "out")]
+    assert sweep.main(flags) == 0
+    first = capsys.readouterr()
+    assert first.out.splitlines()[0] == "| method | layer error | pruning, s |"
+    assert "running" in first.err
+    assert sweep.main(flags) == 0
+    again = capsys.readouterr()
+    assert again.out == first.out
+    assert "running" not in again.err
+    assert "plot" in again.err
