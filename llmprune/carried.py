@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,6 +60,7 @@ class Baggage:
 
         Raises:
             CannotBeSavedError: it is of a type that cannot be written, or may lie in something else than a mapping.
+            OSError: the disk does not take it.
         """
         for calls in self._calls:
             _check(calls[index:])
@@ -72,7 +74,10 @@ class Baggage:
         ]
         rest = _packed(self._wrap.rest, tensors)
         path = folder / f"carried-{index:05d}.safetensors"
-        save_file({str(n): tensor.detach().cpu().contiguous().clone() for n, tensor in enumerate(tensors)}, path)
+        try:
+            save_file({str(n): tensor.detach().cpu().contiguous().clone() for n, tensor in enumerate(tensors)}, path)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         sync(path)
         return {"file": path.name, "sha256": sha256(path), "contents": contents, "rest": rest}
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llmprune.checkpoint import SHARD_BYTES
+from llmprune.checkpoint import SHARD_BYTES, Entry
 from llmprune.families import LayerRef
-from llmprune.memory import HEAP, KEPT
 from llmprune.methods import METHODS, MethodEntry
 from llmprune.perplexity import CHUNK_ELEMENTS
 from llmprune.plan import Plan
@@ -108,10 +107,12 @@ def memory(task: Task) -> int:
 
 
 def _reading(task: Task) -> int:
-    """Up to the first block: the embeddings, and the largest tensor as it comes from the file."""
-    names = task.skeleton.before_blocks()
-    shard = min(SHARD_BYTES, _stored(task, task.skeleton.outside()))
-    return max(_loaded(task, names), shard + _largest(task)) + _resting(task, task.tokens, _streams(task))
+    """Up to the first block: any tensor as it is checked, the embeddings, and what is written of what is no block."""
+    largest = max(entry.nbytes for entry in task.skeleton.checkpoint.folder.entries.values())
+    outside = [entry.nbytes for entry in _entries_of(task, task.skeleton.outside())]
+    written = min(SHARD_BYTES, sum(outside)) + max(outside, default=0)
+    loaded = _loaded(task, task.skeleton.before_blocks())
+    return max(2 * largest, max(loaded, written) + _resting(task, task.tokens, _streams(task)))
 
 
 def _evaluating(task: Task) -> int:
@@ -132,9 +133,7 @@ def _pruning(task: Task) -> int:
     passing = pausing if pausing <= MEMORY else repeating
     window = _window(task)
     train = 4 * 6 * share + window if recipe.refine else 0
-    # Small activations stay in the heap when they are freed; large ones are mapped one by one.
-    kept = window if window < KEPT and _widest(task) < HEAP else 0
-    return held + new + max(solve + passing + kept, window + passing, train + repeating)
+    return held + new + max(solve + passing, window + passing, train + repeating)
 
 
 def _solving(recipe: Recipe, width: int, rows: int) -> int:
@@ -198,20 +197,16 @@ def _block(task: Task) -> int:
 
 
 def _loaded(task: Task, names: list[str]) -> int:
-    """Parameters in memory, while the largest comes from its file and is converted."""
-    entries, checkpoint = task.skeleton.checkpoint.folder.entries, task.skeleton.checkpoint
-    disk = [entries[name] for name in checkpoint.disk_names(names)]
-    return sum(task.element * entry.nbytes // entry.dtype.itemsize for entry in disk) + _largest(task)
+    """Parameters in memory, while the largest is in its file's pages and copied, and then copied and converted."""
+    pairs = [(entry.nbytes, task.element * math.prod(entry.shape)) for entry in _entries_of(task, names)]
+    most = max((max(2 * stored, stored + made if stored != made else 0) - made for stored, made in pairs), default=0)
+    return sum(made for _, made in pairs) + most
 
 
-def _stored(task: Task, names: list[str]) -> int:
+def _entries_of(task: Task, names: list[str]) -> list[Entry]:
+    """Where parameters come from."""
     checkpoint = task.skeleton.checkpoint
-    return sum(checkpoint.folder.entries[name].nbytes for name in checkpoint.disk_names(names))
-
-
-def _largest(task: Task) -> int:
-    """A tensor of the source, in its file's pages and copied."""
-    return 2 * max(entry.nbytes for entry in task.skeleton.checkpoint.folder.entries.values())
+    return [checkpoint.folder.entries[name] for name in checkpoint.disk_names(names)]
 
 
 def product_rate(size: int = 768) -> float:

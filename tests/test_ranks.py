@@ -27,6 +27,7 @@ from llmprune.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.progress import Progress
 from llmprune.ranks import Ranks
 from llmprune.rehearse import Call
+from llmprune.stats import HELD_OUT
 from llmprune.together import spread_over
 
 WINDOWS, LENGTH, BLOCKS = 10, 256, 3
@@ -45,6 +46,7 @@ from llmprune import Job, prune, run
 from llmprune.launch import join
 from llmprune.ranks import Ranks
 from llmprune.rehearse import Call
+from llmprune.stats import HELD_OUT
 
 forward = Call.run
 
@@ -259,6 +261,25 @@ def test_a_process_alone_computes_nothing_new() -> None:
     stats = InputStats(3, torch.eye(2))
     assert ranks.summed(stats, ["a"]) is stats
     assert ranks.facts(torch.zeros(3, 4)) == {}
+
+
+@pytest.mark.parametrize(("windows", "batch", "size"), [(10, 8, 2), (7, 1, 3), (16, 4, 5), (5, 3, 1)])
+def test_every_window_is_in_one_process_and_as_many_tokens_are_held_out(windows: int, batch: int, size: int) -> None:
+    length = 12
+    tokens = torch.arange(windows)[:, None].expand(-1, length)
+    found: dict[int, list[int]] = {}
+    fitted: dict[int, int] = {}
+    for ranks in (Ranks(number, size) for number in range(size)):
+        own = ranks.share(tokens)[:, 0].tolist()
+        for part in ranks.parts(windows, batch):
+            found.setdefault(part.batch, []).extend(part.batch * batch + at for at in part.own)
+            fitted[part.batch] = fitted.get(part.batch, 0) + part.fitted(length)
+            assert [part.batch * batch + at for at in part.own] == [own.pop(0) for _ in part.own]
+        assert own == []
+    assert sorted(window for group in found.values() for window in group) == list(range(windows))
+    for number, group in found.items():
+        whole = len(group) * length
+        assert fitted[number] == whole - int(HELD_OUT * whole)
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5, "row"), Unstructured(0.5, "layer")], ids=str)

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import Toy, ToyConfig, edit_tensor, job, save_tiny, text_file, token_file, toy_block
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
@@ -430,6 +432,20 @@ def test_a_full_disk_keeps_what_is_finished(work: Job, reference: Reference, mon
     assert "free disk space and run the same command again" in failure.value.hint
     assert any("2 of 4 blocks are finished and kept" in text for text in told.said)
     assert result(work) == reference(work)
+
+
+@pytest.mark.parametrize("writer", ["llmprune.carried.save_file", "llmprune.checkpoint.save_file"])
+def test_a_full_disk_is_named_whoever_writes(writer: str, work: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: dict[str, Tensor], path: Path, **_: Any) -> None:
+        if "00003" in path.name:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(PruneError, match=r"cannot write .*No space left on device") as failure:
+        prune(work)
+    assert "free disk space and run the same command again" in failure.value.hint
+    assert read_state(partial(work) / STATE)["streams"][0]["done"] > 0
 
 
 def test_a_failure_in_the_first_block_leaves_nothing(work: Job, monkeypatch: pytest.MonkeyPatch) -> None:
