@@ -67,6 +67,7 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         steps=options.steps,
         refit=options.refit,
         refine=options.refine,
+        ridge=options.ridge,
         noise=options.noise,
         allocate=options.allocate,
         options=tuple(options.option),

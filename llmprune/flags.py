@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,6 +77,17 @@ def fraction(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def share(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
 
 
@@ -189,6 +201,10 @@ def _add_stages(parser: Parser) -> None:
         "--permute", action=switch, default=None, help="reorder channels for N:M where it folds into the layers before"
     )
     stages.add_argument("--steps", type=positive, metavar="K", help="reach the sparsity in K nested steps")
+    stages.add_argument(
+        "--ridge", type=share, metavar="SHARE",
+        help="pull weights to their targets, as if every input had this share of its mean square as noise of its own",
+    )  # fmt: skip
     stages.add_argument(
         "--refit", action=switch, default=None,
         help="fit the weights exactly on what is left (default: yes for channels and heads, no for a named method)",

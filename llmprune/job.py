@@ -11,7 +11,7 @@ from llmprune.recipe import AUTO, DEFAULT_EFFORT, Allocate, Recipe, Targets, mak
 from llmprune.sparsity import parse_sparsity
 from llmprune.structured import CRITERIA
 
-STAGES = ("targets", "permute", "steps", "refit", "refine", "noise", "allocate")
+STAGES = ("targets", "permute", "steps", "ridge", "refit", "refine", "noise", "allocate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Job:
         method: a name of the METHODS or the CRITERIA table, or `auto` for what `effort` stands for.
         effort: `fast`, `balanced` or `best`; counts with `auto` only.
         options: the method's own options, as pairs of text such as `("damping", "0.03")`.
-        targets, permute, steps, refit, refine, noise, allocate: fields of a `Recipe`; None for the effort's, or for
-            those of a plain method.
+        targets, permute, steps, ridge, refit, refine, noise, allocate: fields of a `Recipe`; None for the effort's,
+            or for those of a plain method.
         round_to: the number of channels that stay is a multiple of this; None for 64, or less in a tiny model.
         scope: where an unstructured count is exact; None for the method's own.
         calib: text file or folder, token file, or data set name; None for `sotu` with the demo model, else `c4`.
@@ -58,6 +58,7 @@ class Job:
     targets: Targets | None = None
     permute: bool | None = None
     steps: int | None = None
+    ridge: float | None = None
     refit: bool | None = None
     refine: int | None = None
     round_to: int | None = None

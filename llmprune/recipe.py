@@ -21,6 +21,7 @@ class Recipe:
             output in the dense model, as far as the calibration data support it.
         permute: whether input channels of an N:M layer are reordered where that can be folded into the layers before.
         steps: in how many nested steps the sparsity is reached.
+        ridge: how strongly weights are pulled to their targets, as a share of every input's own mean square.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
         refine: epochs in which a pruned block learns to give the dense block's output.
         noise: share of the calibration tokens that random ones replace, which the text lacks.
@@ -33,6 +34,7 @@ class Recipe:
     targets: Targets = "pruned"
     permute: bool = False
     steps: int = 1
+    ridge: float = 0.0
     refit: bool = False
     refine: int = 0
     noise: float = 0.0
@@ -61,6 +63,8 @@ class Recipe:
             stages.append("permuted channels")
         if self.steps > 1:
             stages.append(f"{self.steps} steps")
+        if self.ridge:
+            stages.append(f"ridge {self.ridge:g}")
         if self.refit:
             stages.append("refit")
         if self.refine:
@@ -74,8 +78,8 @@ class Recipe:
 
 EFFORTS = {
     "fast": Recipe("sparsegpt"),
-    "balanced": Recipe("admm", targets="dense", permute=True),
-    "best": Recipe("admm", targets="dense", permute=True, refine=4),
+    "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3),
+    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, refine=4),
 }
 REMOVALS = {
     "fast": Recipe("", criterion="wanda"),

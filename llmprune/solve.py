@@ -45,9 +45,11 @@ class Solver:
         """
         dense = self.recipe.targets == "dense"
         goal, strengths = toward_dense(problem, ranks=self.ranks) if dense else (problem, [])
+        goal = with_ridge(goal, self.recipe.ridge)
         order = self._order(goal, pattern, classes)
         if order is not None:
-            solutions = [reordered(s, order.argsort()) for s in self._stages(permuted(goal, order), pattern)]
+            goal = permuted(goal, order)
+            solutions = [reordered(s, order.argsort()) for s in self._stages(goal, pattern)]
             for solution in solutions:
                 solution.stats["permuted"] = 1.0
         else:
@@ -76,6 +78,23 @@ class Solver:
             layers = tuple(replace(old, weight=new.weight) for old, new in zip(goal.layers, solutions, strict=True))
             current = replace(goal, layers=layers)
         return solutions
+
+
+def with_ridge(problem: GroupProblem, ridge: float) -> GroupProblem:
+    """The same problem with noise of its own on every input: `H + r diag H` in place of the Gram H.
+
+    `tr(D (H + r diag H) Dᵀ)` pulls every weight to its target on the scale of its own input. Few tokens, of one kind of
+    text, make inputs look more alike than they are elsewhere; what they can make up for each other is believed less.
+
+    Args:
+        problem: a group.
+        ridge: r, fraction of every input's mean square.
+    """
+    if not ridge:
+        return problem
+    gram = problem.stats.gram.clone()
+    gram.diagonal().mul_(1 + ridge)
+    return replace(problem, stats=replace(problem.stats, gram=gram))
 
 
 def permuted(problem: GroupProblem, order: Tensor) -> GroupProblem:

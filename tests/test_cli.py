@@ -171,6 +171,7 @@ NONSENSE = {
     "--targets": ["sparse", ""],
     "--steps": ["0", "-1", "x", "1.5"],
     "--refine": ["-1", "x", "0.5", ""],
+    "--ridge": ["-1", "x", "inf", "nan", "30%", ""],
     "--noise": ["-1", "x", "1.5", "nan", "15%", ""],
     "--allocate": ["alike", ""],
     "--scope": ["column", ""],

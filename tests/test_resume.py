@@ -303,6 +303,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "targets": ({"targets": "dense"}, "--targets was pruned, now dense"),
     "steps": ({"steps": 2}, "--steps was 1, now 2"),
     "refine": ({"refine": 1}, "--refine was 0, now 1"),
+    "ridge": ({"ridge": 0.3}, "--ridge was 0.0, now 0.3"),
     "noise": ({"noise": 0.2}, "--noise was 0.0, now 0.2"),
     "skip": ({"skip": ("*.q_proj",)}, "--skip was"),
     "dtype": ({"dtype": "bfloat16"}, "--dtype was None, now bfloat16"),

@@ -19,7 +19,7 @@ from llmprune.methods.magnitude import Magnitude
 from llmprune.pattern import NM, Scope, SparsityPattern, parse_pattern
 from llmprune.problem import GroupProblem, InputStats, LayerSolution
 from llmprune.recipe import Recipe
-from llmprune.solve import Solver
+from llmprune.solve import Solver, with_ridge
 from llmprune.stream import BlockStream
 
 WIDTH = 32
@@ -66,6 +66,25 @@ def test_a_refit_never_raises_the_error_and_keeps_the_mask(method: str) -> None:
         fitted, _ = Solver(load_method(method), Recipe(method, refit=True)).solve(given, NM(2, 4))
         assert torch.equal(plain[0].mask, fitted[0].mask)
         assert missed(given, fitted) <= missed(given, plain) * (1 + 1e-3) + 1e-6
+
+
+@pytest.mark.parametrize("ridge", [0.1, 1.0])
+def test_a_ridge_is_noise_of_its_own_on_every_input(ridge: float) -> None:
+    """With a refit, every row is ridge regression on its mask, here by plain least squares on stacked rows."""
+    given = problem()
+    (solution,), _ = Solver(load_method("wanda"), Recipe("wanda", ridge=ridge, refit=True)).solve(given, NM(2, 4))
+    gram = given.stats.gram.double()
+    damping = 0.01 * (1 + ridge) * gram.diagonal().mean()  # the refit's own
+    rows = [torch.linalg.cholesky(gram).T, (ridge * gram.diagonal() + damping).sqrt().diag()]
+    stacked = torch.cat(rows)
+    for old, new, mask in zip(given.layers[0].weight.double(), solution.weight.double(), solution.mask, strict=True):
+        best = torch.linalg.lstsq(stacked[:, mask], stacked @ old).solution
+        torch.testing.assert_close(new[mask], best, rtol=1e-2, atol=1e-2 * float(old.abs().max()))
+
+
+def test_no_ridge_changes_nothing() -> None:
+    given = problem()
+    assert with_ridge(given, 0.0) is given
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
