@@ -41,7 +41,7 @@ def build_parser() -> Parser:
 
 
 def solve(method: str, inputs: int, outputs: int, percent: int, threads: int) -> dict[str, Any]:
-    """Remove inputs of one random layer; seconds, and bytes beyond those of the problem."""
+    """Remove inputs of one random layer; seconds by the clock and of the processor, bytes beyond the problem's."""
     import torch
 
     from llmprune.memory import mapped_memory, peak_memory, resident_memory
@@ -58,11 +58,12 @@ def solve(method: str, inputs: int, outputs: int, percent: int, threads: int) ->
         units = torch.arange(inputs).view(1, inputs, 1)
         count = inputs * percent // 100
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-        before, begun = resident_memory(), time.perf_counter()
+        before, begun, busy = resident_memory(), time.perf_counter(), time.process_time()
         (solution,), kept = remover.solve(problem, units, count)
-        seconds, peak = time.perf_counter() - begun, peak_memory() - before
+        spent = {"wall": time.perf_counter() - begun, "seconds": time.process_time() - busy}
+        peak = peak_memory() - before
     assert len(kept) == inputs - count
-    return {"seconds": seconds, "memory": peak, "unfitted": solution.stats["error_unfitted"]}
+    return {**spent, "memory": peak, "unfitted": solution.stats["error_unfitted"]}
 
 
 def _gram(inputs: int) -> Any:
@@ -118,15 +119,16 @@ def _apart(threads: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: time and memory by method and size, and the power of the width by which they grow."""
-    lines = ["| method | layer | solve, s | beyond weights and Gram, GiB | time grows as |", "|---|---|--:|--:|---|"]
+    """Markdown: time and memory by method and size, and the power of the width by which the time grows."""
+    head = ["method", "layer", "processor, s", "clock, s", "beyond weights and Gram, GiB", "time grows as"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|--:|--:|--:|---|"]
     before: dict[str, Any] = {}
     for cell in result["cells"]:
         same = before.get("method") == cell["method"] and before.get("outputs") == cell["outputs"]
         ratio = cell["inputs"] / before["inputs"] if same else 1
         power = f"inputs^{math.log(cell['seconds'] / before['seconds'], ratio):.1f}" if ratio > 1 else ""
         lines.append(
-            f"| {cell['method']} | {cell['outputs']} x {cell['inputs']} | {cell['seconds']:.1f} | "
+            f"| {cell['method']} | {cell['outputs']} x {cell['inputs']} | {cell['seconds']:.1f} | {cell['wall']:.1f} | "
             f"{cell['memory'] / 2**30:.2f} | {power} |"
         )
         before = cell
