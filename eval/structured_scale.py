@@ -1,7 +1,7 @@
 """`python -m eval.structured_scale`: time and memory that removing inputs of one layer takes, and how they grow.
 
 Every size is solved in a process of its own: choice of the inputs and least squares, on random inputs whose sizes
-differ and which share some directions. Memory is the peak above what the weights and the Gram of that process took.
+differ and which share some directions. Memory is the peak above what that process took with weights and Gram in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmprune.flags import positive
 from llmprune.shell import Parser, hush_libraries, run_command
 from llmprune.structured import CRITERIA
 
-TOKENS, SHARED = 16384, 64
+TOKENS, SHARED = 4096, 64
 SMALL = 4096
 
 
@@ -67,7 +67,7 @@ def solve(method: str, inputs: int, outputs: int, percent: int, threads: int) ->
 
 
 def _gram(inputs: int) -> Any:
-    """`XᵀX / tokens` of random inputs."""
+    """`XᵀX / tokens` of random inputs, each with as much noise of its own, as if there were any number of tokens."""
     import torch
 
     from llmprune.stats import RunningGram
@@ -78,8 +78,11 @@ def _gram(inputs: int) -> Any:
     shared = torch.randn(SHARED, inputs, generator=generator) / 4
     for _ in range(TOKENS // 1024):
         common = torch.randn(1024, SHARED, generator=generator) @ shared
-        running.add((torch.randn(1024, inputs, generator=generator) + common) * size)
-    return running.result().gram
+        running.add(torch.randn(1024, inputs, generator=generator).add_(common).mul_(size))
+        del common
+    gram = running.result().gram
+    gram.diagonal().mul_(2)
+    return gram
 
 
 def run_scale(options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from llmprune.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.remove import Remover
 from llmprune.stats import QuietCount
 from llmprune.structured import CRITERIA, load_criterion
-from llmprune.structured.lasso import design_gram
+from llmprune.structured.lasso import _path, _solve, at_count, design_gram
 from llmprune.structured.obs import OBS, Search
 from llmprune.structured.problem import RemovalProblem
 from llmprune.structured.reconstruct import DAMPING, least_squares
@@ -202,6 +202,47 @@ def test_the_path_is_scikit_learns_on_the_explicit_design(seed: int) -> None:
         gone = load_criterion("lasso").select(problem, count)
         at = next(step for step in range(explicit.shape[1]) if (explicit[:, step] != 0).sum() == 12 - count)
         assert (gone[0].numpy() == (explicit[:, at] == 0)).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_coefficients_between_two_knots_are_scikit_learns_on_the_explicit_design(seed: int) -> None:
+    from sklearn.linear_model import lars_path
+
+    X, problem = inputs_of(12, seed), problem_of(seed=seed)
+    design = torch.stack([(X[:, at : at + 1] @ problem.weight[:, at : at + 1].T).flatten() for at in range(12)], 1)
+    target = (X @ problem.weight.T).flatten()
+    alphas, _, path = lars_path(design.numpy(), target.numpy(), method="lasso")
+    products = design_gram(problem)
+    for at in range(len(alphas) - 1):
+        alpha = (alphas[at] + alphas[at + 1]) / 2 * len(target) / len(X)
+        found = _solve(products, products.sum(1), alpha, torch.ones(12, dtype=torch.float64), None)
+        assert np.abs(found.beta.numpy() - (path[:, at] + path[:, at + 1]) / 2).max() < 1e-8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_active_set_settles_for_any_right_hand_side(seed: int) -> None:
+    """With alike columns and coefficients of both signs too: the conditions of the optimum hold."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(90, 60, generator=generator, dtype=torch.float64)
+    mixed += 2 * torch.randn(90, 1, generator=generator, dtype=torch.float64)
+    products, target = mixed.T @ mixed, mixed.T @ torch.randn(90, generator=generator, dtype=torch.float64)
+    for share in (0.01, 0.1, 0.5):
+        alpha = share * float(target.abs().max())
+        found = _solve(products, target, alpha, torch.ones(60, dtype=torch.float64), None)
+        pull = target - products @ found.beta
+        assert torch.allclose(pull[found.signs != 0], alpha * found.signs[found.signs != 0], rtol=1e-6)
+        assert float(pull.abs().max()) <= alpha * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("width", [200, 400])
+def test_the_search_takes_the_set_of_the_path(width: int) -> None:
+    problem = problem_of((1, width, 1), seed=5, rows=40)
+    products = design_gram(problem)
+    for kept in (width // 2, 3 * width // 4):
+        score = at_count(products, products.sum(1), kept)
+        path = _path(products, products.sum(1), kept)
+        first = next(step for step in path if int((step != 0).sum()) >= kept)
+        assert torch.equal(score.topk(kept).indices.sort().values, first.nonzero().flatten())
 
 
 @pytest.mark.parametrize("count", [2, 4, 6])
