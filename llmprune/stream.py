@@ -307,7 +307,8 @@ class Block:
         with mapped_memory():
             width = self.layers[layers[0]].shape[1]
             quiet = self.quiet if layers[0] in self.cuts else None
-            return (RunningPair if self.paired else RunningGram)(width, self.skeleton.device, quiet)
+            apart = self.paired or layers[0] in self.cuts
+            return (RunningPair if apart else RunningGram)(width, self.skeleton.device, quiet)
 
     def _add(self, stats: RunningGram | RunningPair, batch: Batch, seen: Seen, dense: Seen | None) -> None:
         landed = dense.landed if dense is not None and dense.landed is not None else seen.landed

@@ -214,7 +214,7 @@ class _Planner:
         options = list(_head_options(groups, queries, removal.share))
         if not options:
             raise InputError(f"{removal.name} would leave no head: there is one", "remove channels instead")
-        reasons = []
+        reasons: list[str] = []
         for pools, count in options:
             kept_groups = groups - count if pools == 1 and groups > 1 else groups
             kept_heads = kept_groups * queries if kept_groups < groups else groups * (queries - count)

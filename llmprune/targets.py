@@ -35,8 +35,8 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING) -> tuple[Group
     if stats.cross is None or held is None:
         return problem, [0.0] * len(problem.layers)
     rows = torch.cat([layer.weight for layer in problem.layers])
-    trial = _correction(rows, _without(stats, held), damping)
-    gain = (trial * _lacking(rows, held)).sum(1, dtype=torch.float64)
+    trial = _correction(rows, without(stats, held), damping)
+    gain = (trial * lacking(rows, held)).sum(1, dtype=torch.float64)
     cost = (trial * (trial @ held.gram)).sum(1, dtype=torch.float64)
     sums = zip(problem.split(gain), problem.split(cost), strict=True)
     strengths = [min(max(float(g.sum() / c.sum().clamp(min=1e-30)), 0.0), 1.0) for g, c in sums]
@@ -50,21 +50,22 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING) -> tuple[Group
     return replace(problem, layers=layers), strengths
 
 
-def _lacking(rows: Tensor, stats: InputStats) -> Tensor:
-    """M, `(out, in)`."""
+def lacking(rows: Tensor, stats: InputStats) -> Tensor:
+    """M, `(out, in)`: what the outputs lack, times the inputs; zero where they are to be what the layer gives."""
     if stats.missed is not None:
         return stats.missed.T
-    assert stats.cross is not None
+    if stats.cross is None:
+        return torch.zeros_like(rows)
     return rows @ (stats.cross - stats.gram).T
 
 
 def _correction(rows: Tensor, stats: InputStats, damping: float) -> Tensor:
     """`Δ = M (H + λI)⁻¹`."""
     upper = inverse_factor(stats.gram, damping).upper
-    return (_lacking(rows, stats) @ upper.T) @ upper
+    return (lacking(rows, stats) @ upper.T) @ upper
 
 
-def _without(stats: InputStats, held: InputStats) -> InputStats:
+def without(stats: InputStats, held: InputStats) -> InputStats:
     """The statistics of the tokens that are not held out."""
     tokens = stats.tokens - held.tokens
 

@@ -21,8 +21,9 @@ from llmprune.structured import CRITERIA, load_criterion
 from llmprune.structured.lasso import _path, _solve, at_count, design_gram
 from llmprune.structured.obs import OBS, Search
 from llmprune.structured.problem import RemovalProblem
-from llmprune.structured.reconstruct import DAMPING, least_squares
+from llmprune.structured.reconstruct import RIDGE, least_squares
 
+DAMPING = OBS().damping
 GRAM_ONLY = [name for name in CRITERIA if name not in {"scaling", "apoz"}]
 SHAPES = {"channels": (1, 12, 1), "heads": (1, 4, 3), "query heads": (2, 3, 2)}
 
@@ -47,9 +48,13 @@ def damped(problem: RemovalProblem) -> Tensor:
     return problem.gram + ridge_of(problem.gram, DAMPING) * eye
 
 
-def refitted(problem: RemovalProblem, kept: Tensor) -> Tensor:
+def ridged(problem: RemovalProblem, ridge: float = RIDGE) -> Tensor:
+    return problem.gram + ridge * torch.diag(problem.gram.diagonal())
+
+
+def refitted(problem: RemovalProblem, kept: Tensor, matrix: Tensor | None = None) -> Tensor:
     """The best weights, one row at a time by numpy."""
-    A = damped(problem).numpy()
+    A = (damped(problem) if matrix is None else matrix).numpy()
     at = kept.numpy()
     weight = np.zeros(problem.weight.shape)
     for row, target in zip(weight, problem.weight.numpy(), strict=True):
@@ -105,7 +110,7 @@ def test_least_squares_is_the_optimum_row_by_row(seed: int) -> None:
     kept = torch.tensor([0, 2, 3, 7, 8, 11])
     weight, raises = least_squares(problem.weight, problem.gram, kept)
     assert raises == 0
-    assert torch.allclose(weight, refitted(problem, kept)[:, kept], rtol=1e-10, atol=1e-12)
+    assert torch.allclose(weight, refitted(problem, kept, ridged(problem))[:, kept], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -291,7 +296,7 @@ def test_zeros_of_the_source_stay_zero() -> None:
     (bare,), same = Remover(load_criterion("wanda"), reconstruct=False).solve(problem, given.units, 5)
     assert torch.equal(kept, same)
     assert not fitted.weight[holes].any()
-    A = damped(given).numpy()
+    A = ridged(given).numpy()
     for row, source in zip(fitted.weight.double().numpy(), weight.double().numpy(), strict=True):
         at = [int(j) for j in kept if source[j] != 0]
         best = np.linalg.solve(A[np.ix_(at, at)], (A @ source)[at])
@@ -317,8 +322,8 @@ def test_a_singular_gram_raises_the_damping_and_says_so() -> None:
     """With a tiny negative eigenvalue, as float32 sums have them, the factor fails at first; it is no plain failure."""
     gram = torch.ones(8, 8, dtype=torch.float64) - 1e-3 * torch.eye(8, dtype=torch.float64)
     weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found, raises = least_squares(weight, gram, torch.arange(6), damping=1e-4)
+    found, raises = least_squares(weight, gram, torch.arange(6), ridge=1e-4)
     assert raises == 2
     assert bool(torch.isfinite(found).all())
     with pytest.raises(NumericalError, match="stay singular"):
-        least_squares(weight, gram - 10 * torch.eye(8), torch.arange(6), damping=1e-9)
+        least_squares(weight, 5 * torch.ones_like(gram) - 4 * torch.eye(8), torch.arange(6), ridge=1e-9)
