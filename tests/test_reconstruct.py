@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmprune.problem import InputStats
 from llmprune.stats import HELD_OUT, RunningPair
-from llmprune.structured.reconstruct import RIDGE, RIDGES, Fit, on_support, reconstruct
+from llmprune.structured.reconstruct import FLOOR, RIDGE, RIDGES, Fit, on_support, reconstruct
 
 WIDTH, OUT, KEPT = 12, 5, torch.tensor([0, 1, 3, 4, 6, 7, 9, 11])
 Array = np.ndarray
@@ -32,9 +32,14 @@ def stats_of(X: Tensor, E: Tensor | None) -> InputStats:
     return running.result()
 
 
+def scale_of(X: Array) -> Array:
+    square = np.square(X).mean(0)
+    return np.asarray(square + FLOOR * square.mean())
+
+
 def regression(X: Array, E: Array, W: Array, ridge: float, strength: float) -> Array:
-    """argmin over W̃ on the kept inputs of ‖X_S W̃ᵀ − X Wᵀ − αE‖² / tokens + r Σ_j mean(x_j²) ‖W̃_j − W_j‖²."""
-    kept, root = KEPT.numpy(), np.sqrt(ridge * np.square(X).mean(0))
+    """argmin over W̃ on the kept inputs of ‖X_S W̃ᵀ − X Wᵀ − αE‖² / tokens + r Σ_j D_jj ‖W̃_j − W_j‖²."""
+    kept, root = KEPT.numpy(), np.sqrt(ridge * scale_of(X))
     rows = np.concatenate([X[:, kept] / np.sqrt(len(X)), np.diag(root[kept])])
     right = np.concatenate([(X @ W.T + strength * E) / np.sqrt(len(X)), root[kept][:, None] * W.T[kept]])
     return np.asarray(np.linalg.lstsq(rows, right, rcond=None)[0].T)
@@ -79,9 +84,19 @@ def test_a_support_of_its_own_for_every_row(strength: float) -> None:
     support = torch.rand(W.shape, generator=torch.Generator().manual_seed(2)) < 0.6
     found = on_support(W, stats, Fit(W[:, KEPT], 0.1, strength), W, support)
     x, e, w = (value.double().numpy() for value in (X, E, weight))
-    root = np.sqrt(0.1 * np.square(x).mean(0))
+    root = np.sqrt(0.1 * scale_of(x))
     for row, target, error, keeps in zip(found.numpy(), w, e.T, support.numpy(), strict=True):
         rows = np.concatenate([x[:, keeps] / np.sqrt(len(x)), np.diag(root[keeps])])
         right = np.concatenate([(x @ target + strength * error) / np.sqrt(len(x)), root[keeps] * target[keeps]])
         np.testing.assert_allclose(row[keeps], np.linalg.lstsq(rows, right, rcond=None)[0], rtol=1e-3, atol=1e-4)
         assert not row[~keeps].any()
+
+
+def test_an_input_met_on_held_out_tokens_only_does_no_harm() -> None:
+    X, E, weight = texts(40, 5, 1.0)
+    X[:30, 0] = 0
+    X[:, 1] = 0
+    fit = reconstruct(weight.double(), stats_of(X * 1e3, E), KEPT)
+    assert fit.raises == 0
+    assert bool(torch.isfinite(fit.weight).all())
+    assert torch.allclose(fit.weight[:, 1], weight.double()[:, 1])

@@ -21,7 +21,7 @@ from llmprune.structured import CRITERIA, load_criterion
 from llmprune.structured.lasso import _path, _solve, at_count, design_gram
 from llmprune.structured.obs import OBS, Search
 from llmprune.structured.problem import RemovalProblem
-from llmprune.structured.reconstruct import RIDGE, least_squares
+from llmprune.structured.reconstruct import FLOOR, RIDGE, least_squares
 
 DAMPING = OBS().damping
 GRAM_ONLY = [name for name in CRITERIA if name not in {"scaling", "apoz"}]
@@ -49,7 +49,8 @@ def damped(problem: RemovalProblem) -> Tensor:
 
 
 def ridged(problem: RemovalProblem, ridge: float = RIDGE) -> Tensor:
-    return problem.gram + ridge * torch.diag(problem.gram.diagonal())
+    scale = problem.gram.diagonal()
+    return problem.gram + ridge * torch.diag(scale + FLOOR * scale.mean())
 
 
 def refitted(problem: RemovalProblem, kept: Tensor, matrix: Tensor | None = None) -> Tensor:

@@ -17,6 +17,8 @@ RIDGE = 0.3
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 JUDGES = 512
 """Outputs on which ridges are tried."""
+FLOOR = 1e-3
+"""Part of the mean that is added to every input's mean square: one that is hardly ever met has hardly any scale."""
 ZERO_STEPS = 50
 """Conjugate-gradient steps where the source has zeros."""
 
@@ -43,7 +45,7 @@ class Fit:
 def reconstruct(weight: Tensor, stats: InputStats, kept: Tensor) -> Fit:
     """Least squares with the ridge, and the strength of the dense correction, that do best on held-out tokens.
 
-    With `A = H + r diag H` and M what the outputs lack times the inputs (zero if they are to be as they are),
+    With `A = H + r D`, see `least_squares`, and M what the outputs lack times the inputs (zero without dense targets),
     `W̃_S = (W A + α M)_:S A_SS⁻¹`. Fitted on a part of the tokens, its error on the held-out rest is a parabola in α;
     the r of `RIDGES` with the lowest minimum for α in [0, 1] is taken. Then all is fitted on all tokens.
 
@@ -69,8 +71,9 @@ def reconstruct(weight: Tensor, stats: InputStats, kept: Tensor) -> Fit:
 def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = RIDGE) -> tuple[Tensor, int]:
     """The best weights on the inputs S that stay: `min tr((W̃ − W) A (W̃ − W)ᵀ)`, so `W̃_S = (W A)_:S A_SS⁻¹`.
 
-    `A = H + r diag H` pulls every weight towards its old value, as noise of its own on every input would. With r = 0
-    this is plain least squares, with r → ∞ the weights stay what they were. One factorisation serves all rows.
+    `A = H + r D`, D = diag H and `FLOOR` of its mean, pulls every weight towards its old value, as noise of its own on
+    every input would. With r = 0 this is plain least squares, with r → ∞ the weights stay what they were. One
+    factorisation serves all rows.
 
     Args:
         weight: W, `(out, in)`, float64.
@@ -90,22 +93,27 @@ def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = RID
 
 def products(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
     """`(W A)_:S`, `(out, k)`, float64."""
-    own = ridge * gram.diagonal().double() + (gram.diagonal() == 0)
-    return (weight.to(gram.dtype) @ gram)[:, kept].double() + weight[:, kept] * own[kept]
+    return (weight.to(gram.dtype) @ gram)[:, kept].double() + weight[:, kept] * (ridge * _scale(gram)[kept])
 
 
 def solver(gram: Tensor, kept: Tensor, ridge: float) -> tuple[Solve, int]:
     """`B -> B A_SS⁻¹` for `B (rows, k)`, and how often r was raised."""
-    diagonal = gram.diagonal()[kept].double()
-    own, dead = diagonal / gram.diagonal().double().mean().clamp(min=1e-300), (diagonal == 0).double()
+    mean = gram.diagonal().double().mean().clamp(min=1e-300)
+    scale, unmet = _scale(gram)[kept] / mean, float(mean <= 1e-300)
 
     def damped(value: float) -> Tensor:
         matrix = gram[kept][:, kept].to(torch.float64, copy=True)
-        matrix.diagonal().add_(dead + value * own)
+        matrix.diagonal().add_(value * scale + unmet)
         return matrix
 
     lower, _, raises = damped_cholesky(damped, gram, ridge)
     return lambda right: torch.cholesky_solve(right.T, lower).T, raises
+
+
+def _scale(gram: Tensor) -> Tensor:
+    """The diagonal of D, `(in,)`, float64."""
+    diagonal = gram.diagonal().double().clamp(min=0)
+    return diagonal + FLOOR * diagonal.mean()
 
 
 def on_support(weight: Tensor, stats: InputStats, fit: Fit, start: Tensor, support: Tensor) -> Tensor:
@@ -119,7 +127,7 @@ def on_support(weight: Tensor, stats: InputStats, fit: Fit, start: Tensor, suppo
         support: `(out, in)`, bool.
     """
     matrix = stats.gram.to(torch.float64, copy=True)
-    matrix.diagonal().mul_(1 + fit.ridge * 10**fit.raises).add_((stats.gram.diagonal() == 0).double())
+    matrix.diagonal().add_(fit.ridge * 10**fit.raises * _scale(stats.gram) + float(stats.tokens == 0))
     target = weight
     if fit.strength:
         target = weight + fit.strength * torch.linalg.solve(matrix, lacking(weight.float(), stats).T.double()).T
