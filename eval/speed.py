@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from eval.sweep import commit
 
 MEASURES = {
     "prefill": "tokens/s",
@@ -84,6 +87,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "promised": promised,
         "kept": (ratios["prefill"]["median"] - 1) / (promised - 1) if promised != 1 else None,
         "settings": {**settings, "repeats": options.repeats},
+        "commit": commit(),
+        "command": shlex.join(["python", "-m", "eval.speed", *sys.argv[1:]]),
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
     }
 
@@ -94,22 +99,37 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def text(figures: dict[str, Any]) -> str:
-    """A table for people."""
+def rows(figures: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What is measured, of the dense model, of the pruned one, and the ratio."""
     dense, pruned = figures["dense"], figures["pruned"]
-    rows = [("", "dense", "pruned", "pruned / dense")]
+    found = [("", "dense", "pruned", "pruned / dense")]
     for measure, unit in MEASURES.items():
         ratio = figures["speedup"][measure]
         told = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
-        rows.append((f"{measure}, {unit}", f"{dense[measure]:.1f}", f"{pruned[measure]:.1f}", told))
+        found.append((f"{measure}, {unit}", f"{dense[measure]:.1f}", f"{pruned[measure]:.1f}", told))
     for key, name in (("size", "size, MiB"), ("memory", "peak memory, MiB")):
         told = f"{pruned[key] / dense[key]:.3f}"
-        rows.append((name, f"{dense[key] / 2**20:.0f}", f"{pruned[key] / 2**20:.0f}", told))
-    rows.append(("prefill, GFLOP", f"{dense['flops'] / 1e9:.1f}", f"{pruned['flops'] / 1e9:.1f}", ""))
-    lines = [f"{a:<20} {b:>10} {c:>10}  {d}" for a, b, c, d in rows]
+        found.append((name, f"{dense[key] / 2**20:.0f}", f"{pruned[key] / 2**20:.0f}", told))
+    found.append(("prefill, GFLOP", f"{dense['flops'] / 1e9:.1f}", f"{pruned['flops'] / 1e9:.1f}", ""))
+    return found
+
+
+def promise(figures: dict[str, Any]) -> str:
+    """What the operations promise, and how much of it is there."""
     kept = "" if figures["kept"] is None else f"; {figures['kept']:.0%} of that gain was measured"
-    lines.append(f"by its operations, prefill should be {figures['promised']:.3f} times as fast{kept}")
-    return "\n".join(lines)
+    return f"by its operations, prefill should be {figures['promised']:.3f} times as fast{kept}"
+
+
+def text(figures: dict[str, Any]) -> str:
+    """A table for people."""
+    return "\n".join([*(f"{a:<20} {b:>10} {c:>10}  {d}" for a, b, c, d in rows(figures)), promise(figures)])
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The same in Markdown."""
+    head, *rest = ("| " + " | ".join(row) + " |" for row in rows(figures))
+    said = promise(figures)
+    return "\n".join([head, "|---|--:|--:|--:|", *rest, "", f"{said[0].upper()}{said[1:]}."])
 
 
 class Worker:

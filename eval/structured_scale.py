@@ -96,18 +96,22 @@ def run_scale(options: argparse.Namespace) -> int:
             settings = {"method": method, "inputs": inputs, "outputs": outputs, "percent": options.percent}
             if any(settings.items() <= cell.items() for cell in cells):
                 continue
-            cells.append({**settings, **_apart(options.threads, settings)})
+            cells.append({**settings, "commit": commit(), **_apart(options.threads, settings)})
             sys.stderr.write(f"{cells[-1]}\n")
-            result = {
-                "commit": commit(),
-                "command": shlex.join(["python", "-m", "eval.structured_scale", *sys.argv[1:]]),
-                "threads": options.threads,
-                "cells": cells,
-            }
-            if options.out:
-                options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            _write(options, cells)
+    result = _write(options, cells)
     print(json.dumps(result, indent=1) if options.json else table(result))
     return 0
+
+
+def _write(options: argparse.Namespace, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is known so far, into the file."""
+    cells.sort(key=lambda cell: (cell["method"] != "obs", cell["method"], cell["inputs"]))
+    command = shlex.join(["python", "-m", "eval.structured_scale", *sys.argv[1:]])
+    result = {"commit": commit(), "command": command, "threads": options.threads, "cells": cells}
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
 
 
 def _apart(threads: int, settings: dict[str, Any]) -> dict[str, Any]:

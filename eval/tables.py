@@ -1,7 +1,7 @@
 """`python -m eval.tables`: rewrite the tables of README.md and eval/LOG.md from the JSON in eval/results.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a folder of `eval.sweep` or a JSON file of
-`eval.peers` or `eval.scale`. Figures are never typed.
+`eval.peers`, `eval.scale`, `eval.speed` or `eval.structured_scale`. Figures are never typed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from eval import peers, scale, sweep
+from eval import peers, scale, speed, structured_scale, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
+MAKERS = {"larger_full": scale.table, "cells": structured_scale.table, "promised": speed.table}
+"""Who makes the table of a result, by a key that only such results have."""
 PAGES = (ROOT / "README.md", ROOT / "eval" / "LOG.md")
 
 
@@ -25,7 +27,7 @@ def render(name: str) -> str:
     if (file := RESULTS / f"{name}.json").exists():
         result = json.loads(file.read_text(encoding="utf-8"))
         source = f"From `eval/results/{name}.json`, written at commit {result['commit']} by:"
-        table = scale.table if "larger_full" in result else peers.table
+        table = next((maker for mark, maker in MAKERS.items() if mark in result), peers.table)
         return f"{table(result).strip()}\n\n{source}\n```\n{result['command']}\n```"
     grid = tomllib.loads((ROOT / "eval" / "grids" / f"{name}.toml").read_text(encoding="utf-8"))
     cells: list[tuple[dict[str, Any], dict[str, Any]]] = []
