@@ -83,7 +83,7 @@ class Remover:
         if self.reconstruct:
             fit = reconstruct(target, problem.stats, kept)
             weight[:, kept] = fit.weight
-            stats |= {"ridge": fit.ridge, "damping_raises": float(fit.raises)}
+            stats |= {"relative_ridge": fit.ridge, "damping_raises": float(fit.raises)}
             stats |= {"target_strength": fit.strength} if self.dense else {}
             status = Status.DAMPING_RAISED if fit.raises else status
             if not bool(mask[:, kept].all()):
