@@ -86,9 +86,10 @@ class Remover:
             stats |= {"relative_ridge": fit.ridge, "damping_raises": float(fit.raises)}
             stats |= {"target_strength": fit.strength} if self.dense else {}
             status = Status.DAMPING_RAISED if fit.raises else status
-            if not bool(mask[:, kept].all()):
-                # Zeros of the source stay zero, so every row has a support of its own.
-                weight = on_support(target, problem.stats, fit, weight, mask)
+            # Zeros of the source stay zero, so rows that have some have a support of their own.
+            holed = (~mask[:, kept]).any(1).nonzero().flatten()
+            if len(holed):
+                weight[holed] = on_support(target, problem.stats, fit, weight, mask, holed)
         solution = LayerSolution((weight * mask).float(), mask, status, stats)
         if pattern is None or self.solver is None:
             return [solution], kept

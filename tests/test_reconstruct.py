@@ -82,13 +82,14 @@ def test_a_support_of_its_own_for_every_row(strength: float) -> None:
     X, E, weight = texts(200, 1, 1.0)
     stats, W = stats_of(X, E), weight.double()
     support = torch.rand(W.shape, generator=torch.Generator().manual_seed(2)) < 0.6
-    found = on_support(W, stats, Fit(W[:, KEPT], 0.1, strength), W, support)
-    x, e, w = (value.double().numpy() for value in (X, E, weight))
+    rows = torch.tensor([0, 2, 3])
+    found = on_support(W, stats, Fit(W[:, KEPT], 0.1, strength), W, support, rows)
+    x, e, w = (value.double().numpy() for value in (X, E[:, rows], weight[rows]))
     root = np.sqrt(0.1 * scale_of(x))
-    for row, target, error, keeps in zip(found.numpy(), w, e.T, support.numpy(), strict=True):
-        rows = np.concatenate([x[:, keeps] / np.sqrt(len(x)), np.diag(root[keeps])])
+    for row, target, error, keeps in zip(found.numpy(), w, e.T, support[rows].numpy(), strict=True):
+        left = np.concatenate([x[:, keeps] / np.sqrt(len(x)), np.diag(root[keeps])])
         right = np.concatenate([(x @ target + strength * error) / np.sqrt(len(x)), root[keeps] * target[keeps]])
-        np.testing.assert_allclose(row[keeps], np.linalg.lstsq(rows, right, rcond=None)[0], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(row[keeps], np.linalg.lstsq(left, right, rcond=None)[0], rtol=1e-3, atol=1e-4)
         assert not row[~keeps].any()
 
 

@@ -116,8 +116,8 @@ def _scale(gram: Tensor) -> Tensor:
     return diagonal + FLOOR * diagonal.mean()
 
 
-def on_support(weight: Tensor, stats: InputStats, fit: Fit, start: Tensor, support: Tensor) -> Tensor:
-    """The same fit where every row has a support of its own, by conjugate gradients, `(out, in)`, float64.
+def on_support(weight: Tensor, stats: InputStats, fit: Fit, start: Tensor, support: Tensor, rows: Tensor) -> Tensor:
+    """The same fit for rows that have a support of their own, by conjugate gradients, `(rows, in)`, float64.
 
     Args:
         weight: W, `(out, in)`, float64.
@@ -125,14 +125,16 @@ def on_support(weight: Tensor, stats: InputStats, fit: Fit, start: Tensor, suppo
         fit: whose r and α hold.
         start: where to start, `(out, in)`.
         support: `(out, in)`, bool.
+        rows: which outputs, int64.
     """
     matrix = stats.gram.to(torch.float64, copy=True)
     matrix.diagonal().add_(fit.ridge * 10**fit.raises * _scale(stats.gram) + float(stats.tokens == 0))
-    target = weight
+    target = weight[rows]
     if fit.strength:
-        target = weight + fit.strength * torch.linalg.solve(matrix, lacking(weight.float(), stats).T.double()).T
-    found = (start * support).T.contiguous()
-    polish(matrix, target.T, found, support.T, ZERO_STEPS)
+        lacks = lacking(weight.float(), stats)[rows].T.double()
+        target = target + fit.strength * torch.linalg.solve(matrix, lacks).T
+    found = (start[rows] * support[rows]).T.contiguous()
+    polish(matrix, target.T, found, support[rows].T, ZERO_STEPS)
     return found.T
 
 
