@@ -9,8 +9,10 @@ The grid is a table of lists; every combination is a cell:
     model = "demo"
     samples = 32
 
-Cells whose JSON is there already are not run again. A list of tables `[[cells]]`, all with the same keys, names the cells
-one by one instead. With a table
+Cells whose JSON is there already are not run again. A list of tables `[[cells]]`, all with the same keys, names cells
+one by one instead.
+
+With a table
 
     [also]
     texts = ["wikitext2", "notes.txt"]
