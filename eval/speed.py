@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from eval.sweep import commit
 from llmprune.errors import InputError, PruneError
 from llmprune.flags import positive
 from llmprune.shell import Parser, run_command
@@ -104,6 +105,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "promised": promised,
         "kept": (ratios["pruned"]["prefill"]["median"] - 1) / (promised - 1) if promised != 1 else None,
         "settings": {**settings, "repeats": options.repeats},
+        "commit": commit(),
+        "command": shlex.join(["python", "-m", "eval.speed", *sys.argv[1:]]),
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
     }
 
@@ -130,24 +133,40 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high}
 
 
-def text(figures: dict[str, Any]) -> str:
-    """A table for people."""
+def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What is measured, of every model, and the ratios over the dense one."""
     names = [name for name in ("dense", "pruned", "sparse") if name in figures]
     models = [figures[name] for name in names]
-    rows = [("", *names, "over dense")]
+    found: list[tuple[str, ...]] = [("", *names, "over dense")]
     for measure, unit in MEASURES.items():
         ratios = [figures[key][measure] for key in ("speedup", "sparse_speedup") if key in figures]
         told = "; ".join(f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in ratios)
-        rows.append((f"{measure}, {unit}", *(f"{model[measure]:.1f}" for model in models), told))
+        found.append((f"{measure}, {unit}", *(f"{model[measure]:.1f}" for model in models), told))
     for key, name in (("size", "size, MiB"), ("memory", "peak memory, MiB")):
         told = "; ".join(f"{model[key] / models[0][key]:.3f}" for model in models[1:])
-        rows.append((name, *(f"{model[key] / 2**20:.0f}" for model in models), told))
+        found.append((name, *(f"{model[key] / 2**20:.0f}" for model in models), told))
     flops = [f"{model['flops'] / 1e9:.1f}" if model["flops"] else "-" for model in models]
-    rows.append(("prefill, GFLOP", *flops, ""))
-    lines = [f"{first:<20}" + "".join(f"{cell:>11}" for cell in cells) + f"  {last}" for first, *cells, last in rows]
+    return [*found, ("prefill, GFLOP", *flops, "")]
+
+
+def promise(figures: dict[str, Any]) -> str:
+    """What the operations promise, and how much of it is there."""
     kept = "" if figures["kept"] is None else f"; {figures['kept']:.0%} of that gain was measured"
-    lines.append(f"by its operations, prefill should be {figures['promised']:.3f} times as fast{kept}")
-    return "\n".join(line.rstrip() for line in lines)
+    return f"by its operations, prefill should be {figures['promised']:.3f} times as fast{kept}"
+
+
+def text(figures: dict[str, Any]) -> str:
+    """A table for people."""
+    table = rows(figures)
+    lines = [f"{first:<20}" + "".join(f"{cell:>11}" for cell in cells) + f"  {last}" for first, *cells, last in table]
+    return "\n".join(line.rstrip() for line in [*lines, promise(figures)])
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The same in Markdown."""
+    head, *rest = ("| " + " | ".join(row) + " |" for row in rows(figures))
+    said = promise(figures)
+    return "\n".join([head, "|---|" + "--:|" * (head.count("|") - 2), *rest, "", f"{said[0].upper()}{said[1:]}."])
 
 
 class Worker:

@@ -9,7 +9,10 @@ The grid is a table of lists; every combination is a cell:
     model = "demo"
     samples = 32
 
-Cells whose JSON is there already are not run again. With a table
+Cells whose JSON is there already are not run again. A list of tables `[[cells]]`, all with the same keys, names cells
+one by one instead.
+
+With a table
 
     [also]
     texts = ["wikitext2", "notes.txt"]
@@ -52,7 +55,9 @@ def build_parser() -> Parser:
 
 
 def cells(grid: dict[str, Any]) -> list[dict[str, Any]]:
-    """All combinations, the last key varying fastest."""
+    """All combinations, the last key varying fastest; or those that are named one by one."""
+    if "cells" in grid:
+        return [dict(cell) for cell in grid["cells"]]
     keys = list(grid["grid"])
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*grid["grid"].values())]
 

@@ -1,7 +1,8 @@
 """`python -m eval.tables`: rewrite the tables of README.md and eval/LOG.md from the JSON in eval/results.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a folder of `eval.sweep` or a JSON file of
-`eval.peers`, `eval.scale`, `eval.processes` or `eval.zero_shot`. Figures are never typed.
+`eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed` or `eval.structured_scale`. Figures are
+never typed.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from eval import peers, processes, scale, sweep, zero_shot
+from eval import peers, processes, scale, speed, structured_scale, sweep, zero_shot
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
+MAKERS = {
+    "larger": scale.table,
+    "turns": processes.table,
+    "quality": peers.table,
+    "results": zero_shot.table,
+    "cells": structured_scale.table,
+    "promised": speed.table,
+}
+"""Who makes the table of a result, by a key that only such results have."""
 PAGES = (ROOT / "README.md", ROOT / "eval" / "LOG.md")
 
 
@@ -25,13 +35,7 @@ def render(name: str) -> str:
     if (file := RESULTS / f"{name}.json").exists():
         result = json.loads(file.read_text(encoding="utf-8"))
         source = f"From `eval/results/{name}.json`, written at commit {result['commit']} by:"
-        kinds = {
-            "larger": scale.table,
-            "turns": processes.table,
-            "quality": peers.table,
-            "results": zero_shot.table,
-        }
-        table = next(table for key, table in kinds.items() if key in result)
+        table = next(maker for mark, maker in MAKERS.items() if mark in result)
         return f"{table(result).strip()}\n\n{source}\n```\n{result['command']}\n```"
     grid = tomllib.loads((ROOT / "eval" / "grids" / f"{name}.toml").read_text(encoding="utf-8"))
     cells: list[tuple[dict[str, Any], dict[str, Any]]] = []

@@ -315,7 +315,8 @@ class Block:
             width = self.layers[layers[0]].shape[1]
             epsilon = self.quiet if layers[0] in self.cuts else None
             quiet = None if epsilon is None else QuietCount(epsilon, self._mean_square)
-            return (RunningPair if self.paired else RunningGram)(width, self.skeleton.device, quiet)
+            apart = self.paired or layers[0] in self.cuts
+            return (RunningPair if apart else RunningGram)(width, self.skeleton.device, quiet)
 
     def _mean_square(self, rows: Tensor) -> float:
         """Of the first batch, of which other processes may have a part, or all."""
@@ -330,8 +331,9 @@ class Block:
             stats.add(seen.inputs, scale)
             return
         # Rows that were picked from the batch (routed tokens) are not the same ones in both models.
-        if dense is None or seen.inputs.numel() // seen.inputs.shape[-1] != batch.tokens.numel():
-            stats.add(seen.inputs, None, scale=scale)
+        whole = seen.inputs.numel() // seen.inputs.shape[-1] == batch.tokens.numel()
+        if dense is None or not whole:
+            stats.add(seen.inputs, None, scale=scale, fitted=batch.fitted if whole else None)
             return
         both = seen.landed is not None and dense.landed is not None
         error = dense.landed - seen.landed if both else None  # type: ignore[operator]

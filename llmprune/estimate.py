@@ -150,7 +150,8 @@ def _solving(recipe: Recipe, width: int, rows: int) -> int:
     # The error is measured while the solutions are there, in float32 and as they are stored.
     stages.append((0, 6.3) if paired else (3, 3.3))
     most = max(squares * square + stacks * stack for squares, stacks in stages)
-    statistics = (5 if paired else 1) * square
+    # Where inputs are removed, those of held-out tokens stand apart.
+    statistics = (5 if paired else 2 if recipe.criterion else 1) * square
     return int(4 * (statistics + stack + most))
 
 

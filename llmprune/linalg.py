@@ -102,8 +102,7 @@ def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         return matrix
 
     lower, ridge, _ = damped_cholesky(damped, gram, damping)
-    _invert_lower(lower)
-    return lower.T @ lower, dead + ridge
+    return torch.cholesky_inverse(lower), dead + ridge
 
 
 def damped_cholesky(damped: Callable[[float], Tensor], gram: Tensor, damping: float) -> tuple[Tensor, float, int]:

@@ -83,8 +83,8 @@ EFFORTS = {
 }
 REMOVALS = {
     "fast": Recipe("", criterion="wanda"),
-    "balanced": Recipe("", targets="dense", criterion="obs"),
-    "best": Recipe("", targets="dense", criterion="obs", refine=4),
+    "balanced": Recipe("", targets="dense", criterion="wanda"),
+    "best": Recipe("", targets="dense", criterion="wanda", refine=4),
 }
 """What the efforts stand for where channels or heads are removed and no weights after that."""
 DEFAULT_EFFORT = "balanced"

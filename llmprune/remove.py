@@ -1,4 +1,4 @@
-"""How a layer loses inputs: its targets, the criterion in steps, the reconstruction, and then the pattern."""
+"""How a layer loses inputs: the criterion in steps, the reconstruction, and then the pattern."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ from llmprune.linalg import relative_error
 from llmprune.pattern import SparsityPattern
 from llmprune.permutation import classes_left
 from llmprune.problem import GroupProblem, InputStats, LayerSolution, Status
-from llmprune.ranks import ALONE, Ranks
-from llmprune.refit import refit
 from llmprune.solve import Solver
 from llmprune.structured import Criterion
 from llmprune.structured.criteria import APoZ, Scaling
 from llmprune.structured.problem import RemovalProblem
-from llmprune.structured.reconstruct import least_squares
-from llmprune.targets import toward_dense
-
-ZERO_STEPS = 50
-"""Conjugate-gradient steps of the refit where the source has zeros."""
+from llmprune.structured.reconstruct import least_squares, on_support, reconstruct
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +29,6 @@ class Remover:
         steps: in how many nested steps the inputs go.
         reconstruct: whether the rest makes up for them, by least squares.
         solver: prunes the weights that stay.
-        ranks: the processes that solve together.
     """
 
     criterion: Criterion
@@ -43,7 +36,6 @@ class Remover:
     steps: int = 1
     reconstruct: bool = True
     solver: Solver | None = None
-    ranks: Ranks = ALONE
 
     @property
     def quiet(self) -> float | None:
@@ -79,25 +71,26 @@ class Remover:
             pattern.
         """
         (layer,) = problem.layers
-        goal, strengths = toward_dense(problem, ranks=self.ranks) if self.dense else (problem, [])
-        target = goal.layers[0].weight.double()
+        target = layer.weight.double()
         gram = problem.stats.gram
         kept = self._choose(RemovalProblem(target, gram, units.to(gram.device), scale, problem.stats.quiet), count)
-        stats = dict(zip(("target_strength",), strengths, strict=False))
         weight = torch.zeros_like(target)
         weight[:, kept] = target[:, kept]
-        stats["error_unfitted"] = relative_error(layer.weight, weight.float(), problem.stats)
+        stats = {"error_unfitted": relative_error(layer.weight, weight.float(), problem.stats)}
         status = Status.OK if problem.stats.tokens else Status.NO_INPUT
-        if self.reconstruct:
-            weight[:, kept], raises = least_squares(target, gram, kept)
-            stats["damping_raises"] = float(raises)
-            status = Status.DAMPING_RAISED if raises else status
         mask = torch.zeros_like(weight, dtype=torch.bool)
         mask[:, kept] = layer.weight[:, kept] != 0
+        if self.reconstruct:
+            fit = reconstruct(target, problem.stats, kept)
+            weight[:, kept] = fit.weight
+            stats |= {"relative_ridge": fit.ridge, "damping_raises": float(fit.raises)}
+            stats |= {"target_strength": fit.strength} if self.dense else {}
+            status = Status.DAMPING_RAISED if fit.raises else status
+            # Zeros of the source stay zero, so rows that have some have a support of their own.
+            holed = (~mask[:, kept]).any(1).nonzero().flatten()
+            if len(holed):
+                weight[holed] = on_support(target, problem.stats, fit, weight, mask, holed)
         solution = LayerSolution((weight * mask).float(), mask, status, stats)
-        if self.reconstruct and not bool(mask[:, kept].all()):
-            # Zeros of the source stay zero, so every row has a support of its own.
-            (solution,) = refit(goal, [solution], iterations=ZERO_STEPS)
         if pattern is None or self.solver is None:
             return [solution], kept
         return self._sparse(problem, solution.weight, kept, pattern, classes, stats)

@@ -68,7 +68,7 @@ class QuietCount:
 
 
 class RunningPair:
-    """Accumulates the Grams of pruned and dense inputs and the cross Gram between them, a part of the tokens apart.
+    """Accumulates the Gram, a part of the tokens apart; with dense inputs theirs too, and the cross Gram between them.
 
     The last quarter of every batch is held out: what is fitted on the rest can be judged on it.
 
@@ -80,8 +80,8 @@ class RunningPair:
 
     def __init__(self, width: int, device: torch.device, quiet: QuietCount | None = None) -> None:
         self.fit, self.held = RunningGram(width, device, quiet), RunningGram(width, device)
-        self.dense = RunningGram(width, device)
-        self._cross = torch.zeros(2, width, width, device=device)
+        self._dense: RunningGram | None = None
+        self._cross: Tensor | None = None
         self._missed: Tensor | None = None
         self._matched = True
 
@@ -112,7 +112,10 @@ class RunningPair:
             self._matched = False
             return
         targets = _rows(dense, scale)
-        self.dense.add(targets)
+        if self._dense is None or self._cross is None:
+            self._dense = RunningGram(rows.shape[1], rows.device)
+            self._cross = rows.new_zeros(2, rows.shape[1], rows.shape[1])
+        self._dense.add(targets)
         _add_products(self._cross, rows, targets, cut)
         if error is not None:
             lacks = _rows(error.reshape(len(rows), -1), scale)
@@ -125,12 +128,13 @@ class RunningPair:
         fit, held = self.fit.result(), self.held.result()
         tokens = fit.tokens + held.tokens
         gram = fit.gram.lerp_(held.gram, held.tokens / max(tokens, 1))
-        if not self._matched or not tokens:
-            return InputStats(tokens, gram, quiet=fit.quiet)
+        if not self._matched or self._dense is None or self._cross is None:
+            apart = InputStats(held.tokens, held.gram) if tokens else None
+            return InputStats(tokens, gram, held=apart, quiet=fit.quiet)
         cross, cross_held = _per_token(self._cross, tokens, held.tokens)
         missed, missed_held = (None, None) if self._missed is None else _per_token(self._missed, tokens, held.tokens)
         apart = InputStats(held.tokens, held.gram, cross_held, missed=missed_held)
-        return InputStats(tokens, gram, cross, self.dense.result().gram, apart, missed, fit.quiet)
+        return InputStats(tokens, gram, cross, self._dense.result().gram, apart, missed, fit.quiet)
 
 
 def _rows(values: Tensor, scale: Tensor | None) -> Tensor:

@@ -214,7 +214,7 @@ class _Planner:
         options = list(_head_options(groups, queries, removal.share))
         if not options:
             raise InputError(f"{removal.name} would leave no head: there is one", "remove channels instead")
-        reasons = []
+        reasons: list[str] = []
         for pools, count in options:
             kept_groups = groups - count if pools == 1 and groups > 1 else groups
             kept_heads = kept_groups * queries if kept_groups < groups else groups * (queries - count)
@@ -225,7 +225,9 @@ class _Planner:
             settings = head_settings(self.skeleton.config, kept_heads, kept_groups, width)
             changes, reason = self.settings(settings, cuts)
             if changes:
-                return cuts, changes, _head_text(removal, groups, queries, kept_groups, kept_heads)
+                _check_share(removal, groups * queries, kept_heads)
+                text = _head_text(removal, groups, queries, kept_groups, kept_heads)
+                return cuts, changes, f"{text}; nearer numbers cannot be said: {reasons[0]}" if reasons else text
             reasons.append(reason)
         raise InputError(
             f"the config of {self.skeleton.config.model_type!r} cannot say fewer heads: {reasons[0]}",
@@ -300,6 +302,17 @@ def _head_options(groups: int, queries: int, share: Fraction) -> Iterator[tuple[
     options += [(Fraction(count, queries), 1, groups, count) for count in range(1, queries)]
     for _, _, pools, count in sorted(options, key=lambda option: (abs(option[0] - share), option[1])):
         yield pools, count
+
+
+def _check_share(removal: Removal, heads: int, kept: int) -> None:
+    """Refuse a share that is nearer to none or to all than to the nearest that can be had."""
+    done = 1 - Fraction(kept, heads)
+    if abs(done - removal.share) > min(removal.share, 1 - removal.share):
+        raise InputError(
+            f"{removal.name} of {heads} attention heads is {float(heads * (1 - removal.share)):.1f} left, which is "
+            f"nearer to {heads if removal.share < done else 0} than to {kept}, the nearest that the config can say",
+            f"choose another share, such as heads:{float(done):.0%}",
+        )
 
 
 def _head_units(coupling: Coupling, pools: int) -> Tensor:

@@ -12,6 +12,7 @@ from llmprune.problem import GroupProblem, InputStats
 from llmprune.ranks import ALONE, Ranks
 
 DAMPING = 0.1
+ALL = slice(None)
 
 
 def toward_dense(
@@ -54,27 +55,28 @@ def toward_dense(
 
 def _gain_and_cost(weights: Tensor, rows: slice, stats: InputStats, held: InputStats, damping: float) -> Tensor:
     """How the error on the held-out tokens falls and rises with α, row by row: `‖E‖² − 2 gain α + cost α²`."""
-    trial = _correction(weights, rows, _without(stats, held), damping)
-    gain = (trial * _lacking(weights, rows, held)).sum(1, dtype=torch.float64)
+    trial = _correction(weights, rows, without(stats, held), damping)
+    gain = (trial * lacking(weights, held, rows)).sum(1, dtype=torch.float64)
     cost = (trial * (trial @ held.gram)).sum(1, dtype=torch.float64)
     return torch.stack([gain, cost], 1)
 
 
-def _lacking(weights: Tensor, rows: slice, stats: InputStats) -> Tensor:
-    """M, `(out, in)`, some of its rows."""
+def lacking(weights: Tensor, stats: InputStats, rows: slice = ALL) -> Tensor:
+    """M, `(out, in)`, some of its rows: what the outputs lack, times the inputs; zero without dense targets."""
     if stats.missed is not None:
         return stats.missed.T[rows]
-    assert stats.cross is not None
+    if stats.cross is None:
+        return torch.zeros_like(weights[rows])
     return weights[rows] @ (stats.cross - stats.gram).T
 
 
 def _correction(weights: Tensor, rows: slice, stats: InputStats, damping: float) -> Tensor:
     """`Δ = M (H + λI)⁻¹`, some of its rows."""
     upper = inverse_factor(stats.gram, damping).upper
-    return (_lacking(weights, rows, stats) @ upper.T) @ upper
+    return (lacking(weights, stats, rows) @ upper.T) @ upper
 
 
-def _without(stats: InputStats, held: InputStats) -> InputStats:
+def without(stats: InputStats, held: InputStats) -> InputStats:
     """The statistics of the tokens that are not held out."""
     tokens = stats.tokens - held.tokens
 

@@ -43,7 +43,7 @@ def spread_over(run: Prepared, ranks: Ranks) -> Prepared:
             f"{ranks.size} processes cannot share {windows} calibration windows", "more --samples, or fewer processes"
         )
     solver = run.solver and replace(run.solver, ranks=ranks)
-    remover = run.remover and replace(run.remover, solver=solver, ranks=ranks)
+    remover = run.remover and replace(run.remover, solver=solver)
     return replace(run, solver=solver, remover=remover, ranks=ranks)
 
 

@@ -67,6 +67,11 @@ def test_the_readme_names_every_method() -> None:
     assert all(f"| `{name}`" in README for name in METHODS)
 
 
+def test_cells_may_be_named_one_by_one() -> None:
+    cells = [{"method": "wanda", "sparsity": "2:4"}, {"method": "obs", "sparsity": "heads:33%"}]
+    assert sweep.cells({"cells": cells, "fixed": {"model": "demo"}}) == cells
+
+
 def test_a_grid_gives_every_combination_and_a_file_name_each() -> None:
     grid = {"grid": {"method": ["wanda", "sparsegpt"], "sparsity": ["2:4", "50%"]}}
     found = sweep.cells(grid)

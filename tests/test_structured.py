@@ -18,11 +18,12 @@ from llmprune.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.remove import Remover
 from llmprune.stats import QuietCount
 from llmprune.structured import CRITERIA, load_criterion
-from llmprune.structured.lasso import design_gram
+from llmprune.structured.lasso import _path, _solve, at_count, design_gram
 from llmprune.structured.obs import OBS, Search
 from llmprune.structured.problem import RemovalProblem
-from llmprune.structured.reconstruct import DAMPING, least_squares
+from llmprune.structured.reconstruct import FLOOR, RIDGE, least_squares
 
+DAMPING = OBS().damping
 GRAM_ONLY = [name for name in CRITERIA if name not in {"scaling", "apoz"}]
 SHAPES = {"channels": (1, 12, 1), "heads": (1, 4, 3), "query heads": (2, 3, 2)}
 
@@ -47,9 +48,14 @@ def damped(problem: RemovalProblem) -> Tensor:
     return problem.gram + ridge_of(problem.gram, DAMPING) * eye
 
 
-def refitted(problem: RemovalProblem, kept: Tensor) -> Tensor:
+def ridged(problem: RemovalProblem, ridge: float = RIDGE) -> Tensor:
+    scale = problem.gram.diagonal()
+    return problem.gram + ridge * torch.diag(scale + FLOOR * scale.mean())
+
+
+def refitted(problem: RemovalProblem, kept: Tensor, matrix: Tensor | None = None) -> Tensor:
     """The best weights, one row at a time by numpy."""
-    A = damped(problem).numpy()
+    A = (damped(problem) if matrix is None else matrix).numpy()
     at = kept.numpy()
     weight = np.zeros(problem.weight.shape)
     for row, target in zip(weight, problem.weight.numpy(), strict=True):
@@ -105,7 +111,7 @@ def test_least_squares_is_the_optimum_row_by_row(seed: int) -> None:
     kept = torch.tensor([0, 2, 3, 7, 8, 11])
     weight, raises = least_squares(problem.weight, problem.gram, kept)
     assert raises == 0
-    assert torch.allclose(weight, refitted(problem, kept)[:, kept], rtol=1e-10, atol=1e-12)
+    assert torch.allclose(weight, refitted(problem, kept, ridged(problem))[:, kept], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -204,6 +210,47 @@ def test_the_path_is_scikit_learns_on_the_explicit_design(seed: int) -> None:
         assert (gone[0].numpy() == (explicit[:, at] == 0)).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_coefficients_between_two_knots_are_scikit_learns_on_the_explicit_design(seed: int) -> None:
+    from sklearn.linear_model import lars_path
+
+    X, problem = inputs_of(12, seed), problem_of(seed=seed)
+    design = torch.stack([(X[:, at : at + 1] @ problem.weight[:, at : at + 1].T).flatten() for at in range(12)], 1)
+    target = (X @ problem.weight.T).flatten()
+    alphas, _, path = lars_path(design.numpy(), target.numpy(), method="lasso")
+    products = design_gram(problem)
+    for at in range(len(alphas) - 1):
+        alpha = (alphas[at] + alphas[at + 1]) / 2 * len(target) / len(X)
+        found = _solve(products, products.sum(1), alpha, torch.ones(12, dtype=torch.float64), None)
+        assert np.abs(found.beta.numpy() - (path[:, at] + path[:, at + 1]) / 2).max() < 1e-8
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_active_set_settles_for_any_right_hand_side(seed: int) -> None:
+    """With alike columns and coefficients of both signs too: the conditions of the optimum hold."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(90, 60, generator=generator, dtype=torch.float64)
+    mixed += 2 * torch.randn(90, 1, generator=generator, dtype=torch.float64)
+    products, target = mixed.T @ mixed, mixed.T @ torch.randn(90, generator=generator, dtype=torch.float64)
+    for share in (0.01, 0.1, 0.5):
+        alpha = share * float(target.abs().max())
+        found = _solve(products, target, alpha, torch.ones(60, dtype=torch.float64), None)
+        pull = target - products @ found.beta
+        assert torch.allclose(pull[found.signs != 0], alpha * found.signs[found.signs != 0], rtol=1e-6)
+        assert float(pull.abs().max()) <= alpha * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("width", [200, 400])
+def test_the_search_takes_the_set_of_the_path(width: int) -> None:
+    problem = problem_of((1, width, 1), seed=5, rows=40)
+    products = design_gram(problem)
+    for kept in (width // 2, 3 * width // 4):
+        score = at_count(products, products.sum(1), kept)
+        path = _path(products, products.sum(1), kept)
+        first = next(step for step in path if int((step != 0).sum()) >= kept)
+        assert torch.equal(score.topk(kept).indices.sort().values, first.nonzero().flatten())
+
+
 @pytest.mark.parametrize("count", [2, 4, 6])
 def test_the_lasso_with_a_refit_is_among_the_best_of_all_subsets(count: int) -> None:
     ranks = []
@@ -250,7 +297,7 @@ def test_zeros_of_the_source_stay_zero() -> None:
     (bare,), same = Remover(load_criterion("wanda"), reconstruct=False).solve(problem, given.units, 5)
     assert torch.equal(kept, same)
     assert not fitted.weight[holes].any()
-    A = damped(given).numpy()
+    A = ridged(given).numpy()
     for row, source in zip(fitted.weight.double().numpy(), weight.double().numpy(), strict=True):
         at = [int(j) for j in kept if source[j] != 0]
         best = np.linalg.solve(A[np.ix_(at, at)], (A @ source)[at])
@@ -276,8 +323,8 @@ def test_a_singular_gram_raises_the_damping_and_says_so() -> None:
     """With a tiny negative eigenvalue, as float32 sums have them, the factor fails at first; it is no plain failure."""
     gram = torch.ones(8, 8, dtype=torch.float64) - 1e-3 * torch.eye(8, dtype=torch.float64)
     weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found, raises = least_squares(weight, gram, torch.arange(6), damping=1e-4)
+    found, raises = least_squares(weight, gram, torch.arange(6), ridge=1e-4)
     assert raises == 2
     assert bool(torch.isfinite(found).all())
     with pytest.raises(NumericalError, match="stay singular"):
-        least_squares(weight, gram - 10 * torch.eye(8), torch.arange(6), damping=1e-9)
+        least_squares(weight, 5 * torch.ones_like(gram) - 4 * torch.eye(8), torch.arange(6), ridge=1e-9)

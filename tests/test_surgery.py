@@ -231,6 +231,15 @@ def test_llama_wants_a_number_of_heads_that_divides_the_width(tmp_path: Path) ->
     assert structure.changes["num_attention_heads"] == 4
     assert "heads:" in structure.said[0]
     assert "6 -> 4" in structure.said[0]
+    assert "nearer numbers cannot be said" in structure.said[0]
+
+
+@pytest.mark.parametrize(("share", "nearer"), [("1/10", "nearer to 4"), ("95/100", "nearer to 0")])
+def test_a_share_that_is_nearest_to_none_or_all_heads_is_refused(share: str, nearer: str, tmp_path: Path) -> None:
+    source_of("llama", tmp_path)
+    with pytest.raises(InputError, match=nearer) as caught:
+        structure_of(tmp_path, Removal("heads", Fraction(share)))
+    assert "heads:50%" in caught.value.hint
 
 
 @pytest.mark.parametrize(
