@@ -79,7 +79,7 @@ class RunningPair:
     """
 
     def __init__(self, width: int, device: torch.device, quiet: QuietCount | None = None) -> None:
-        self.fit, self.held = RunningGram(width, device, quiet), RunningGram(width, device)
+        self.fit, self.held, self._quiet = RunningGram(width, device), RunningGram(width, device), quiet
         self._dense: RunningGram | None = None
         self._cross: Tensor | None = None
         self._missed: Tensor | None = None
@@ -108,6 +108,8 @@ class RunningPair:
         cut = len(rows) - int(HELD_OUT * len(rows)) if fitted is None else fitted
         self.fit.add(rows[:cut])
         self.held.add(rows[cut:])
+        if self._quiet is not None:
+            self._quiet.add(rows)
         if dense is None or dense.shape != inputs.shape:
             self._matched = False
             return
@@ -127,14 +129,15 @@ class RunningPair:
         """Statistics per token; the sums are used up."""
         fit, held = self.fit.result(), self.held.result()
         tokens = fit.tokens + held.tokens
+        quiet = None if self._quiet is None else self._quiet.share(tokens)
         gram = fit.gram.lerp_(held.gram, held.tokens / max(tokens, 1))
         if not self._matched or self._dense is None or self._cross is None:
             apart = InputStats(held.tokens, held.gram) if tokens else None
-            return InputStats(tokens, gram, held=apart, quiet=fit.quiet)
+            return InputStats(tokens, gram, held=apart, quiet=quiet)
         cross, cross_held = _per_token(self._cross, tokens, held.tokens)
         missed, missed_held = (None, None) if self._missed is None else _per_token(self._missed, tokens, held.tokens)
         apart = InputStats(held.tokens, held.gram, cross_held, missed=missed_held)
-        return InputStats(tokens, gram, cross, self._dense.result().gram, apart, missed, fit.quiet)
+        return InputStats(tokens, gram, cross, self._dense.result().gram, apart, missed, quiet)
 
 
 def _rows(values: Tensor, scale: Tensor | None) -> Tensor:
