@@ -226,6 +226,10 @@ def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
         raise InputError(
             f"--allocate {job.allocate} does not apply to {goal.name}", "a config has one width and one number for all"
         )
+    if goal.pattern is None and job.ridge:
+        raise InputError(
+            f"--ridge {job.ridge:g} does not apply to {goal.name}", "leave it out: held-out tokens choose the ridge"
+        )
     return replace(recipe, permute=False, allocate="uniform" if goal.pattern is None else recipe.allocate)
 
 

@@ -150,6 +150,11 @@ def test_a_permutation_for_unstructured_sparsity_is_refused(refused: Callable[..
     refused(*with_value(flags, "--sparsity", "50%"), "--permute", says="--permute does not apply to 50%")
 
 
+def test_a_ridge_for_removals_alone_is_refused(refused: Callable[..., Outcome], flags: list[str]) -> None:
+    removal = with_value(flags, "--sparsity", "channels:50%")
+    refused(*removal, "--ridge", "0.3", says="--ridge 0.3 does not apply to channels:50%", hints="held-out tokens")
+
+
 # Flags
 
 VALUED = sorted(
