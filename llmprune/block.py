@@ -21,14 +21,14 @@ from llmprune.coupling import Coupling
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
 from llmprune.memory import give_back_memory, mapped_memory
-from llmprune.pausing import Finder, Forward, Seen
+from llmprune.pausing import Finder, Forward
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
 from llmprune.ranks import ALONE, Ranks
 from llmprune.rehearse import Batch, Stop, hidden_of, own_state
 from llmprune.skeleton import Skeleton
-from llmprune.stats import QuietCount, RunningGram, RunningPair
+from llmprune.stats import Landing, QuietCount, RunningGram, RunningPair
 from llmprune.surgery import rearrange
-from llmprune.watch import Observer, watched
+from llmprune.watch import Observer, Seen, watched
 
 
 @dataclass(slots=True)
@@ -260,7 +260,8 @@ class Block:
             stats = self._running(layers)
             for forward, twin in zip_longest(pruned, dense):
                 if forward.at == number:
-                    self._add(stats, forward.batch, forward.seen, twin.seen if twin and twin.at == number else None)
+                    other = twin.seen if twin and twin.at == number else None
+                    self._add(stats, forward.batch, layers[0], forward.seen, other)
             # A member of a group may be called after later groups have begun.
             with self._as_dense():
                 for forward in dense:
@@ -285,7 +286,8 @@ class Block:
             for batch in self.batches:
                 seen = self._seen_at(number, batch)
                 if seen is not None:
-                    self._add(stats, batch, seen, self._seen_at(number, batch, dense=True) if self.paired else None)
+                    other = self._seen_at(number, batch, dense=True) if self.paired else None
+                    self._add(stats, batch, layers[0], seen, other)
             yield number, self._result(stats, layers)
         self.advance()
 
@@ -324,7 +326,7 @@ class Block:
         squares, count = self.ranks.total([float(here.square().sum(dtype=torch.float64)), here.numel()])
         return squares / count
 
-    def _add(self, stats: RunningGram | RunningPair, batch: Batch, seen: Seen, dense: Seen | None) -> None:
+    def _add(self, stats: RunningGram | RunningPair, batch: Batch, layer: str, seen: Seen, dense: Seen | None) -> None:
         landed = dense.landed if dense is not None and dense.landed is not None else seen.landed
         scale = even_weight(landed) if self.balanced and landed is not None else None
         if isinstance(stats, RunningGram):
@@ -333,11 +335,15 @@ class Block:
         # Rows that were picked from the batch (routed tokens) are not the same ones in both models.
         whole = seen.inputs.numel() // seen.inputs.shape[-1] == batch.tokens.numel()
         if dense is None or not whole:
-            stats.add(seen.inputs, None, scale=scale, fitted=batch.fitted if whole else None)
+            stats.add(seen.inputs, None, scale, batch.fitted if whole else None)
             return
-        both = seen.landed is not None and dense.landed is not None
-        error = dense.landed - seen.landed if both else None  # type: ignore[operator]
-        stats.add(seen.inputs, dense.inputs, error, scale, batch.fitted)
+        stats.add(seen.inputs, self._landing(layer, seen, dense) or dense.inputs, scale, batch.fitted)
+
+    def _landing(self, layer: str, seen: Seen, dense: Seen) -> Landing | None:
+        if seen.landed is None or dense.landed is None or dense.made is None:
+            return None
+        bias = dict(self.module.get_submodule(layer).named_parameters()).get("bias")
+        return Landing(dense.landed - seen.landed, dense.made if bias is None else dense.made - bias)
 
     def _result(self, running: RunningGram | RunningPair, layers: list[str]) -> InputStats:
         with mapped_memory():

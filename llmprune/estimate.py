@@ -82,8 +82,11 @@ def seconds(task: Task, rate: float) -> float:
     product = sum(2 * rows * width**2 for rows, width in (layer.shape for layer in plan.layers))
     factor = sum(4 * width**3 / 3 for _, width in task.groups)
     evaluate = 2 * task.evaluation * (forward + 2 * task.hidden * task.vocabulary)
-    # With a twin: two forwards, three Grams and a full cross Gram; a gradient costs about two forwards more.
-    stream = tokens * ((2 * forward + 5 * gram) if recipe.twin else forward + gram)
+    # With a twin: two forwards, three Grams and a full cross Gram, or products with outputs; a gradient costs about two
+    # forwards more.
+    alone = [layer.shape for layer in plan.layers if _lands(task, layer)]
+    cross = 4 * gram + sum(4 * width * (rows - width) for rows, width in alone)
+    stream = tokens * ((2 * forward + gram + cross) if recipe.twin else forward + gram)
     train = recipe.refine * tokens * 3 * forward
     products = recipe.steps * sum(stage.products for stage in _entries(recipe)) + (10 if recipe.refit else 0)
     factors = 1
@@ -128,7 +131,7 @@ def _pruning(task: Task) -> int:
     recipe, share = task.recipe, task.plan.covered // task.blocks
     held = _block(task) * task.element + share * (task.element if recipe.twin else 0)
     new = share * task.skeleton.checkpoint.stored_dtype(f"{task.plan.layers[0].name}.weight").itemsize
-    solve = max(_solving(recipe, layer.shape[1], _rows(task, layer)) for layer in task.plan.layers)
+    solve = max(_solving(recipe, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers)
     pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
     passing = pausing if pausing <= MEMORY else repeating
     window = _window(task)
@@ -136,23 +139,32 @@ def _pruning(task: Task) -> int:
     return held + new + max(solve + passing, window + passing, train + repeating)
 
 
-def _solving(recipe: Recipe, width: int, rows: int) -> int:
+def _solving(recipe: Recipe, width: int, rows: int, lands: bool) -> int:
     """A group of so many inputs and stacked rows: statistics, weights, and what the stages around the method need."""
     square, stack = width**2, rows * width
     paired = recipe.targets == "dense"
     stages = [(entry.squares, entry.stacks + (1 if paired else 0)) for entry in _entries(recipe)]
     if paired:
-        stages.append((3.5, 5.5))
+        stages.append((3.5, 3.2 if lands else 5.5))
     if recipe.refit:
         stages.append((4.8, 3.5))
-    if recipe.permute:
-        stages[0] = (stages[0][0] + 2, stages[0][1] + 2.5)
+    if recipe.permute or recipe.ridge:
+        stages[0] = (stages[0][0] + (2.4 if recipe.permute else 1), stages[0][1])
     # The error is measured while the solutions are there, in float32 and as they are stored.
-    stages.append((0, 6.3) if paired else (3, 3.3))
+    stages.append((0, 6.3) if paired and not lands else (3, 3.3))
     most = max(squares * square + stacks * stack for squares, stacks in stages)
-    # Where inputs are removed, those of held-out tokens stand apart.
-    statistics = (5 if paired else 2 if recipe.criterion else 1) * square
+    statistics = square
+    if paired:
+        statistics = 2 * square + 3 * stack if lands else 5 * square
+    elif recipe.criterion:
+        # Where inputs are removed, those of held-out tokens stand apart.
+        statistics = 2 * square
     return int(4 * (statistics + stack + most))
+
+
+def _lands(task: Task, layer: LayerRef) -> bool:
+    """Whether its output is likely added to the residual stream; known only when its block has run."""
+    return _rows(task, layer) == layer.shape[0] == task.hidden
 
 
 def _entries(recipe: Recipe) -> list[MethodEntry]:

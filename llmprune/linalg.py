@@ -14,6 +14,7 @@ from llmprune.problem import InputStats
 
 MAX_RAISES = 3
 TILE = 256
+ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +180,11 @@ def output_energy(weight: Tensor, gram: Tensor) -> float:
 
 
 def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
-    """Share of the layer's output energy that is missed: `‖X W̃ᵀ − X_d Wᵀ‖² / ‖X_d Wᵀ‖²`.
+    """Share of the layer's output energy that is missed: `‖X W̃ᵀ − Y_d‖² / ‖Y_d‖²`, with `Y_d = X_d Wᵀ`.
 
-    Without a cross Gram the target is `X Wᵀ`, and this is `tr(D G Dᵀ) / tr(W G Wᵀ)`, `D = W̃ − W`. With it, it is
-    `[tr(W̃ G W̃ᵀ) − 2 tr(W̃ C Wᵀ) + tr(W G_d Wᵀ)] / tr(W G_d Wᵀ)`.
+    Without statistics of the dense model the target is `X Wᵀ`, and this is `tr(D G Dᵀ) / tr(W G Wᵀ)`, `D = W̃ − W`.
+    With a cross Gram it is `[tr(W̃ G W̃ᵀ) − 2 tr(W̃ C Wᵀ) + tr(W G_d Wᵀ)] / tr(W G_d Wᵀ)`; where the products with the
+    outputs themselves are known, `C Wᵀ = XᵀY_d` and `tr(W G_d Wᵀ) = ‖Y_d‖²` are these.
 
     Args:
         weight: W, the dense weight, `(out, in)`.
@@ -192,12 +194,17 @@ def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
     return ratio(*error_terms(weight, pruned, stats))
 
 
-def error_terms(weight: Tensor, pruned: Tensor, stats: InputStats) -> tuple[float, float]:
-    """What `relative_error` divides by what; both are sums over the rows of the weights."""
-    if stats.cross is None or stats.dense is None:
+def error_terms(weight: Tensor, pruned: Tensor, stats: InputStats, rows: slice = ALL) -> tuple[float, float]:
+    """What `relative_error` divides by what, some of the rows of the weights; both are sums over these."""
+    weight, pruned = weight[rows], pruned[rows]
+    if stats.given is not None and stats.energy is not None:
+        energy = float(stats.energy[rows].sum(dtype=torch.float64))
+        shared = float((pruned * stats.given[:, rows].T).sum(dtype=torch.float64))
+    elif stats.cross is not None and stats.dense is not None:
+        energy = output_energy(weight, stats.dense)
+        shared = float((pruned @ stats.cross).mul_(weight).sum(dtype=torch.float64))
+    else:
         return output_energy(pruned - weight, stats.gram), output_energy(weight, stats.gram)
-    energy = output_energy(weight, stats.dense)
-    shared = float((pruned @ stats.cross).mul_(weight).sum(dtype=torch.float64))
     return output_energy(pruned, stats.gram) - 2 * shared + energy, energy
 
 

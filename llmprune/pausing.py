@@ -4,27 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import Tensor
 
 from llmprune.rehearse import Batch, Stop
-from llmprune.watch import Observer
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a forward shows of a group.
-
-    Args:
-        inputs: of its layers, `(..., in)`.
-        landed: the residual stream right behind its only layer, `(..., out)`, if it adds to that.
-    """
-
-    inputs: Tensor
-    landed: Tensor | None
+from llmprune.watch import Observer, Seen
 
 
 class Finder(Observer):
@@ -35,9 +20,9 @@ class Finder(Observer):
         self.number = number
         self.seen: Seen | None = None
 
-    def arrive(self, number: int, inputs: Tensor, landed: Tensor | None) -> None:
+    def arrive(self, number: int, seen: Seen) -> None:
         if number == self.number:
-            self.seen = Seen(inputs, landed)
+            self.seen = seen
             raise Stop
 
 
@@ -82,13 +67,13 @@ class Forward(Observer):
         if self.at == number:
             self.go_on()
 
-    def arrive(self, number: int, inputs: Tensor, landed: Tensor | None) -> None:
+    def arrive(self, number: int, seen: Seen) -> None:
         if number < self._next:
             return
-        self.at, self.seen = number, Seen(inputs, landed)
+        self.at, self.seen = number, seen
         # A forward that pauses inside autocast must not leave it on for the others.
-        with torch.autocast(inputs.device.type, enabled=False):
+        with torch.autocast(seen.inputs.device.type, enabled=False):
             self._hub.switch()
 
 
-NOTHING = Seen(torch.empty(0), None)
+NOTHING = Seen(torch.empty(0))

@@ -28,7 +28,10 @@ class InputStats:
         dense: `X_dᵀX_d / tokens`, None like `cross`.
         held: `gram`, `cross` and `missed` of a share of the tokens, to judge on it what was fitted on the rest.
         missed: `XᵀE / tokens`, `(in, out)`, if the group's only layer adds to the residual stream: E is what that lacks
-            right behind the layer, so what its output should change by to make up for all that went wrong before.
+            right behind the layer, so what its output should change by to make up for all that went wrong before. Such
+            a group has `given` and `energy` in place of `cross` and `dense`, which are wider where it has many inputs.
+        given: `XᵀY_d / tokens`, `(in, out)`, with the outputs `Y_d = X_d Wᵀ` of the dense model.
+        energy: `(out,)`, mean square of every output of the dense model.
         quiet: `(in,)`, the share of tokens for which an input is zero, or nearly so, where that is counted.
         scale: `(in,)`, the learned scale of the norm that feeds the layers, where that was looked for.
     """
@@ -39,6 +42,8 @@ class InputStats:
     dense: Tensor | None = None
     held: InputStats | None = None
     missed: Tensor | None = None
+    given: Tensor | None = None
+    energy: Tensor | None = None
     quiet: Tensor | None = None
     scale: Tensor | None = None
 

@@ -27,7 +27,7 @@ from llmprune.shares import Part, parts
 T = TypeVar("T")
 Solve = Callable[[GroupProblem, SparsityPattern], list[LayerSolution]]
 
-FIELDS = ("gram", "cross", "dense", "missed", "quiet")
+FIELDS = ("gram", "cross", "dense", "missed", "given", "energy", "quiet")
 NO_ROOM = "no room"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,8 +68,21 @@ class QuietCount:
         return counts.double() / max(tokens, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """What a layer that adds to the residual stream leaves there, for the tokens of one batch.
+
+    Args:
+        missed: `(..., out)`, what the stream lacks behind the layer.
+        given: `(..., out)`, the layer's output in the dense model, without its bias.
+    """
+
+    missed: Tensor
+    given: Tensor
+
+
 class RunningPair:
-    """Accumulates the Gram, a part of the tokens apart; with dense inputs theirs too, and the cross Gram between them.
+    """Accumulates the Gram, a part of the tokens apart; with a dense model's activations, the products with these too.
 
     The last quarter of every batch is held out: what is fitted on the rest can be judged on it.
 
@@ -83,24 +97,24 @@ class RunningPair:
         self._dense: RunningGram | None = None
         self._cross: Tensor | None = None
         self._missed: Tensor | None = None
+        self._given: Tensor | None = None
+        self._energy: Tensor | None = None
         self._matched = True
 
     def add(
         self,
         inputs: Tensor,
-        dense: Tensor | None,
-        error: Tensor | None = None,
+        dense: Tensor | Landing | None,
         scale: Tensor | None = None,
         fitted: int | None = None,
     ) -> None:
-        """Take in the inputs `(..., in)` of one batch, and those of the dense model for the very same tokens.
+        """Take in the inputs `(..., in)` of one batch, and what the dense model has for the very same tokens.
 
-        Where tokens were routed differently there are no such inputs; then the group is fitted to pruned inputs only.
+        Where tokens were routed differently there is no such thing; then the group is fitted to pruned inputs only.
 
         Args:
             inputs: of the pruned model.
-            dense: of the dense model.
-            error: `(..., out)`, what the residual stream behind the layer lacks, where the layer adds to it.
+            dense: the dense model's inputs `(..., in)`; or what lands, where the layer adds to the residual stream.
             scale: `(tokens, 1)`, multiplies every token's part of all these; None for 1.
             fitted: how many tokens are not held out; by default three quarters.
         """
@@ -110,34 +124,48 @@ class RunningPair:
         self.held.add(rows[cut:])
         if self._quiet is not None:
             self._quiet.add(rows)
-        if dense is None or dense.shape != inputs.shape:
+        if isinstance(dense, Landing):
+            self._land(rows, _rows(dense.missed, scale), _rows(dense.given, scale), cut)
+        elif dense is None or dense.shape != inputs.shape:
             self._matched = False
-            return
-        targets = _rows(dense, scale)
+        else:
+            self._cross_with(rows, _rows(dense, scale), cut)
+
+    def _cross_with(self, rows: Tensor, dense: Tensor, cut: int) -> None:
         if self._dense is None or self._cross is None:
             self._dense = RunningGram(rows.shape[1], rows.device)
             self._cross = rows.new_zeros(2, rows.shape[1], rows.shape[1])
-        self._dense.add(targets)
-        _add_products(self._cross, rows, targets, cut)
-        if error is not None:
-            lacks = _rows(error.reshape(len(rows), -1), scale)
-            if self._missed is None:
-                self._missed = rows.new_zeros(2, rows.shape[1], lacks.shape[1])
-            _add_products(self._missed, rows, lacks, cut)
+        self._dense.add(dense)
+        _add_products(self._cross, rows, dense, cut)
+
+    def _land(self, rows: Tensor, missed: Tensor, given: Tensor, cut: int) -> None:
+        if self._missed is None or self._given is None or self._energy is None:
+            self._missed = rows.new_zeros(2, rows.shape[1], missed.shape[1])
+            self._given = rows.new_zeros(rows.shape[1], missed.shape[1])
+            self._energy = rows.new_zeros(missed.shape[1], dtype=torch.float64)
+        _add_products(self._missed, rows, missed, cut)
+        self._given.addmm_(rows.T, given)
+        self._energy += given.square().sum(0, dtype=torch.float64)
 
     def result(self) -> InputStats:
         """Statistics per token; the sums are used up."""
         fit, held = self.fit.result(), self.held.result()
         tokens = fit.tokens + held.tokens
+        some, apart = max(tokens, 1), InputStats(held.tokens, held.gram)
         quiet = None if self._quiet is None else self._quiet.share(tokens)
-        gram = fit.gram.lerp_(held.gram, held.tokens / max(tokens, 1))
-        if not self._matched or self._dense is None or self._cross is None:
-            apart = InputStats(held.tokens, held.gram) if tokens else None
-            return InputStats(tokens, gram, held=apart, quiet=quiet)
-        cross, cross_held = _per_token(self._cross, tokens, held.tokens)
-        missed, missed_held = (None, None) if self._missed is None else _per_token(self._missed, tokens, held.tokens)
-        apart = InputStats(held.tokens, held.gram, cross_held, missed=missed_held)
-        return InputStats(tokens, gram, cross, self._dense.result().gram, apart, missed, quiet)
+        stats = InputStats(tokens, fit.gram.lerp_(held.gram, held.tokens / some), quiet=quiet)
+        if not self._matched:
+            return replace(stats, held=apart if tokens else None)
+        if self._missed is not None and self._given is not None and self._energy is not None:
+            missed, missed_held = _per_token(self._missed, tokens, held.tokens)
+            apart = replace(apart, missed=missed_held)
+            return replace(
+                stats, held=apart, missed=missed, given=self._given.div_(some), energy=self._energy.div_(some)
+            )
+        if self._dense is not None and self._cross is not None:
+            cross, cross_held = _per_token(self._cross, tokens, held.tokens)
+            return replace(stats, held=replace(apart, cross=cross_held), cross=cross, dense=self._dense.result().gram)
+        return replace(stats, held=apart if tokens else None)
 
 
 def _rows(values: Tensor, scale: Tensor | None) -> Tensor:

@@ -7,12 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmprune.linalg import inverse_factor
+from llmprune.linalg import ALL, inverse_factor
 from llmprune.problem import GroupProblem, InputStats
 from llmprune.ranks import ALONE, Ranks
 
 DAMPING = 0.1
-ALL = slice(None)
 
 
 def toward_dense(
@@ -37,7 +36,7 @@ def toward_dense(
         the problem with the new weights, and every layer's α.
     """
     stats, held = problem.stats, problem.stats.held
-    if stats.cross is None or held is None:
+    if held is None or (stats.cross is None and stats.missed is None):
         return problem, [0.0] * len(problem.layers)
     weights = torch.cat([layer.weight for layer in problem.layers])
     sums = ranks.by_rows(lambda rows: _gain_and_cost(weights, rows, stats, held, damping), len(weights))

@@ -136,7 +136,7 @@ def errors_of(run: Prepared, group: Group, stored: Sequence[Tensor]) -> list[flo
     """The relative output errors of a group's layers with the weights as they are stored, every process its rows."""
     parts = [run.ranks.own_rows(len(weight)) for weight in stored]
     sums = [
-        error_terms(layer.weight[rows], weight[rows], group.problem.stats)
+        error_terms(layer.weight, weight, group.problem.stats, rows)
         for layer, weight, rows in zip(group.problem.layers, stored, parts, strict=True)
     ]
     totals = iter(run.ranks.total([value for pair in sums for value in pair]))

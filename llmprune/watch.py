@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llmprune.rehearse import hidden_of
 
@@ -17,14 +19,30 @@ BLOCK = ""
 SAME = 1e-2
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a forward shows of a group.
+
+    Args:
+        inputs: of its layers, `(..., in)`.
+        landed: the residual stream right behind its only layer, `(..., out)`, if it adds to that.
+        made: that layer's own output, `(..., out)`.
+    """
+
+    inputs: Tensor
+    landed: Tensor | None = None
+    made: Tensor | None = None
+
+
 class Observer:
     """Is told what happens in a forward through a block."""
 
     def __init__(self) -> None:
         self.passing: dict[int, Tensor] = {}
+        self.made: dict[int, Tensor] = {}
 
-    def arrive(self, number: int, inputs: Tensor, landed: Tensor | None) -> None:
-        """A group has been reached; `landed` is the residual stream behind it, if it has a landing."""
+    def arrive(self, number: int, seen: Seen) -> None:
+        """A group has been reached, or its output has landed if it has a landing."""
         raise NotImplementedError
 
 
@@ -43,35 +61,51 @@ def watched(
         landings: for some groups, where the output of their layer becomes part of the residual stream.
         observer: whom to tell.
     """
-
-    def reach(number: int, inputs: Tensor) -> None:
-        if (told := observer()) is None:
-            return
-        if number in landings:
-            told.passing.setdefault(number, inputs)
-        else:
-            told.arrive(number, inputs, None)
-
-    def land(place: str, stream: Tensor) -> None:
-        for number, landing in sorted(landings.items()):
-            if landing == place and (told := observer()) is not None and number in told.passing:
-                told.arrive(number, told.passing.pop(number), stream)
-
+    watch = _Watch(landings, observer)
     with ExitStack() as stack:
         for number, layers in reversed(list(enumerate(order))):
-            hook = module.get_submodule(layers[0]).register_forward_pre_hook(
-                lambda _, args, kwargs, number=number: reach(number, inputs_of(args, kwargs)), with_kwargs=True
-            )
-            stack.callback(hook.remove)
+            first = module.get_submodule(layers[0])
+            stack.callback(_before(first, partial(watch.reach, number)).remove)
+            if number in landings:
+                stack.callback(_behind(first, partial(watch.make, number)).remove)
         for place in set(landings.values()):
-            if place == BLOCK:
-                hook = module.register_forward_hook(lambda _, args, output: land(BLOCK, hidden_of(output)))
-            else:
-                hook = module.get_submodule(place).register_forward_pre_hook(
-                    lambda _, args, kwargs, place=place: land(place, inputs_of(args, kwargs)), with_kwargs=True
-                )
+            land = partial(watch.land, place)
+            hook = _behind(module, land) if place == BLOCK else _before(module.get_submodule(place), land)
             stack.callback(hook.remove)
         yield
+
+
+class _Watch:
+    """Passes on to the observer of the moment what hooks see."""
+
+    def __init__(self, landings: Mapping[int, str], observer: Callable[[], Observer | None]) -> None:
+        self.landings, self.observer = landings, observer
+
+    def reach(self, number: int, inputs: Tensor) -> None:
+        if (told := self.observer()) is None:
+            return
+        if number in self.landings:
+            told.passing.setdefault(number, inputs)
+        else:
+            told.arrive(number, Seen(inputs))
+
+    def make(self, number: int, output: Tensor) -> None:
+        if (told := self.observer()) is not None:
+            # What comes next may add to it in place.
+            told.made.setdefault(number, output.clone())
+
+    def land(self, place: str, stream: Tensor) -> None:
+        for number, landing in sorted(self.landings.items()):
+            if landing == place and (told := self.observer()) is not None and number in told.passing:
+                told.arrive(number, Seen(told.passing.pop(number), stream, told.made.pop(number)))
+
+
+def _before(module: nn.Module, tell: Callable[[Tensor], None]) -> RemovableHandle:
+    return module.register_forward_pre_hook(lambda _, args, kwargs: tell(inputs_of(args, kwargs)), with_kwargs=True)
+
+
+def _behind(module: nn.Module, tell: Callable[[Tensor], None]) -> RemovableHandle:
+    return module.register_forward_hook(lambda _, args, output: tell(hidden_of(output)))
 
 
 @torch.no_grad()

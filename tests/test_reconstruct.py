@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmprune.problem import InputStats
-from llmprune.stats import HELD_OUT, RunningPair
+from llmprune.stats import HELD_OUT, Landing, RunningPair
 from llmprune.structured.reconstruct import FLOOR, RIDGE, RIDGES, Fit, on_support, reconstruct
 
 WIDTH, OUT, KEPT = 12, 5, torch.tensor([0, 1, 3, 4, 6, 7, 9, 11])
@@ -28,7 +28,7 @@ def texts(tokens: int, seed: int, alike: float) -> tuple[Tensor, Tensor, Tensor]
 
 def stats_of(X: Tensor, E: Tensor | None) -> InputStats:
     running = RunningPair(WIDTH, torch.device("cpu"))
-    running.add(X, None if E is None else X, E)
+    running.add(X, None if E is None else Landing(E, E))
     return running.result()
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmprune.stats import RunningGram
+from llmprune.linalg import error_terms, relative_error
+from llmprune.stats import Landing, RunningGram, RunningPair
+from llmprune.targets import lacking
 
 CPU = torch.device("cpu")
 
@@ -101,3 +103,26 @@ def test_inputs_are_left_alone() -> None:
 def test_same_batches_same_bytes() -> None:
     batches = inputs(100, 33).split(13)
     assert torch.equal(running(33, *batches).result().gram, running(33, *batches).result().gram)
+
+
+def test_products_with_dense_outputs_judge_as_dense_inputs_do() -> None:
+    """Errors from `XᵀY` are those from cross Grams, for all rows and for some."""
+    dense, pruned, weight = inputs(200, 12), inputs(200, 12, seed=1), inputs(5, 12, seed=2)
+    candidate, outputs = inputs(5, 12, seed=3), dense @ weight.T
+    wide, narrow = RunningPair(12, CPU), RunningPair(12, CPU)
+    for rows in torch.arange(200).split([70, 1, 129]):
+        wide.add(pruned[rows], dense[rows])
+        narrow.add(pruned[rows], Landing(outputs[rows] - pruned[rows] @ weight.T, outputs[rows]))
+    by_inputs, by_outputs = wide.result(), narrow.result()
+    assert by_outputs.cross is None
+    assert by_outputs.dense is None
+    assert relative_error(weight, candidate, by_outputs) == pytest.approx(
+        relative_error(weight, candidate, by_inputs), rel=1e-5
+    )
+    parts = [error_terms(weight, candidate, by_outputs, rows) for rows in (slice(0, 2), slice(2, 5))]
+    assert torch.tensor(parts).sum(0).tolist() == pytest.approx(error_terms(weight, candidate, by_inputs), rel=1e-5)
+    for one, other in ((by_inputs, by_outputs), (by_inputs.held, by_outputs.held)):
+        assert one is not None
+        assert other is not None
+        expected = lacking(weight, one)
+        assert torch.allclose(lacking(weight, other), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))

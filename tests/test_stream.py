@@ -478,14 +478,25 @@ def test_a_twin_stream_pairs_every_input_with_that_of_the_dense_model(
     with recorded_inputs(plain, names) as found:
         whole_logits(plain, tokens)
     assert seen.keys() == set(names)
+    moved = 0
     for name, stats in seen.items():
         X, X_d = (torch.cat(inputs[name]).double().flatten(0, -2) for inputs in (found, wanted))
         assert stats.tokens == len(X)
-        for got, expected in ((stats.gram, X.T @ X), (stats.cross, X.T @ X_d), (stats.dense, X_d.T @ X_d)):
-            assert got is not None
-            scale = float(X.square().mean())
-            assert torch.allclose(got.double(), expected / len(X), rtol=1e-4, atol=1e-4 * scale)
-    assert sum(not torch.allclose(s.cross, s.gram, rtol=1e-3) for s in seen.values() if s.cross is not None) > 3
+        products = {"gram": X.T @ X, "cross": X.T @ X_d, "dense": X_d.T @ X_d}
+        if stats.given is not None:
+            Y = torch.nn.functional.linear(X_d, layer_weight(dense, name).detach().double())
+            products = {"gram": X.T @ X, "given": X.T @ Y}
+        for field, expected in products.items():
+            scale = float(expected.abs().mean()) / len(X)
+            assert torch.allclose(getattr(stats, field).double(), expected / len(X), rtol=1e-4, atol=1e-3 * scale)
+        moved += not torch.allclose(X, X_d, rtol=1e-3)
+    assert moved > 3
+
+
+def layer_weight(model: nn.Module, name: str) -> Tensor:
+    """`(out, in)` for Linear and Conv1D alike."""
+    layer = model.get_submodule(name)
+    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
 
 
 @every_mode

@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers import random_tokens, recorded_inputs, reload, save_tiny, skeleton_of, whole_logits
 from test_stream import chosen, solve
-from torch import Tensor
+from torch import Tensor, nn
 
+from llmprune.linalg import relative_error
 from llmprune.methods import load_method
 from llmprune.pattern import NM
 from llmprune.recipe import Recipe
@@ -98,3 +99,46 @@ def test_statistics_behind_a_layer_are_those_of_the_whole_models(memory: int, tm
             for ref in group.refs:
                 plain.get_submodule(ref.name).weight.data.copy_(block.changed[f"{ref.name}.weight"])
     assert checked == 4
+
+
+def disturb_biases(module: nn.Module) -> None:
+    """Fresh biases are zero, and would not be missed."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+
+
+def inputs_in(model: nn.Module, name: str, tokens: Tensor) -> Tensor:
+    with recorded_inputs(model, [name]) as found:
+        whole_logits(model, tokens)
+    return torch.cat(found[name]).double().flatten(0, -2)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "falcon"])
+def test_products_with_the_dense_outputs_are_those_of_the_whole_models(model_type: str, tmp_path: Path) -> None:
+    """They give the error that the dense model's own inputs give, with or without biases."""
+    save_tiny(model_type, tmp_path, tokenizer=False)
+    stream, tokens = twin_stream(tmp_path), random_tokens(5)
+    dense, plain = reload(tmp_path), reload(tmp_path)
+    disturb_biases(dense)
+    disturb_biases(plain)
+    checked = 0
+    for block in stream:
+        disturb_biases(block.module)
+        for group in stream.groups(block):
+            stats, (ref, *others) = group.problem.stats, group.refs
+            if stats.given is not None and stats.energy is not None:
+                assert not others
+                weight = group.problem.layers[0].weight
+                X, Y = inputs_in(plain, ref.name, tokens), inputs_in(dense, ref.name, tokens) @ weight.double().T
+                assert torch.allclose(stats.given.double(), X.T @ Y / len(X), rtol=1e-3, atol=1e-5)
+                assert torch.allclose(stats.energy.double(), Y.square().mean(0), rtol=1e-3, atol=1e-7)
+                pruned = weight.sign()
+                expected = float((X @ pruned.double().T - Y).square().sum() / Y.square().sum())
+                assert relative_error(weight, pruned, stats) == pytest.approx(expected, rel=1e-3)
+                checked += 1
+            solve(group)
+            for ref in group.refs:
+                changed = block.changed[f"{ref.name}.weight"]
+                plain.get_submodule(ref.name).weight.data.copy_(changed)
+    assert checked >= 2

@@ -69,8 +69,8 @@ METHODS = {
         "llmprune.methods.admm:ADMM",
         "mask and weights sought together, at several times the price",
         products=15,
-        squares=6.6,
-        stacks=7.0,
+        squares=4.1,
+        stacks=5.2,
     ),
 }
 

@@ -60,23 +60,29 @@ class ADMM:
         gram = problem.stats.gram
         if problem.stats.tokens == 0:
             return [by_magnitude(layer.weight, pattern, Status.NO_INPUT) for layer in problem.layers]
-        factor = inverse_factor(gram, self.damping)
-        A = add_ridge(gram, factor.ridge)
-        scale = (factor.upper.square().sum(0) / A.diagonal()).pow(0.25)[:, None]
+        scale, ridge, raises = self._scale(gram)
         target = torch.cat([layer.weight.T for layer in problem.layers], dim=1)
         choice = _Choice(problem, pattern, target)
-        state = self._iterate(A * scale * scale.T, target / scale, choice)
+        # Of matrices as large as the Gram there are never more at a time than needed.
+        state = self._iterate(add_ridge(gram, ridge).mul_(scale).mul_(scale.T), target / scale, choice)
         support = choice.exact(state)
         weight = state.mul_(scale)
         weight[choice.dead] = target[choice.dead]
         weight.mul_(support)
-        polish(A, target, weight, support, POLISH)
-        status = Status.DAMPING_RAISED if factor.raises else Status.OK
-        stats = {"ridge": factor.ridge, "damping_raises": float(factor.raises)}
+        polish(add_ridge(gram, ridge), target, weight, support, POLISH)
+        status = Status.DAMPING_RAISED if raises else Status.OK
+        stats = {"ridge": ridge, "damping_raises": float(raises)}
         return [
             LayerSolution(rows, mask, status, dict(stats))
             for rows, mask in zip(problem.split(weight.T), problem.split(support.T), strict=True)
         ]
+
+    def _scale(self, gram: Tensor) -> tuple[Tensor, float, int]:
+        """`D^½`, `(in, 1)`; and λ, and how often it was raised."""
+        factor = inverse_factor(gram, self.damping)
+        diagonal = gram.diagonal() + factor.ridge + (gram.diagonal() == 0).to(gram.dtype)
+        scale = (factor.upper.square_().sum(0) / diagonal).pow(0.25)
+        return scale[:, None], factor.ridge, factor.raises
 
     def _iterate(self, A: Tensor, target: Tensor, choice: _Choice) -> Tensor:
         """The state X after all iterations, `(in, rows)`, in coordinates in which D is the identity.
@@ -84,14 +90,17 @@ class ADMM:
         With `R = 2Z − X − W*` and `K = ρ(A + ρI)⁻¹`, `W = W* + KR`, and an iteration with relaxation α is
         `X = (1 − α/2) X + (α/2) W* + α (K − I/2) R`: few passes over the weights beside the product.
         """
-        first, last = _half_reflection(A, self.start), _half_reflection(A, self.end)
-        state, between, negated = target.clone(), torch.empty_like(A), torch.empty_like(target)
-        for at in range(self.iterations):
-            torch.lerp(first, last, (at + 0.5) / self.iterations, out=between)
+        matrix = _half_reflection(A, self.start)
+        change = _half_reflection(A, self.end).sub_(matrix).div_(self.iterations)
+        del A
+        matrix.add_(change, alpha=-0.5)
+        state, negated = target.clone(), torch.empty_like(target)
+        for _ in range(self.iterations):
+            matrix.add_(change)
             kept = choice.kept(state)
             torch.add(state, target, out=negated).addcmul_(state, kept, value=-2)
             state.add_(target, alpha=RELAXATION / (2 - RELAXATION))
-            state.addmm_(between, negated, beta=1 - RELAXATION / 2, alpha=-RELAXATION)
+            state.addmm_(matrix, negated, beta=1 - RELAXATION / 2, alpha=-RELAXATION)
         return state
 
 
@@ -99,7 +108,9 @@ def _half_reflection(A: Tensor, rho: float) -> Tensor:
     """`ρ(A + ρI)⁻¹ − I/2`."""
     shifted = A.clone()
     shifted.diagonal().add_(rho)
-    matrix = torch.cholesky_inverse(torch.linalg.cholesky(shifted)).mul_(rho)
+    lower = torch.linalg.cholesky(shifted)
+    del shifted
+    matrix = torch.cholesky_inverse(lower).mul_(rho)
     matrix.diagonal().sub_(0.5)
     return matrix
 
