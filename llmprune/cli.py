@@ -68,7 +68,7 @@ def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         refit=options.refit,
         refine=options.refine,
         ridge=options.ridge,
-        noise=options.noise,
+        own=options.own,
         allocate=options.allocate,
         options=tuple(options.option),
         round_to=options.round_to,

@@ -11,6 +11,7 @@ import torch
 from llmprune.checkpoint import SHARD_BYTES, Entry
 from llmprune.families import LayerRef
 from llmprune.methods import METHODS, MethodEntry
+from llmprune.own_text import AT_ONCE, whole_bytes
 from llmprune.perplexity import CHUNK_ELEMENTS
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
@@ -18,6 +19,7 @@ from llmprune.skeleton import Skeleton
 from llmprune.stream import BATCH_TOKENS, MEMORY
 from llmprune.structured import CRITERIA
 
+WRITING = 3  # a token alone takes so many times what it takes among others
 LATE = 24 * 2**20  # of the libraries, what is paged in only when it is used
 
 
@@ -29,7 +31,7 @@ class Task:
         skeleton: the model.
         plan: the layers.
         recipe: what is done to them.
-        tokens: calibration tokens.
+        text: tokens of the calibration text.
         seq_len: tokens per window.
         evaluation: evaluation tokens, each used twice; 0 for none.
         budget: bytes of hidden states that may rest in memory.
@@ -38,10 +40,20 @@ class Task:
     skeleton: Skeleton
     plan: Plan
     recipe: Recipe
-    tokens: int
+    text: int
     seq_len: int
     evaluation: int
     budget: int
+
+    @property
+    def own(self) -> int:
+        """Tokens that the dense model writes."""
+        return round(self.text * self.recipe.own)
+
+    @property
+    def tokens(self) -> int:
+        """All calibration tokens."""
+        return self.text + self.own
 
     @property
     def hidden(self) -> int:
@@ -88,6 +100,7 @@ def seconds(task: Task, rate: float) -> float:
     cross = 4 * gram + sum(4 * width * (rows - width) for rows, width in alone)
     stream = tokens * ((2 * forward + gram + cross) if recipe.twin else forward + gram)
     train = recipe.refine * tokens * 3 * forward
+    write = WRITING * task.own * (forward + 2 * task.hidden * task.vocabulary)
     products = recipe.steps * sum(stage.products for stage in _entries(recipe)) + (10 if recipe.refit else 0)
     factors = 1
     if recipe.targets == "dense":
@@ -95,12 +108,14 @@ def seconds(task: Task, rate: float) -> float:
     if recipe.allocate != "uniform":
         stream += tokens * (forward + gram)
         products, factors = products + 2 * METHODS["sparsegpt"].products, factors + 2
-    return (stream + train + (products + 2) * product + factors * factor + evaluate) / rate
+    return (stream + train + write + (products + 2) * product + factors * factor + evaluate) / rate
 
 
 def memory(task: Task) -> int:
     """Peak bytes above what the libraries take: the largest of what the stages of a run need."""
     stages = [_reading(task), _pruning(task)]
+    if task.own:
+        stages.append(_writing(task))
     if task.evaluation:
         stages.append(_evaluating(task))
     if task.recipe.allocate != "uniform":
@@ -116,6 +131,16 @@ def _reading(task: Task) -> int:
     written = min(SHARD_BYTES, sum(outside)) + max(outside, default=0)
     loaded = _loaded(task, task.skeleton.before_blocks())
     return max(2 * largest, max(loaded, written) + _resting(task, task.tokens, _streams(task)))
+
+
+def _writing(task: Task) -> int:
+    """The whole model, keys and values of all windows that are written together while they grow, and a few logits."""
+    config = task.skeleton.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = int(heads * (getattr(config, "head_dim", None) or task.hidden // config.num_attention_heads))
+    windows = min(AT_ONCE, max(task.own // task.seq_len, 1))
+    kept = 2 * windows * task.seq_len * width * (task.blocks + 1) * task.element
+    return whole_bytes(task.skeleton) + kept + 4 * 4 * windows * task.vocabulary
 
 
 def _evaluating(task: Task) -> int:

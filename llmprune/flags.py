@@ -69,17 +69,6 @@ def size(text: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
-def fraction(text: str) -> float:
-    """A number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
 def share(text: str) -> float:
     """A finite number of at least 0."""
     try:
@@ -213,10 +202,10 @@ def _add_stages(parser: Parser) -> None:
         "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
     )
     stages.add_argument(
-        "--noise",
-        type=fraction,
+        "--own",
+        type=share,
         metavar="SHARE",
-        help="put tokens into the calibration text that it lacks, in this share",
+        help="let the dense model write so many windows itself, per window of the calibration text, and add them to it",
     )
     stages.add_argument(
         "--allocate", choices=("uniform", "error", "owl"),

@@ -12,7 +12,7 @@ from typing import Any
 from llmprune import chart
 from llmprune.checkpoint import write_json
 from llmprune.durable import replacing
-from llmprune.report import FILE, LayerReport, PruneReport, split_name
+from llmprune.report import FILE, LayerReport, PruneReport, calibration_text, split_name
 
 PAGE = "prune_report.html"
 STATS = {
@@ -26,6 +26,7 @@ STATS = {
 STAGES = {
     "prepare": "checks, download, tokens",
     "dense_evaluation": "dense perplexity",
+    "own_text": "writing text of its own",
     "prune": "pruning, of it:",
     "allocate": "· sharing the sparsity out",
     "solve": "· solving layers",
@@ -262,7 +263,7 @@ def _provenance(report: PruneReport) -> list[str]:
     calibration = report.calibration
     rows = [
         ("model", f"{report.model['name']} {report.model['revision']}"),
-        ("calibration", f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}"),
+        ("calibration", calibration_text(calibration)),
         ("its sha256", calibration["sha256"]),
         *([("evaluation", report.evaluation["source"])] if report.evaluation else []),
         ("recipe", ", ".join(_setting(key, value) for key, value in report.recipe.items() if value)),

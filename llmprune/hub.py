@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmprune.errors import InputError
 from llmprune.recipe import Recipe
-from llmprune.report import PruneReport
+from llmprune.report import PruneReport, calibration_text
 from llmprune.tokens import DATASETS
 
 FILE, SPEED = "README.md", "speed.json"
@@ -193,7 +193,7 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
         ("pattern", f"{report.sparsity['pattern']}, in {coverage['fraction']:.1%} of the block parameters"),
         ("mean relative layer error", f"{report.mean_error:.4f}"),
         ("size of the weights", size),
-        ("calibration", f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}"),
+        ("calibration", calibration_text(calibration)),
     ]
     if "prune" in report.seconds:
         facts.append(("time to prune", f"{report.seconds['prune']:.0f} s on {machine['device']}"))

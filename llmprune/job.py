@@ -11,7 +11,7 @@ from llmprune.recipe import AUTO, DEFAULT_EFFORT, Allocate, Recipe, Targets, mak
 from llmprune.sparsity import parse_sparsity
 from llmprune.structured import CRITERIA
 
-STAGES = ("targets", "permute", "steps", "ridge", "refit", "refine", "noise", "allocate")
+STAGES = ("targets", "permute", "steps", "ridge", "refit", "refine", "own", "allocate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Job:
         method: a name of the METHODS or the CRITERIA table, or `auto` for what `effort` stands for.
         effort: `fast`, `balanced` or `best`; counts with `auto` only.
         options: the method's own options, as pairs of text such as `("damping", "0.03")`.
-        targets, permute, steps, ridge, refit, refine, noise, allocate: fields of a `Recipe`; None for the effort's,
+        targets, permute, steps, ridge, refit, refine, own, allocate: fields of a `Recipe`; None for the effort's,
             or for those of a plain method.
         round_to: the number of channels that stay is a multiple of this; None for 64, or less in a tiny model.
         scope: where an unstructured count is exact; None for the method's own.
@@ -62,7 +62,7 @@ class Job:
     refit: bool | None = None
     refine: int | None = None
     round_to: int | None = None
-    noise: float | None = None
+    own: float | None = None
     allocate: Allocate | None = None
     scope: Scope | None = None
     calib: str | None = None

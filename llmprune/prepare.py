@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -19,7 +20,7 @@ from llmprune.errors import InputError
 from llmprune.job import Job
 from llmprune.kinds import all_kinds
 from llmprune.methods import METHODS, load_method
-from llmprune.noise import with_noise
+from llmprune.own_text import check_room
 from llmprune.pattern import NM, SparsityPattern, Unstructured
 from llmprune.plan import Plan, make_plan
 from llmprune.progress import Progress
@@ -46,7 +47,7 @@ MOST_THREADS = 1024  # far more make the thread library end the process
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checked job: all that the run needs."""
+    """A checked job: all that the run needs; `own` is what the dense model writes, once it has."""
 
     job: Job
     source: Source
@@ -62,6 +63,7 @@ class Prepared:
     overlap: float
     out: Path
     ranks: Ranks = ALONE
+    own: TokenBatch | None = None
 
     @property
     def pattern(self) -> SparsityPattern | None:
@@ -87,9 +89,23 @@ class Prepared:
 
     @property
     def tokens(self) -> Tensor:
-        """The calibration windows with their noise, `(samples, length)`."""
-        vocabulary = self.source.config.get_text_config().vocab_size
-        return with_noise(self.calibration.tokens, self.recipe.noise, vocabulary, self.job.seed)
+        """The calibration windows, the model's own among them, `(samples, length)`."""
+        if self.own is None:
+            return self.calibration.tokens
+        both = torch.cat([self.calibration.tokens, self.own.tokens])
+        # What is held out of them is of both kinds.
+        return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(self.job.seed))]
+
+    @property
+    def own_windows(self) -> int:
+        """How many the dense model writes."""
+        return round(self.recipe.own * len(self.calibration.tokens))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of all calibration tokens, also of those that are still to be written: windows, length."""
+        samples, length = self.calibration.tokens.shape
+        return samples + self.own_windows, length
 
     @property
     def partial(self) -> Path:
@@ -106,7 +122,7 @@ class Prepared:
         """Size of the hidden states that enter a block and leave it, in all streams."""
         hidden = self.source.config.get_text_config().hidden_size
         element = self.skeleton.compute.itemsize * (2 if self.recipe.twin else 1)
-        return 2 * self.calibration.tokens.numel() * int(hidden) * element
+        return 2 * math.prod(self.shape) * int(hidden) * element
 
     @property
     def versions(self) -> dict[str, str]:
@@ -156,6 +172,7 @@ def prepare(job: Job, progress: Progress) -> Prepared:
         plan = plan.smaller(structure.touched if goal.pattern is None else None, structure.saved(skeleton))
         for said in structure.said:
             progress.note(said)
+    recipe = _with_room_to_write(recipe, job, skeleton, progress)
     calibration, evaluation = _tokens(job, source, cache, progress)
     check_refinement(recipe, calibration)
     overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
@@ -242,6 +259,20 @@ def _check_scales(skeleton: Skeleton, plan: Plan, tokens: Tensor) -> None:
             if name.startswith(prefix) and name.removeprefix(prefix) not in found:
                 last = name.rpartition(".")[2]
                 raise InputError(f"no norm feeds {name!r}, so its inputs have no learned scale", f"--skip '*.{last}'")
+
+
+def _with_room_to_write(recipe: Recipe, job: Job, skeleton: Skeleton, progress: Progress) -> Recipe:
+    """The recipe without text of the model's own where it cannot write; refused if the user asked for it."""
+    if not recipe.own:
+        return recipe
+    try:
+        check_room(skeleton)
+    except InputError as error:
+        if job.own:
+            raise
+        progress.note(f"no text of the model's own: {error}")
+        return replace(recipe, own=0.0)
+    return recipe
 
 
 def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:

@@ -24,7 +24,7 @@ class Recipe:
         ridge: how strongly weights are pulled to their targets, as a share of every input's own mean square.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
         refine: epochs in which a pruned block learns to give the dense block's output.
-        noise: share of the calibration tokens that random ones replace, which the text lacks.
+        own: how many windows the dense model writes itself and adds to the calibration text, per window of it.
         allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
         criterion: by which channels or heads go, a name of the CRITERIA table; '' where none do.
         reconstruct: whether what is left of a layer makes up, by least squares, for the inputs that went.
@@ -37,7 +37,7 @@ class Recipe:
     ridge: float = 0.0
     refit: bool = False
     refine: int = 0
-    noise: float = 0.0
+    own: float = 0.0
     allocate: Allocate = "uniform"
     criterion: str = ""
     reconstruct: bool = True
@@ -69,8 +69,8 @@ class Recipe:
             stages.append("refit")
         if self.refine:
             stages.append(f"{self.refine} epoch{'s' if self.refine > 1 else ''} of refinement")
-        if self.noise:
-            stages.append(f"{self.noise:.0%} noise in the text")
+        if self.own:
+            stages.append(f"{self.own:.0%} text of its own")
         if self.allocate != "uniform":
             stages.append(f"shares by {self.allocate}")
         return " + ".join(stages)
@@ -79,7 +79,7 @@ class Recipe:
 EFFORTS = {
     "fast": Recipe("sparsegpt"),
     "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3),
-    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, refine=4),
+    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, refine=4, own=1.0),
 }
 REMOVALS = {
     "fast": Recipe("", criterion="wanda"),

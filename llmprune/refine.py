@@ -21,9 +21,9 @@ BATCH_TOKENS = 1024
 LEAST_SAMPLES = 2
 
 
-def batch_tokens(tokens: Tensor) -> int:
-    """Tokens per batch for a calibration set `(samples, length)`: small, because the number of steps counts."""
-    return max(min(BATCH_TOKENS, tokens.numel() // 16), 1)
+def batch_tokens(tokens: int) -> int:
+    """Tokens per batch for a calibration set of so many: small, because the number of steps counts."""
+    return max(min(BATCH_TOKENS, tokens // 16), 1)
 
 
 def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:

@@ -138,3 +138,10 @@ class PruneReport:
         rows["saved to"] = self.out
         cells = (f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items())
         return f"<table>{''.join(cells)}</table>"
+
+
+def calibration_text(calibration: dict[str, Any]) -> str:
+    """Which tokens were used."""
+    seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
+    own = f", and {calibration['own']} windows by the dense model itself" if calibration.get("own") else ""
+    return f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}{seed}{own}"

@@ -31,7 +31,7 @@ from llmprune.progress import Progress
 from llmprune.report import PruneReport
 from llmprune.stream import BlockStream
 
-STATE, LOCK, MODEL, RANK = "state.json", "lock", "model", "rank-"
+STATE, LOCK, MODEL, OWN, RANK = "state.json", "lock", "model", "own.safetensors", "rank-"
 AGAIN = "free disk space and run the same command again, or choose another --out"
 
 
@@ -207,7 +207,7 @@ def _files_of(stream: Mapping[str, Any], folder: Path) -> dict[Path, str]:
 def _tidy(folder: Path, files: Mapping[Path, str]) -> None:
     """Remove what nobody names."""
     for path in folder.iterdir():
-        if path not in files and path.name not in {STATE, LOCK, MODEL} and not path.name.startswith(RANK):
+        if path not in files and path.name not in {STATE, LOCK, MODEL, OWN} and not path.name.startswith(RANK):
             _remove(path)
 
 
@@ -317,7 +317,7 @@ def facts_of(run: Prepared) -> dict[str, str]:
         "--only": job.only,
         "--skip": job.skip,
         "--dtype": job.dtype,
-        "--seed": job.seed if run.recipe.refine or run.recipe.noise else None,
+        "--seed": job.seed if run.recipe.refine or run.recipe.own else None,
         "--device": f"{device.type} ({run.skeleton.compute})",
         "--threads": torch.get_num_threads(),
         "number of processes": run.ranks.size,

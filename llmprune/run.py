@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -49,6 +50,7 @@ from llmprune.together import (
     stream_of,
     train,
     windows_of,
+    with_own_text,
 )
 from llmprune.verify import check_layers, patterns_of
 
@@ -87,6 +89,10 @@ def lead(job: Job, ranks: Ranks, progress: Progress) -> PruneReport:
         with workplace(run, progress) as journal:
             with clock("prepare"):
                 journal.agree({"the model's weights": check_weights(run, progress)})
+            with clock("own_text") if run.own_windows else nullcontext():
+                run = with_own_text(run, progress)
+                report.calibration |= {"own_sha256": run.own.provenance.sha256 if run.own else ""}
+                journal.agree({"the model's own text": report.calibration["own_sha256"][:12]})
             with clock("dense_evaluation"):
                 journal.dense = journal.dense or measure(run, run.source.folder, "dense perplexity", progress)
             with clock("prune"):
@@ -116,10 +122,10 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     """
     run = prepare(job, progress or Progress())
     report = new_report(run).to_json()
-    tokens = run.calibration.tokens
+    text = run.calibration.tokens
     evaluation = run.evaluation.tokens.numel() if run.evaluation else 0
     rate, budget = product_rate(), run.job.activation_memory
-    task = Task(run.skeleton, run.plan, run.recipe, tokens.numel(), tokens.shape[1], evaluation, budget)
+    task = Task(run.skeleton, run.plan, run.recipe, text.numel(), text.shape[1], evaluation, budget)
 
     return {
         **{key: report[key] for key in ("model", "sparsity", "method", "recipe", "coverage", "calibration", "out")},
@@ -300,7 +306,7 @@ def new_report(run: Prepared) -> PruneReport:
         },
         method={"name": run.recipe.label, "options": run.options},
         recipe={"effort": job.effort if job.method == AUTO else None, **asdict(run.recipe)},
-        calibration={**asdict(run.calibration.provenance), "tokens": run.tokens.numel()},
+        calibration={**asdict(run.calibration.provenance), "tokens": math.prod(run.shape), "own": run.own_windows},
         evaluation=None,
         coverage=coverage(plan),
         machine={

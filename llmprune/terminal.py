@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
+from llmprune.report import PruneReport, calibration_text
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-    from llmprune.report import PruneReport
 
 PLAIN_SECONDS = 5.0
 
@@ -172,12 +171,6 @@ def coverage_text(coverage: dict[str, Any]) -> str:
         f"{reason} {weights / coverage['block_parameters']:.1%}" for reason, weights in coverage["skipped"].items()
     ]
     return text + (f"; left dense: {', '.join(skipped)}" if skipped else "")
-
-
-def calibration_text(calibration: dict[str, Any]) -> str:
-    """Which tokens were used."""
-    seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
-    return f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}{seed}"
 
 
 def plan_text(facts: dict[str, Any]) -> str:

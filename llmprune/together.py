@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmprune.allocate import allocate
@@ -16,6 +18,7 @@ from llmprune.block import Block, Group
 from llmprune.errors import InputError, PruneError
 from llmprune.linalg import error_terms, ratio
 from llmprune.memory import mapped_memory
+from llmprune.own_text import AT_ONCE, write_text
 from llmprune.pattern import SparsityPattern, Unstructured
 from llmprune.prepare import Prepared
 from llmprune.problem import LayerSolution
@@ -23,10 +26,11 @@ from llmprune.progress import Progress
 from llmprune.ranks import Ranks
 from llmprune.refine import batch_tokens, refine
 from llmprune.report import Refinement
-from llmprune.resume import AGAIN, keep, names_of, parsed, rank_folder
+from llmprune.resume import AGAIN, OWN, keep, names_of, parsed, rank_folder
 from llmprune.room import with_room
 from llmprune.stream import BATCH_TOKENS, BlockStream
 from llmprune.structure import scale_of
+from llmprune.tokens import TokenBatch, load_tokens, save_tokens, token_batch
 
 
 def spread_over(run: Prepared, ranks: Ranks) -> Prepared:
@@ -37,7 +41,7 @@ def spread_over(run: Prepared, ranks: Ranks) -> Prepared:
     """
     if ranks.alone:
         return run
-    windows = len(run.calibration.tokens)
+    windows = run.shape[0]
     if windows < ranks.size:
         raise InputError(
             f"{ranks.size} processes cannot share {windows} calibration windows", "more --samples, or fewer processes"
@@ -60,7 +64,7 @@ def stream_of(run: Prepared, windows: int, saved: Sequence[dict[str, Any]] = ())
     return BlockStream(
         run.skeleton,
         run.tokens,
-        batch_tokens=windows * run.calibration.tokens.shape[1],
+        batch_tokens=windows * run.shape[1],
         chosen=run.chosen,
         twin=run.recipe.twin,
         paired=run.recipe.targets == "dense",
@@ -78,9 +82,40 @@ def stream_of(run: Prepared, windows: int, saved: Sequence[dict[str, Any]] = ())
 
 def windows_of(run: Prepared) -> int:
     """How many windows of the calibration text go through a block at once, if there is room for them."""
-    samples, length = run.calibration.tokens.shape
-    most = batch_tokens(run.calibration.tokens) if run.recipe.refine else BATCH_TOKENS
+    samples, length = run.shape
+    most = batch_tokens(samples * length) if run.recipe.refine else BATCH_TOKENS
     return min(max(most // length, 1), samples)
+
+
+def with_own_text(run: Prepared, progress: Progress) -> Prepared:
+    """The same run with the windows that the dense model writes; the first process writes them for all.
+
+    They are kept with the finished blocks: another machine, or one that is otherwise busy, may draw others.
+    """
+    windows, kept = run.own_windows, run.partial / OWN
+    if not windows:
+        return run
+    found: TokenBatch | None = None
+    if run.ranks.number == 0:
+        with suppress(InputError):
+            found = load_tokens(kept, windows, run.shape[1], run.source.config.get_text_config().vocab_size)
+        if found is None:
+            found = _written(run, progress)
+            save_tokens(found, kept)
+    tokens = run.ranks.of_first(found.tokens.tolist() if found else [])
+    return replace(run, own=token_batch(torch.tensor(tokens), "the dense model", run.job.seed))
+
+
+def _written(run: Prepared, progress: Progress) -> TokenBatch:
+    windows = run.own_windows
+
+    def attempt(at_once: int) -> Tensor:
+        progress.start("writing text", windows)
+        text = write_text(run.skeleton, run.calibration.tokens, windows, run.job.seed, at_once, progress.step)
+        progress.finish()
+        return text
+
+    return token_batch(with_room(attempt, min(AT_ONCE, windows), progress), "the dense model", run.job.seed)
 
 
 def block_patterns(
@@ -103,7 +138,7 @@ def block_patterns(
         stream = BlockStream(
             run.skeleton,
             run.tokens,
-            batch_tokens=windows * run.calibration.tokens.shape[1],
+            batch_tokens=windows * run.shape[1],
             chosen=run.plan.names,
             folder=Path(spare),
             budget=run.job.activation_memory,
@@ -150,6 +185,7 @@ def train(run: Prepared, block: Block) -> Refinement | None:
 
 def follow(run: Prepared) -> None:
     """What all processes but the first do: all that these functions do, and nothing else."""
+    run = with_own_text(run, Progress())
     run.ranks.meet()
     folder = rank_folder(run.partial, run.ranks.number)
     try:

@@ -105,7 +105,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt"},
     "balanced": {"method": "auto", "effort": "balanced"},
     "best": {"method": "auto", "effort": "best"},
-    "noisy": {"targets": "dense", "noise": 0.2},
     "shares": {"sparsity": "50%", "allocate": "error"},
     "smaller": {"sparsity": "channels:25%+heads:50%+2:4", "method": "auto"},
 }
@@ -304,7 +303,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"steps": 2}, "--steps was 1, now 2"),
     "refine": ({"refine": 1}, "--refine was 0, now 1"),
     "ridge": ({"ridge": 0.3}, "--ridge was 0.0, now 0.3"),
-    "noise": ({"noise": 0.2}, "--noise was 0.0, now 0.2"),
+    "own text": ({"own": 0.5}, "--own was 0.0, now 0.5"),
     "skip": ({"skip": ("*.q_proj",)}, "--skip was"),
     "dtype": ({"dtype": "bfloat16"}, "--dtype was None, now bfloat16"),
     "threads": ({"threads": 7}, r"--threads was \d+, now 7"),
