@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from llmprune.errors import InputError
 from llmprune.shell import Parser, hush_libraries, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
+Cells = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 def build_parser() -> Parser:
@@ -67,13 +69,14 @@ def file_name(settings: dict[str, Any]) -> str:
     return re.sub(r"[^\w.]+", "-", "-".join(str(value) for value in settings.values())).strip("-") + ".json"
 
 
-def caption(results: list[dict[str, Any]], dense: dict[str, Any]) -> str:
+def caption(cells: Cells, dense: dict[str, Any]) -> str:
     """What all cells were measured on, and at which commits.
 
     Args:
-        results: the cells.
+        cells: settings and results.
         dense: the dense model on the texts of `[also]`.
     """
+    results = [result for _, result in cells]
     result, commits = results[0], dict.fromkeys(found["commit"] for found in results)
     measured = dict(dense)
     if evaluation := result["evaluation"]:
@@ -85,8 +88,10 @@ def caption(results: list[dict[str, Any]], dense: dict[str, Any]) -> str:
     )
     calibration = result["calibration"]
     size = f"{calibration['samples']} x {calibration['seq_len']} tokens, sha256 {calibration['sha256'][:12]}"
+    shares = any((undone(text, settings, cells, dense) or 0) > 0 for settings, result in cells for text in result["texts"])
+    brackets = " In brackets the share of SparseGPT's damage that is undone." if shares else ""
     return (
-        f"Perplexity on {texts}. Calibration on {Path(calibration['source']).name} (first row {size}); "
+        f"Perplexity on {texts}.{brackets} Calibration on {Path(calibration['source']).name} (first row {size}); "
         f"commit {', '.join(commits)}."
     )
 
@@ -141,21 +146,49 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def table(results: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    """A Markdown table of the cells."""
+SPARSEGPT = ({"effort": "fast"}, {"method": "sparsegpt"})
+
+
+def undone(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, Any]) -> float | None:
+    """The share of SparseGPT's damage that a cell undoes, `ln(ppl_SparseGPT / ppl) / ln(ppl_SparseGPT / ppl_dense)`.
+
+    SparseGPT is the cell that differs in method or effort alone.
+
+    Args:
+        text: on which.
+        settings: of the cell.
+        cells: all cells, with their results.
+        dense: perplexities of the dense model.
+
+    Returns:
+        the share, 0 for SparseGPT itself; None where there is no such cell or the dense model was not measured.
+    """
+    value = {name: found["texts"][text]["value"] for name, found in ((str(own), result) for own, result in cells)}
+    for other in SPARSEGPT:
+        known = str(settings | other)
+        if settings.keys() >= other.keys() and known in value and text in dense:
+            return math.log(value[known] / value[str(settings)]) / math.log(value[known] / dense[text]["value"])
+    return None
+
+
+def table(results: Cells, dense: dict[str, Any]) -> str:
+    """A Markdown table of the cells; where SparseGPT is among them, with the share of its damage that each undoes."""
     keys = list(results[0][0])
     texts = list(results[0][1]["texts"])
     evaluated = [] if results[0][1]["evaluation"] is None else ["perplexity"]
     head = [*keys, *evaluated, *texts, "layer error", "pruning, s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for settings, result in results:
-        found = [result["evaluation"]["pruned"]] if evaluated else []
-        found += [result["texts"][text] for text in texts]
         row = [str(settings[key]) for key in keys]
-        row += [f"{p['value']:.2f} ± {p['error']:.2f}" for p in found]
+        row += [_measured(result["evaluation"]["pruned"])] if evaluated else []
+        row += [_measured(result["texts"][text], undone(text, settings, results, dense)) for text in texts]
         row += [f"{result['mean_layer_error']:.4f}", f"{result['seconds']['prune']:.0f}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def _measured(found: dict[str, float], share: float | None = None) -> str:
+    return f"{found['value']:.2f} ± {found['error']:.2f}" + (f" ({share:.2f})" if share and share > 0 else "")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -179,7 +212,7 @@ def run(options: argparse.Namespace) -> int:
             result = run_cell({**grid.get("fixed", {}), **settings}, also)
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         results.append((settings, json.loads(path.read_text(encoding="utf-8"))))
-    print(json.dumps([result for _, result in results], indent=2) if options.json else table(results))
+    print(json.dumps([result for _, result in results], indent=2) if options.json else table(results, read_dense(out)))
     try:
         draw(results, read_dense(out), out / "plot.png")
         sys.stderr.write(f"drew {out / 'plot.png'}\n")

@@ -42,12 +42,12 @@ def render(name: str) -> str:
     for settings in sweep.cells(grid):
         path = RESULTS / name / sweep.file_name(settings)
         cells.append((settings, json.loads(path.read_text(encoding="utf-8"))))
-    first = cells[0][1]
+    first, dense = cells[0][1], sweep.read_dense(RESULTS / name)
     return "\n".join(
         [
-            sweep.table(cells),
+            sweep.table(cells, dense),
             "",
-            sweep.caption([result for _, result in cells], sweep.read_dense(RESULTS / name)),
+            sweep.caption(cells, dense),
             f"From `eval/results/{name}/*.json`, by `python -m eval.sweep eval/grids/{name}.toml`; the first row is:",
             f"```\n{first['command']}\n```",
         ]

@@ -57,3 +57,15 @@ def test_the_sweep_of_a_tiny_grid_gives_a_table_and_is_resumed(
     assert again.out == first.out
     assert "running" not in again.err
     assert "plot" in again.err
+
+
+def test_the_share_that_is_undone_is_that_of_sparsegpt_on_the_same_settings() -> None:
+    dense = {"text": {"value": 10.0}}
+    values = {("2:4", "fast"): 1000.0, ("2:4", "best"): 100.0, ("50%", "fast"): 40.0, ("50%", "best"): 10.0}
+    cells: sweep.Cells = [
+        ({"sparsity": sparsity, "effort": effort}, {"texts": {"text": {"value": value}}})
+        for (sparsity, effort), value in values.items()
+    ]
+    assert [sweep.undone("text", settings, cells, dense) for settings, _ in cells] == [0, pytest.approx(0.5), 0, 1]
+    assert sweep.undone("text", cells[1][0], cells[1:], dense) is None
+    assert sweep.undone("text", cells[1][0], cells, {}) is None
