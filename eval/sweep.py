@@ -88,7 +88,8 @@ def caption(cells: Cells, dense: dict[str, Any]) -> str:
     )
     calibration = result["calibration"]
     size = f"{calibration['samples']} x {calibration['seq_len']} tokens, sha256 {calibration['sha256'][:12]}"
-    shares = any((undone(text, settings, cells, dense) or 0) > 0 for settings, result in cells for text in result["texts"])
+    pairs = [(text, settings) for settings, found in cells for text in found["texts"]]
+    shares = any((undone(text, settings, cells, dense) or 0) > 0 for text, settings in pairs)
     brackets = " In brackets the share of SparseGPT's damage that is undone." if shares else ""
     return (
         f"Perplexity on {texts}.{brackets} Calibration on {Path(calibration['source']).name} (first row {size}); "
