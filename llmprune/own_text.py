@@ -17,7 +17,6 @@ AT_ONCE = 32
 MOST_OF_MEMORY = 0.5
 
 
-@torch.no_grad()
 def write_text(
     skeleton: Skeleton,
     text: Tensor,
@@ -28,7 +27,6 @@ def write_text(
 ) -> Tensor:
     """Windows that the model writes, every one going on from a few tokens of the calibration text.
 
-    Tokens are drawn from the model's own distribution as it is (temperature 1, nothing cut off); no window ends early.
     A short text of one kind holds a narrow part of what a model knows, and layers that are fitted to it one after
     another learn its peculiarities; what the model writes shows the layers what *it* expects of text. Its answer to
     that, which they are fitted to, is known like that to any other text.
@@ -47,14 +45,30 @@ def write_text(
     Returns:
         `(windows, length)`, int64.
     """
-    from transformers import GenerationConfig
-
     length = text.shape[1]
     generator = torch.Generator().manual_seed(seed)
     prompt = min(PROMPT, max(length // 2, 1))
     starts = torch.randint(length - prompt + 1, (windows,), generator=generator).tolist()
     prompts = torch.stack([text[at % len(text), start : start + prompt] for at, start in enumerate(starts)])
-    more = length - prompt
+    return go_on(skeleton, prompts, length, seed, at_once, step)
+
+
+@torch.no_grad()
+def go_on(
+    skeleton: Skeleton,
+    prompts: Tensor,
+    length: int,
+    seed: int = 0,
+    at_once: int = AT_ONCE,
+    step: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Let the model go on from each of the prompts `(windows, tokens)` to a length in tokens.
+
+    Tokens are drawn from the model's own distribution as it is (temperature 1, nothing cut off); no window ends early.
+    """
+    from transformers import GenerationConfig
+
+    more = length - prompts.shape[1]
     settings = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=more, min_new_tokens=more, pad_token_id=0
     )
@@ -62,7 +76,7 @@ def write_text(
     devices = [skeleton.device] if skeleton.device.type == "cuda" else []
     with skeleton.loaded(list(skeleton.checkpoint)), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for start in range(0, windows, at_once):
+        for start in range(0, len(prompts), at_once):
             given = prompts[start : start + at_once].to(skeleton.device)
             mask = torch.ones_like(given)
             written.append(skeleton.model.generate(given, attention_mask=mask, generation_config=settings).cpu())

@@ -70,7 +70,7 @@ class Recipe:
         if self.refine:
             stages.append(f"{self.refine} epoch{'s' if self.refine > 1 else ''} of refinement")
         if self.own:
-            stages.append(f"{self.own:.0%} text of its own")
+            stages.append(f"own text x{self.own:g}")
         if self.allocate != "uniform":
             stages.append(f"shares by {self.allocate}")
         return " + ".join(stages)

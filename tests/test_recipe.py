@@ -36,4 +36,4 @@ def test_a_recipe_says_all_its_stages() -> None:
     assert Recipe("wanda").describe() == "wanda"
     everything = Recipe("admm", targets="dense", permute=True, steps=3, ridge=0.3, refit=True, refine=2, own=0.5)
     stages = ["admm", "dense targets", "permuted channels", "3 steps", "ridge 0.3", "refit", "2 epochs of refinement"]
-    assert everything.describe() == " + ".join([*stages, "50% text of its own"])
+    assert everything.describe() == " + ".join([*stages, "own text x0.5"])
