@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -120,4 +121,18 @@ def test_without_dense_targets_the_statistics_are_those_of_the_pruned_model_alon
 
 @pytest.mark.parametrize(("shape", "size"), [((32, 512), 1024), ((8, 512), 256), ((1, 4), 1)])
 def test_batches_are_small_enough_for_many_steps(shape: tuple[int, int], size: int) -> None:
-    assert batch_tokens(torch.zeros(shape, dtype=torch.int64)) == size
+    assert batch_tokens(math.prod(shape)) == size
+
+
+def test_a_block_that_learns_nothing_is_left_after_two_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("llama", tmp_path, tokenizer=False)
+    judged: list[str] = []
+
+    def rising(loss: module.BlockLoss, _: object) -> float:
+        judged.append(loss.block.name)
+        return float(len(judged))
+
+    monkeypatch.setattr(module.BlockLoss, "mean", rising)
+    before, after, gained, _ = refined(tmp_path, 9)
+    assert judged == [name for block in gained for name in 3 * [block.block]]
+    assert all(torch.equal(before[name], after[name]) for name in before)
