@@ -43,8 +43,8 @@ def build_parser() -> Parser:
 
 def open_model(name: str, device: str = "cpu") -> tuple[Skeleton, Any]:
     """A model without its weights in memory, and its tokenizer."""
-    from llmprune.checkpoint import SafetensorsFolder
     from llmprune.demo import default_cache
+    from llmprune.folder import SafetensorsFolder
     from llmprune.prepare import pick_device
     from llmprune.progress import Progress
     from llmprune.skeleton import Skeleton

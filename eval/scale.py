@@ -154,8 +154,8 @@ def foretell(model: Path, options: argparse.Namespace) -> dict[str, float]:
     """What a dry run says of a model: seconds, and bytes above the libraries' own."""
     from transformers import AutoConfig
 
-    from llmprune.checkpoint import SafetensorsFolder
     from llmprune.estimate import Task, memory, product_rate, seconds
+    from llmprune.folder import SafetensorsFolder
     from llmprune.methods import load_method
     from llmprune.pattern import parse_pattern
     from llmprune.plan import make_plan

@@ -1,4 +1,4 @@
-"""Checkpoints larger than memory: read lazily, written shard by shard.
+"""A model's parameters in the files of a folder, by the names that the model has for them.
 
 Names on disk are not always the module's: a checkpoint of the base model lacks the prefix, old ones use legacy names,
 experts may be fused on load. `Checkpoint` maps them with transformers' own rules; what is written keeps the names of
@@ -8,166 +8,20 @@ the source, so that whatever loaded the source loads the result.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from llmprune.durable import replacing, sha256, sync
-from llmprune.errors import InputError, PruneError
+from llmprune.errors import InputError
+from llmprune.folder import SafetensorsFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PACKED = ".packed.safetensors"
-SHARD_BYTES = 2 * 2**30
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where one tensor lies: file, dtype, shape and size in bytes."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-class SafetensorsFolder(Mapping[str, Tensor]):
-    """The tensors of a HF folder by their names on disk, read one at a time; headers are checked when it is opened.
-
-    Raises:
-        InputError: no safetensors, a truncated or corrupt file, an index that points outside the folder or nowhere.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.entries: dict[str, Entry] = {}
-        wanted = _index(folder)
-        for file in sorted(set(wanted.values())) if wanted else [folder / SINGLE]:
-            self.entries.update(read_header(file))
-        for name, file in wanted.items():
-            if name not in self.entries or self.entries[name].file != file:
-                raise InputError(
-                    f"{INDEX} says tensor {name!r} is in {file.name}, but it is not there", _DOWNLOAD_AGAIN
-                )
-
-    def __getitem__(self, name: str) -> Tensor:
-        entry = self.entries[name]
-        try:
-            # Opened per read: a mapping that stays open would count every page ever touched as resident.
-            with safe_open(entry.file, framework="pt", device="cpu") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor.clone()
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"tensor {name!r} of {entry.file} cannot be read: {error}", _DOWNLOAD_AGAIN) from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def meta(self, name: str) -> Tensor:
-        """A tensor without data, of the right shape and dtype."""
-        entry = self.entries[name]
-        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all tensors in bytes."""
-        return sum(entry.nbytes for entry in self.entries.values())
-
-
-_DOWNLOAD_AGAIN = "the file is damaged or incomplete; download or save the model again"
-
-
-def _index(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index; empty where the folder has a single file."""
-    path = folder / INDEX
-    if next(folder.glob(f"*{PACKED}"), None):
-        raise InputError(f"{folder} is packed", f"unpack it first: llmprune unpack {folder}")
-    if not path.exists():
-        if (folder / SINGLE).exists():
-            return {}
-        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        if pickles:
-            raise InputError(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read",
-                "convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
-            )
-        raise InputError(f"{folder} has no {SINGLE} and no {INDEX}", "--model takes a Hugging Face model folder")
-    return read_index(path)
-
-
-def read_index(path: Path) -> dict[str, Path]:
-    """Tensor name -> file, from an index.
-
-    Raises:
-        InputError: it is none, or points outside its folder.
-    """
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        items = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is not a safetensors index: {error!r}", _DOWNLOAD_AGAIN) from error
-    for _, file in items:
-        if Path(file).name != file or file in {"", ".", ".."} or "\\" in file:
-            raise InputError(f"{path} points outside its folder: {file!r}", "do not use this checkpoint")
-    return {name: path.with_name(file) for name, file in items}
-
-
-def read_header(file: Path) -> dict[str, Entry]:
-    """Parse and check the header of a safetensors file.
-
-    Raises:
-        InputError: the file is missing, truncated, or not safetensors.
-    """
-
-    def bad(reason: str) -> InputError:
-        return InputError(f"{file} is not a whole safetensors file: {reason}", _DOWNLOAD_AGAIN)
-
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or not 2 <= length <= min(size - 8, 100 * 2**20):
-                raise bad(f"its header claims {length} bytes of {size}")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise bad(error.strerror or str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise bad("its header is no JSON") from error
-    entries, end = {}, 0
-    try:
-        header.pop("__metadata__", None)
-        for name, item in header.items():
-            start, stop = item["data_offsets"]
-            dtype = _DTYPES.get(item["dtype"], torch.uint8)
-            entries[name] = Entry(file, dtype, tuple(int(n) for n in item["shape"]), stop - start)
-            end = max(end, stop)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise bad("its header has the wrong form") from error
-    if 8 + length + end != size:
-        raise bad(f"it has {size} bytes, its header says {8 + length + end}")
-    return entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,117 +186,3 @@ class Checkpoint(Mapping[str, Tensor]):
                 if not bool(torch.isfinite(low) & torch.isfinite(high)):
                     raise InputError(f"the weights of {name!r} hold NaN or Inf", "use an undamaged checkpoint")
         return digest.hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A file that was written: its name in the folder, what it holds, the bytes of that, the file's hash."""
-
-    file: str
-    tensors: list[str]
-    nbytes: int
-    sha256: str
-
-
-class ShardWriter:
-    """Writes a HF folder shard by shard; every file appears under its name only when it is whole and durable.
-
-    Args:
-        folder: an existing folder.
-        shards: those that it holds already.
-    """
-
-    def __init__(self, folder: Path, shards: Iterable[Shard] = ()) -> None:
-        self.folder = folder
-        self.shards = list(shards)
-        self._written = {name for shard in self.shards for name in shard.tensors}
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all tensors in bytes."""
-        return sum(shard.nbytes for shard in self.shards)
-
-    def write(self, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> None:
-        """Write tensors as one shard, or as several where they exceed `limit` bytes; a name only the first time."""
-        shard: dict[str, Tensor] = {}
-        size = 0
-        for name, tensor in tensors:
-            if name in self._written:
-                continue
-            self._written.add(name)
-            if shard and size + tensor.nbytes > limit:
-                self._save(shard)
-                shard, size = {}, 0
-            shard[name] = tensor
-            size += tensor.nbytes
-        if shard:
-            self._save(shard)
-
-    def _save(self, shard: dict[str, Tensor]) -> None:
-        path = self.folder / f"shard-{len(self.shards) + 1:05d}.safetensors"
-        try:
-            with replacing(path) as temporary:
-                save_file(shard, temporary, metadata={"format": "pt"})
-            nbytes = sum(tensor.nbytes for tensor in shard.values())
-            self.shards.append(Shard(path.name, list(shard), nbytes, sha256(path)))
-        except (OSError, SafetensorError) as error:
-            raise PruneError(
-                f"cannot write {path}: {error}",
-                "free disk space and run the same command again, or choose another --out",
-            ) from error
-
-    def final_names(self) -> list[str]:
-        """What the shards are called in a complete folder."""
-        total = len(self.shards)
-        return [SINGLE] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-
-    def seal(self) -> None:
-        """Give the shards their final names and write the index."""
-        weight_map, total = {}, len(self.shards)
-        for shard, final in zip(self.shards, self.final_names(), strict=True):
-            os.replace(self.folder / shard.file, self.folder / final)
-            weight_map.update(dict.fromkeys(shard.tensors, final))
-        if total > 1:
-            index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(self.folder / INDEX, index)
-
-    def unseal(self) -> None:
-        """Take back a seal that may have been broken off; what is no shard goes."""
-        for shard, final in zip(self.shards, self.final_names(), strict=True):
-            if (self.folder / final).exists():
-                os.replace(self.folder / final, self.folder / shard.file)
-        for path in self.folder.iterdir():
-            if path.name not in {shard.file for shard in self.shards}:
-                path.unlink()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON under a temporary name, then rename."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put the finished folder `new` in the place of `target`."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-        os.replace(new, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(new, target)
-    sync(target.parent)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy everything stock loaders need beside the weights: tokenizer, generation config, remote code, licence."""
-    wanted = re.compile(
-        r"tokenizer.*|.*tokens.*\.json|vocab.*|merges\.txt|.*\.model|chat_template.*|generation_config\.json"
-        r"|preprocessor_config\.json|.*\.py|.*\.jinja|(LICENSE|NOTICE|USE_POLICY).*",
-        re.IGNORECASE,
-    )
-    for path in sorted(source.iterdir()):
-        if path.is_file() and wanted.fullmatch(path.name):
-            shutil.copyfile(path, target / path.name)

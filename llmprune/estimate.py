@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llmprune.checkpoint import SHARD_BYTES, Entry
 from llmprune.families import LayerRef
+from llmprune.folder import Entry
 from llmprune.methods import METHODS, MethodEntry
 from llmprune.own_text import AT_ONCE, whole_bytes
 from llmprune.perplexity import CHUNK_ELEMENTS
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
+from llmprune.shards import SHARD_BYTES
 from llmprune.skeleton import Skeleton
 from llmprune.stream import BATCH_TOKENS, MEMORY
 from llmprune.structured import CRITERIA

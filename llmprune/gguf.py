@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint import replace_folder
 from llmprune.errors import InputError
 from llmprune.progress import Progress
+from llmprune.shards import replace_folder
 
 
 def cached_gguf(file: Path, cache: Path, progress: Progress) -> Path:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llmprune import chart
-from llmprune.checkpoint import write_json
 from llmprune.durable import replacing
 from llmprune.report import FILE, LayerReport, PruneReport, calibration_text, split_name
+from llmprune.shards import write_json
 
 PAGE = "prune_report.html"
 STATS = {

@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llmprune.checkpoint import read_header
 from llmprune.errors import InputError, PruneError
+from llmprune.folder import read_header
 from llmprune.pattern import NM, parse_pattern
 from llmprune.positions import BITS, decode, encode, fits, shapes
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune.checkpoint import INDEX, PACKED, SINGLE, read_index, replace_folder
 from llmprune.errors import InputError, PruneError
+from llmprune.folder import INDEX, PACKED, SINGLE, read_index
 from llmprune.packed import Layout, PackedFile, pack_file
 from llmprune.pattern import NM
 from llmprune.progress import Progress
+from llmprune.shards import replace_folder
 from llmprune.skeleton import build_on_meta
 from llmprune.verify import open_pruned
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
+from llmprune.folder import SafetensorsFolder
 from llmprune.job import Job
 from llmprune.kinds import all_kinds
 from llmprune.methods import METHODS, load_method

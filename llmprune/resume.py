@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from llmprune.carried import CannotBeSavedError
-from llmprune.checkpoint import Shard, ShardWriter, write_json
 from llmprune.durable import sha256
 from llmprune.errors import InputError, PruneError
 from llmprune.pattern import Scope, SparsityPattern, parse_pattern
@@ -29,6 +28,7 @@ from llmprune.perplexity import Perplexity
 from llmprune.prepare import Prepared, output_folder
 from llmprune.progress import Progress
 from llmprune.report import PruneReport
+from llmprune.shards import Shard, ShardWriter, write_json
 from llmprune.stream import BlockStream
 
 STATE, LOCK, MODEL, OWN, RANK = "state.json", "lock", "model", "own.safetensors", "rank-"

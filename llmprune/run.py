@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from llmprune.block import Group
-from llmprune.checkpoint import SafetensorsFolder, copy_companions, replace_folder, write_json
+from llmprune.clock import Clock
 from llmprune.errors import CheckError
 from llmprune.estimate import Task, memory, product_rate, seconds
-from llmprune.html_report import write_report
-from llmprune.hub import model_card
+from llmprune.folder import SafetensorsFolder
 from llmprune.job import Job
 from llmprune.launch import join
-from llmprune.memory import mapped_memory, peak_memory, resident_memory
-from llmprune.pattern import SparsityPattern
+from llmprune.memory import mapped_memory, resident_memory
+from llmprune.outcome import (
+    add_evaluation,
+    add_own_text,
+    coverage,
+    describe,
+    finish_report,
+    highest,
+    new_report,
+    write_companions,
+)
 from llmprune.perplexity import Perplexity, perplexity
-from llmprune.plan import Plan
 from llmprune.prepare import Prepared, prepare
-from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
 from llmprune.ranks import Ranks
-from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
-from llmprune.report import BlockReport, LayerReport, PruneReport
+from llmprune.recipe import EFFORTS
+from llmprune.report import BlockReport, PruneReport
 from llmprune.resume import Journal, workplace
 from llmprune.room import with_room
+from llmprune.shards import replace_folder
 from llmprune.skeleton import Skeleton
-from llmprune.spectrum import input_spectrum
 from llmprune.stream import BATCH_TOKENS
 from llmprune.together import (
     block_patterns,
@@ -53,8 +50,6 @@ from llmprune.together import (
     with_own_text,
 )
 from llmprune.verify import check_layers, patterns_of
-
-EXPLODED = 10.0
 
 
 def prune(job: Job, progress: Progress | None = None) -> PruneReport:
@@ -89,10 +84,10 @@ def lead(job: Job, ranks: Ranks, progress: Progress) -> PruneReport:
         with workplace(run, progress) as journal:
             with clock("prepare"):
                 journal.agree({"the model's weights": check_weights(run, progress)})
-            with clock("own_text") if run.own_windows else nullcontext():
-                run = with_own_text(run, progress)
-                report.calibration |= {"own_sha256": run.own.provenance.sha256 if run.own else ""}
-                journal.agree({"the model's own text": report.calibration["own_sha256"][:12]})
+            if run.own_windows:
+                with clock("own_text"):
+                    run = with_own_text(run, progress)
+                journal.agree(add_own_text(run, report))
             with clock("dense_evaluation"):
                 journal.dense = journal.dense or measure(run, run.source.folder, "dense perplexity", progress)
             with clock("prune"):
@@ -109,7 +104,7 @@ def lead(job: Job, ranks: Ranks, progress: Progress) -> PruneReport:
             report.processes = ranks.facts(run.tokens)
             write_companions(run, report)
             replace_folder(run.unfinished, run.out)
-    finish_report(run, report, clock)
+    finish_report(run, report, clock.seconds)
     ranks.part()
     return report
 
@@ -175,59 +170,6 @@ def prune_blocks(
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
 
 
-def describe(
-    group: Group,
-    pattern: SparsityPattern | None,
-    solutions: list[LayerSolution],
-    stored: list[Tensor],
-    errors: list[float],
-) -> list[LayerReport]:
-    """Report the layers of a group, with the errors of their weights as they are stored."""
-    stats = group.problem.stats
-    spectrum = input_spectrum(stats.gram)
-    found = zip(group.refs, group.problem.layers, solutions, stored, errors, strict=True)
-    return [
-        LayerReport(
-            name=problem.name,
-            shape=ref.shape,
-            pattern=pattern.name if pattern else "",
-            pruned=int((~solution.mask).sum()),
-            kept_zeros=int(((weight == 0) & solution.mask).sum()),
-            error=error,
-            status=solution.status.value,
-            tokens=stats.tokens,
-            stats=solution.stats | (spectrum.figures(solution.stats.get("ridge")) if spectrum else {}),
-        )
-        for ref, problem, solution, weight, error in found
-    ]
-
-
-class Clock:
-    """Adds up wall time by stage, in seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._since: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self._since[stage] = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - self._since.pop(stage)
-
-    def so_far(self) -> dict[str, float]:
-        """Of all stages, also those that are not over."""
-        now = time.perf_counter()
-        return {**self.seconds, **{key: self.seconds[key] + now - since for key, since in self._since.items()}}
-
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """Count what was spent before."""
-        for stage, spent in seconds.items():
-            self.seconds[stage] += spent
-
-
 def check_weights(run: Prepared, progress: Progress) -> str:
     """Read every weight once: a damaged file is found now, not after hours. Returns the hash of all."""
     progress.start("checking weights", run.skeleton.checkpoint.folder.nbytes, "B")
@@ -277,119 +219,3 @@ def verify_written(run: Prepared, report: PruneReport, progress: Progress) -> No
     progress.finish()
     if bad := [check for check in checks if check.violations]:
         raise CheckError(f"{bad[0].name!r} misses {bad[0].violations} zeros of {run.goal.name}", "please report this")
-
-
-def new_report(run: Prepared) -> PruneReport:
-    """A report with all that is known before the run."""
-    job, plan, versions = run.job, run.plan, run.versions
-    config = run.source.config
-    return PruneReport(
-        llmprune=versions.pop("llmprune"),
-        command=job.command,
-        versions=versions,
-        model={
-            "name": job.model,
-            "revision": run.source.revision,
-            "type": config.model_type,
-            "class": type(run.skeleton.model).__name__,
-            "parameters": plan.parameters,
-            "blocks": len(run.skeleton.blocks),
-        },
-        sparsity={
-            "pattern": run.goal.name,
-            "meaning": run.goal.describe(),
-            "scope": run.goal.scope,
-            "fraction": float(run.pattern.fraction) if run.pattern else 0.0,
-            "note": run.goal.speed_note(),
-            "done": list(run.structure.said) if run.structure else [],
-            "config": run.structure.changes if run.structure else {},
-        },
-        method={"name": run.recipe.label, "options": run.options},
-        recipe={"effort": job.effort if job.method == AUTO else None, **asdict(run.recipe)},
-        calibration={**asdict(run.calibration.provenance), "tokens": math.prod(run.shape), "own": run.own_windows},
-        evaluation=None,
-        coverage=coverage(plan),
-        machine={
-            "device": str(run.skeleton.device),
-            "compute": str(run.skeleton.compute).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "cpus": os.cpu_count(),
-        },
-        out=str(run.out),
-    )
-
-
-def coverage(plan: Plan) -> dict[str, Any]:
-    """How much of the blocks is pruned, and what is not."""
-    return {
-        "block_parameters": plan.block_parameters,
-        "covered": plan.covered,
-        "fraction": plan.coverage,
-        "skipped": plan.skipped_by_reason(),
-    }
-
-
-def add_evaluation(run: Prepared, report: PruneReport, dense: Perplexity | None, pruned: Perplexity | None) -> None:
-    """Put the perplexities into the report, with what the user must know about them."""
-    if dense is None or pruned is None or run.evaluation is None:
-        return
-    report.evaluation = {**asdict(run.evaluation.provenance), "dense": asdict(dense), "pruned": asdict(pruned)}
-    report.evaluation["overlap"] = run.overlap
-    if run.overlap:
-        report.warnings.append(
-            f"{run.overlap:.1%} of the evaluation text also stands in the calibration text, which flatters the result; "
-            "evaluate on other text (--eval)"
-        )
-    if pruned.value > EXPLODED * dense.value:
-        report.warnings.append(explosion(run, dense, pruned))
-
-
-def explosion(run: Prepared, dense: Perplexity, pruned: Perplexity) -> str:
-    """What happened, and what to try."""
-    tries = [] if run.job.method == AUTO else [f"--effort {DEFAULT_EFFORT} without --method"]
-    tries += ["--effort best"] if run.recipe.refine == 0 else []
-    tries += [
-        "more calibration data (--samples, --seq-len)",
-        "calibration text closer to the use (--calib)",
-        "less sparsity",
-    ]
-    return (
-        f"the perplexity rose from {dense.value:.1f} to {pruned.value:.1f}: this model is hardly usable; "
-        f"try {', '.join(tries)}"
-    )
-
-
-def write_companions(run: Prepared, report: PruneReport) -> None:
-    """Everything in the folder besides the weights."""
-    copy_companions(run.source.folder, run.unfinished)
-    config = json.loads((run.source.folder / "config.json").read_text(encoding="utf-8"))
-    for leftover in ("quantization_config", "compression_config", "sparsity_config"):
-        config.pop(leftover, None)
-    if run.structure:
-        # A config may say a number under another name, which must not contradict it.
-        aliases = {old for old, new in run.config.attribute_map.items() if new in run.structure.changes}
-        config = {key: value for key, value in config.items() if key not in aliases} | run.structure.changes
-    if run.job.dtype:
-        config.pop("torch_dtype", None)
-        config["dtype"] = run.job.dtype
-    write_json(run.unfinished / "config.json", config)
-    report.size = {
-        "dense": run.skeleton.checkpoint.folder.nbytes,
-        "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
-    }
-    (run.unfinished / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
-    write_report(report, run.unfinished)
-
-
-def highest(report: PruneReport) -> int:
-    """Largest resident size so far, in bytes; Linux adds its counters up in its own time and may tell less later."""
-    return max(peak_memory(), report.baseline_memory, *(block.peak_memory for block in report.blocks))
-
-
-def finish_report(run: Prepared, report: PruneReport, clock: Clock) -> None:
-    """The figures that are only known at the end."""
-    report.peak_memory = highest(report)
-    if run.skeleton.device.type == "cuda":
-        report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
-    report.seconds = {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()}
-    write_report(report, run.out)

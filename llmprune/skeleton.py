@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmprune.checkpoint import Checkpoint, SafetensorsFolder
+from llmprune.checkpoint import Checkpoint
 from llmprune.errors import InputError
 from llmprune.families import find_blocks
+from llmprune.folder import SafetensorsFolder
 from llmprune.memory import mapped_memory
 
 if TYPE_CHECKING:

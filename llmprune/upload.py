@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from llmprune.checkpoint import PACKED
 from llmprune.errors import InputError, PruneError
+from llmprune.folder import PACKED
 from llmprune.hub import card_for
 from llmprune.progress import Progress
 from llmprune.reach import HUB_SECONDS, hub_reachable, is_unreachable, start_probe, within

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, select
+from llmprune.folder import SafetensorsFolder
 from llmprune.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.plan import make_plan
 from llmprune.progress import Progress

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from llmprune.checkpoint import SafetensorsFolder
+from llmprune.folder import SafetensorsFolder
 from llmprune.job import Job
 from llmprune.rehearse import logits
 from llmprune.skeleton import Skeleton

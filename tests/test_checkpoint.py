@@ -27,17 +27,9 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 
-from llmprune.checkpoint import (
-    INDEX,
-    SINGLE,
-    SafetensorsFolder,
-    ShardWriter,
-    copy_companions,
-    read_header,
-    replace_folder,
-    write_json,
-)
 from llmprune.errors import InputError, PruneError
+from llmprune.folder import INDEX, SINGLE, SafetensorsFolder, read_header
+from llmprune.shards import ShardWriter, copy_companions, replace_folder, write_json
 
 FAMILIES = """
 llama gpt2 gpt_neox bloom opt falcon phi3 cohere gemma3_text mamba jamba

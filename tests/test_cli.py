@@ -695,7 +695,7 @@ def test_an_exploding_perplexity_is_warned_of_with_what_to_try(
     run: Callable[..., Outcome], flags: list[str], monkeypatch: pytest.MonkeyPatch, method: str, tries: str
 ) -> None:
     assert "hardly usable" not in run(*flags, "--method", method).err
-    monkeypatch.setattr("llmprune.run.EXPLODED", 0.1)
+    monkeypatch.setattr("llmprune.outcome.EXPLODED", 0.1)
     result = run(*flags, "--method", method, "--overwrite")
     warning = result.line("warning: the perplexity rose")
     assert "hardly usable" in warning

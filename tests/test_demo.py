@@ -19,7 +19,6 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune import Job, prune
-from llmprune.checkpoint import SafetensorsFolder
 from llmprune.demo import (
     CALIBRATION_YEARS,
     EVALUATION_YEARS,
@@ -32,6 +31,7 @@ from llmprune.demo import (
     sotu_text,
 )
 from llmprune.errors import InputError
+from llmprune.folder import SafetensorsFolder
 from llmprune.gguf import cached_gguf
 from llmprune.perplexity import perplexity
 from llmprune.prepare import output_folder

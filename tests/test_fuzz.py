@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from llmprune.checkpoint import INDEX, SINGLE, SafetensorsFolder
 from llmprune.errors import InputError
 from llmprune.flags import size
+from llmprune.folder import INDEX, SINGLE, SafetensorsFolder
 from llmprune.progress import Progress
 from llmprune.resume import STATE, read_state
 from llmprune.sparsity import parse_sparsity

@@ -434,7 +434,7 @@ def test_a_full_disk_keeps_what_is_finished(work: Job, reference: Reference, mon
     assert result(work) == reference(work)
 
 
-@pytest.mark.parametrize("writer", ["llmprune.carried.save_file", "llmprune.checkpoint.save_file"])
+@pytest.mark.parametrize("writer", ["llmprune.carried.save_file", "llmprune.shards.save_file"])
 def test_a_full_disk_is_named_whoever_writes(writer: str, work: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tensors: dict[str, Tensor], path: Path, **_: Any) -> None:
         if "00003" in path.name:

@@ -1,0 +1,152 @@
+"""The safetensors of a Hugging Face folder: read lazily, headers and index checked before anything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmprune.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PACKED = ".packed.safetensors"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies: file, dtype, shape and size in bytes."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class SafetensorsFolder(Mapping[str, Tensor]):
+    """The tensors of a HF folder by their names on disk, read one at a time; headers are checked when it is opened.
+
+    Raises:
+        InputError: no safetensors, a truncated or corrupt file, an index that points outside the folder or nowhere.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        wanted = _index(folder)
+        for file in sorted(set(wanted.values())) if wanted else [folder / SINGLE]:
+            self.entries.update(read_header(file))
+        for name, file in wanted.items():
+            if name not in self.entries or self.entries[name].file != file:
+                raise InputError(
+                    f"{INDEX} says tensor {name!r} is in {file.name}, but it is not there", _DOWNLOAD_AGAIN
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        try:
+            # Opened per read: a mapping that stays open would count every page ever touched as resident.
+            with safe_open(entry.file, framework="pt", device="cpu") as file:
+                tensor: Tensor = file.get_tensor(name)
+                return tensor.clone()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"tensor {name!r} of {entry.file} cannot be read: {error}", _DOWNLOAD_AGAIN) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor without data, of the right shape and dtype."""
+        entry = self.entries[name]
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+
+_DOWNLOAD_AGAIN = "the file is damaged or incomplete; download or save the model again"
+
+
+def _index(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index; empty where the folder has a single file."""
+    path = folder / INDEX
+    if next(folder.glob(f"*{PACKED}"), None):
+        raise InputError(f"{folder} is packed", f"unpack it first: llmprune unpack {folder}")
+    if not path.exists():
+        if (folder / SINGLE).exists():
+            return {}
+        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+        if pickles:
+            raise InputError(
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read",
+                "convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
+            )
+        raise InputError(f"{folder} has no {SINGLE} and no {INDEX}", "--model takes a Hugging Face model folder")
+    return read_index(path)
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """Tensor name -> file, from an index.
+
+    Raises:
+        InputError: it is none, or points outside its folder.
+    """
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        items = [(str(name), str(file)) for name, file in weight_map.items()]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is not a safetensors index: {error!r}", _DOWNLOAD_AGAIN) from error
+    for _, file in items:
+        if Path(file).name != file or file in {"", ".", ".."} or "\\" in file:
+            raise InputError(f"{path} points outside its folder: {file!r}", "do not use this checkpoint")
+    return {name: path.with_name(file) for name, file in items}
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Parse and check the header of a safetensors file.
+
+    Raises:
+        InputError: the file is missing, truncated, or not safetensors.
+    """
+
+    def bad(reason: str) -> InputError:
+        return InputError(f"{file} is not a whole safetensors file: {reason}", _DOWNLOAD_AGAIN)
+
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, 100 * 2**20):
+                raise bad(f"its header claims {length} bytes of {size}")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise bad(error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise bad("its header is no JSON") from error
+    entries, end = {}, 0
+    try:
+        header.pop("__metadata__", None)
+        for name, item in header.items():
+            start, stop = item["data_offsets"]
+            dtype = _DTYPES.get(item["dtype"], torch.uint8)
+            entries[name] = Entry(file, dtype, tuple(int(n) for n in item["shape"]), stop - start)
+            end = max(end, stop)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise bad("its header has the wrong form") from error
+    if 8 + length + end != size:
+        raise bad(f"it has {size} bytes, its header says {8 + length + end}")
+    return entries
