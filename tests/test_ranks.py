@@ -183,12 +183,14 @@ def test_two_processes_find_what_one_finds(
         assert torch.equal(tensor == 0, two[key] == 0), key
         torch.testing.assert_close(two[key], tensor, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
     before, after = (json.loads((f / "prune_report.json").read_text()) for f in (tmp_path / "one", outputs / name))
+    tokens = (WINDOWS + before["calibration"]["own"]) * LENGTH
+    assert before["calibration"] == after["calibration"]
     for alone, shared in zip(before["layers"], after["layers"], strict=True):
         assert shared["error"] == pytest.approx(alone["error"], rel=1e-3)
-        assert shared["tokens"] == WINDOWS * LENGTH
+        assert shared["tokens"] == tokens
     shares = after["processes"]
     assert shares["size"] == 2
-    assert sum(shares["tokens"]) == WINDOWS * LENGTH
+    assert sum(shares["tokens"]) == tokens
     for counts in (shares["tokens"], shares["rows"]):
         assert max(counts) - min(counts) <= 0.2 * sum(counts) / 2
 
