@@ -210,5 +210,7 @@ def _made(report: PruneReport) -> str:
     calibration = report.calibration
     seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
     tokens = f"The calibration tokens (sha256 `{calibration['sha256']}`{seed}) come from {calibration['source']}."
+    if calibration.get("own"):
+        tokens += f" The dense model wrote {calibration['own']} more windows (sha256 `{calibration['own_sha256']}`)."
     command = f"```\n{report.command}\n```\n\n" if report.command else ""
     return f"{command}{tokens} Made with {versions}."
