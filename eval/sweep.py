@@ -164,11 +164,12 @@ def undone(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, A
     Returns:
         the share, 0 for SparseGPT itself; None where there is no such cell or the dense model was not measured.
     """
-    value = {name: found["texts"][text]["value"] for name, found in ((str(own), result) for own, result in cells)}
+    found = {str(own): result for own, result in cells}
     for other in SPARSEGPT:
-        known = str(settings | other)
-        if settings.keys() >= other.keys() and known in value and text in dense:
-            return math.log(value[known] / value[str(settings)]) / math.log(value[known] / dense[text]["value"])
+        known = found.get(str(settings | other)) if settings.keys() >= other.keys() else None
+        if known and known["method"]["name"] == "sparsegpt" and text in dense:
+            value, ours = known["texts"][text]["value"], found[str(settings)]["texts"][text]["value"]
+            return math.log(value / ours) / math.log(value / dense[text]["value"])
     return None
 
 

@@ -243,7 +243,7 @@ class Block:
             yield from self._in_step(order, pruned, dense)
 
     def _begun(self, batch: Batch, dense: bool = False) -> Forward:
-        return Forward(batch, partial(self.pass_through, batch, dense), self._observed_by)
+        return Forward(batch, partial(self.pass_through, batch, dense), self._observed_by, outputs=dense)
 
     @contextmanager
     def _observed_by(self, observer: Observer) -> Iterator[None]:
@@ -293,7 +293,7 @@ class Block:
 
     def _seen_at(self, number: int, batch: Batch, dense: bool = False) -> Seen | None:
         """What is seen of a group in a forward of its own, None if the forward does not come there."""
-        finder = Finder(number)
+        finder = Finder(number, outputs=dense)
         with self._observed_by(finder), self._as_dense() if dense else nullcontext(), suppress(Stop):
             self._forward(batch, dense, trial=True)
         return finder.seen
@@ -334,7 +334,7 @@ class Block:
             return
         # Rows that were picked from the batch (routed tokens) are not the same ones in both models.
         whole = seen.inputs.numel() // seen.inputs.shape[-1] == batch.tokens.numel()
-        if dense is None or not whole:
+        if dense is None or not whole or dense.inputs.shape != seen.inputs.shape:
             stats.add(seen.inputs, None, scale, batch.fitted if whole else None)
             return
         stats.add(seen.inputs, self._landing(layer, seen, dense) or dense.inputs, scale, batch.fitted)
@@ -348,7 +348,8 @@ class Block:
     def _result(self, running: RunningGram | RunningPair, layers: list[str]) -> InputStats:
         with mapped_memory():
             stats = running.result()
-        if not bool(torch.isfinite(stats.gram).all()):
+        known = [value for value in (stats.gram, stats.missed, stats.energy) if value is not None]
+        if not all(bool(torch.isfinite(value).all()) for value in known):
             raise InputError(
                 f"the inputs of layer {self.layers[layers[0]].name!r} hold NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",

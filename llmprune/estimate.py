@@ -11,7 +11,7 @@ import torch
 from llmprune.families import LayerRef
 from llmprune.folder import Entry
 from llmprune.methods import METHODS, MethodEntry
-from llmprune.own_text import AT_ONCE, whole_bytes
+from llmprune.own_text import check_room, whole_bytes, window_bytes
 from llmprune.perplexity import CHUNK_ELEMENTS
 from llmprune.plan import Plan
 from llmprune.recipe import Recipe
@@ -49,7 +49,7 @@ class Task:
     @property
     def own(self) -> int:
         """Tokens that the dense model writes."""
-        return round(self.text * self.recipe.own)
+        return self.recipe.own_windows(self.text // self.seq_len) * self.seq_len
 
     @property
     def tokens(self) -> int:
@@ -135,13 +135,9 @@ def _reading(task: Task) -> int:
 
 
 def _writing(task: Task) -> int:
-    """The whole model, keys and values of all windows that are written together while they grow, and a few logits."""
-    config = task.skeleton.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = int(heads * (getattr(config, "head_dim", None) or task.hidden // config.num_attention_heads))
-    windows = min(AT_ONCE, max(task.own // task.seq_len, 1))
-    kept = 2 * windows * task.seq_len * width * (task.blocks + 1) * task.element
-    return whole_bytes(task.skeleton) + kept + 4 * 4 * windows * task.vocabulary
+    """The whole model, and what it needs of all windows that are written together."""
+    at_once = min(check_room(task.skeleton, task.seq_len), task.own // task.seq_len)
+    return whole_bytes(task.skeleton) + at_once * window_bytes(task.skeleton, task.seq_len)
 
 
 def _evaluating(task: Task) -> int:

@@ -199,7 +199,10 @@ def _add_stages(parser: Parser) -> None:
         help="fit the weights exactly on what is left (default: yes for channels and heads, no for a named method)",
     )  # fmt: skip
     stages.add_argument(
-        "--refine", type=epochs, metavar="EPOCHS", help="train each pruned block to give the dense block's output"
+        "--refine",
+        type=epochs,
+        metavar="EPOCHS",
+        help="train each pruned block to give the dense block's output; at most so often",
     )
     stages.add_argument(
         "--own",

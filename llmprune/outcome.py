@@ -66,6 +66,7 @@ def new_report(run: Prepared) -> PruneReport:
             "cpus": os.cpu_count(),
         },
         out=str(run.out),
+        warnings=[run.missing] if run.missing else [],
     )
 
 

@@ -5,16 +5,25 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, PruneError
+from llmprune.room import out_of_memory
 from llmprune.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 PROMPT = 16
 AT_ONCE = 32
 MOST_OF_MEMORY = 0.5
+WITHOUT = "do without text by the model itself (--own 0)"
+LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def write_text(
@@ -64,42 +73,89 @@ def go_on(
 ) -> Tensor:
     """Let the model go on from each of the prompts `(windows, tokens)` to a length in tokens.
 
-    Tokens are drawn from the model's own distribution as it is (temperature 1, nothing cut off); no window ends early.
-    """
-    from transformers import GenerationConfig
+    Tokens are drawn from the model's own distribution as it is (temperature 1, nothing cut off) but for the tokens that
+    end a text: no window ends early.
 
+    Raises:
+        PruneError: the model's own code for this fails.
+    """
     more = length - prompts.shape[1]
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=more, min_new_tokens=more, pad_token_id=0
-    )
+    if not more:
+        return prompts
+    settings = _settings(more)
     written = []
     devices = [skeleton.device] if skeleton.device.type == "cuda" else []
     with skeleton.loaded(list(skeleton.checkpoint)), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), at_once):
             given = prompts[start : start + at_once].to(skeleton.device)
-            mask = torch.ones_like(given)
-            written.append(skeleton.model.generate(given, attention_mask=mask, generation_config=settings).cpu())
+            written.append(_more(skeleton, given, settings).cpu())
             if step is not None:
                 step(len(given))
     return torch.cat(written)
 
 
-def check_room(skeleton: Skeleton) -> None:
-    """Refuse a model that cannot write here.
+def _more(skeleton: Skeleton, given: Tensor, settings: GenerationConfig) -> Tensor:
+    try:
+        found = skeleton.model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise PruneError(f"{type(skeleton.model).__name__} fails to write text: {reason}", WITHOUT) from error
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _settings(more: int) -> GenerationConfig:
+    """Plain draws, whatever the model's own settings are."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=more,
+        min_new_tokens=more,
+        pad_token_id=0,
+        return_dict_in_generate=False,
+        output_attentions=False,
+        output_hidden_states=False,
+    )
+
+
+def check_room(skeleton: Skeleton, length: int) -> int:
+    """How many windows of so many tokens the model can write at once.
 
     Raises:
         InputError: it has no way to, or does not fit into memory as a whole.
     """
     if not skeleton.model.can_generate():
-        raise InputError(f"{type(skeleton.model).__name__} cannot write text", "leave it out: --own 0")
+        raise InputError(f"{type(skeleton.model).__name__} cannot write text", WITHOUT)
     needed, there = whole_bytes(skeleton), memory_of(skeleton.device)
-    if needed > MOST_OF_MEMORY * there:
+    window = max(window_bytes(skeleton, length), 1)
+    if needed + window > MOST_OF_MEMORY * there:
         raise InputError(
-            f"to write text the whole model is in memory: {needed / 2**30:.1f} GiB, but {MOST_OF_MEMORY:.0%} of the "
-            f"{there / 2**30:.1f} GiB here are all that it may take",
-            "leave it out (--own 0)",
+            f"to write text the whole model is in memory: {(needed + window) / 2**30:.1f} GiB, but "
+            f"{MOST_OF_MEMORY:.0%} of the {there / 2**30:.1f} GiB here are all that it may take",
+            WITHOUT,
         )
+    return int(min(AT_ONCE, (MOST_OF_MEMORY * there - needed) // window))
+
+
+def window_bytes(skeleton: Skeleton, length: int) -> int:
+    """Of the keys and values of a window of so many tokens, and of what its next token is drawn from."""
+    config = skeleton.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 0
+    size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    width = (getattr(config, "num_key_value_heads", None) or heads) * size
+    # They are copied while they grow, a block at a time.
+    kept = 2 * length * width * (len(skeleton.blocks) + 1) * skeleton.compute.itemsize
+    return int(kept + 4 * 4 * config.vocab_size)
 
 
 def whole_bytes(skeleton: Skeleton) -> int:
@@ -109,7 +165,10 @@ def whole_bytes(skeleton: Skeleton) -> int:
 
 
 def memory_of(device: torch.device) -> int:
-    """All memory of a device, in bytes."""
+    """All memory of a device, in bytes; of a machine, what this process may have of it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):
+        there = min(there, int(LIMIT.read_text()))
+    return there

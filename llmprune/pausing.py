@@ -15,8 +15,8 @@ from llmprune.watch import Observer, Seen
 class Finder(Observer):
     """Ends a forward where it comes to a group."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
+    def __init__(self, number: int, outputs: bool = False) -> None:
+        super().__init__(outputs)
         self.number = number
         self.seen: Seen | None = None
 
@@ -33,12 +33,17 @@ class Forward(Observer):
         batch: the activations that enter the block.
         run: lets them pass through it.
         observed: within, the block's observer is the one given.
+        outputs: whether outputs of layers that land are wanted.
     """
 
     def __init__(
-        self, batch: Batch, run: Callable[[], None], observed: Callable[[Observer], AbstractContextManager[None]]
+        self,
+        batch: Batch,
+        run: Callable[[], None],
+        observed: Callable[[Observer], AbstractContextManager[None]],
+        outputs: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(outputs)
         self.batch = batch
         self.at: int | None = None
         self.seen = NOTHING

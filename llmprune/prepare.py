@@ -47,7 +47,10 @@ MOST_THREADS = 1024  # far more make the thread library end the process
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checked job: all that the run needs; `own` is what the dense model writes, once it has."""
+    """A checked job: all that the run needs; `own` is what the dense model writes, once it has.
+
+    What had to be left out is said by `missing`.
+    """
 
     job: Job
     source: Source
@@ -64,6 +67,7 @@ class Prepared:
     out: Path
     ranks: Ranks = ALONE
     own: TokenBatch | None = None
+    missing: str = ""
 
     @property
     def pattern(self) -> SparsityPattern | None:
@@ -99,7 +103,7 @@ class Prepared:
     @property
     def own_windows(self) -> int:
         """How many the dense model writes."""
-        return round(self.recipe.own * len(self.calibration.tokens))
+        return self.recipe.own_windows(len(self.calibration.tokens))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -172,13 +176,16 @@ def prepare(job: Job, progress: Progress) -> Prepared:
         plan = plan.smaller(structure.touched if goal.pattern is None else None, structure.saved(skeleton))
         for said in structure.said:
             progress.note(said)
-    recipe = _with_room_to_write(recipe, job, skeleton, progress)
     calibration, evaluation = _tokens(job, source, cache, progress)
+    recipe, missing = with_room_to_write(recipe, job, skeleton, calibration.tokens.shape[1])
+    if missing:
+        progress.warn(missing)
     check_refinement(recipe, calibration)
     overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
     run = Prepared(
-        job, source, goal, recipe, solver, remover, structure, skeleton, plan, calibration, evaluation, overlap, out
-    )
+        job, source, goal, recipe, solver, remover, structure, skeleton, plan, calibration, evaluation, overlap, out,
+        missing=missing,
+    )  # fmt: skip
     _check_space(run)
     return run
 
@@ -261,18 +268,16 @@ def _check_scales(skeleton: Skeleton, plan: Plan, tokens: Tensor) -> None:
                 raise InputError(f"no norm feeds {name!r}, so its inputs have no learned scale", f"--skip '*.{last}'")
 
 
-def _with_room_to_write(recipe: Recipe, job: Job, skeleton: Skeleton, progress: Progress) -> Recipe:
-    """The recipe without text of the model's own where it cannot write; refused if the user asked for it."""
-    if not recipe.own:
-        return recipe
+def with_room_to_write(recipe: Recipe, job: Job, skeleton: Skeleton, length: int) -> tuple[Recipe, str]:
+    """The recipe without text by the model itself where it cannot write, and why; refused if the user asked for it."""
     try:
-        check_room(skeleton)
+        if recipe.own:
+            check_room(skeleton, length)
     except InputError as error:
         if job.own:
             raise
-        progress.note(f"no text of the model's own: {error}")
-        return replace(recipe, own=0.0)
-    return recipe
+        return replace(recipe, own=0.0), f"{job.effort} goes without text by the model itself: {error}"
+    return recipe, ""
 
 
 def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:

@@ -23,7 +23,7 @@ class Recipe:
         steps: in how many nested steps the sparsity is reached.
         ridge: how strongly weights are pulled to their targets, as a share of every input's own mean square.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
-        refine: epochs in which a pruned block learns to give the dense block's output.
+        refine: most epochs in which a pruned block learns to give the dense block's output.
         own: how many windows the dense model writes itself and adds to the calibration text, per window of it.
         allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
         criterion: by which channels or heads go, a name of the CRITERIA table; '' where none do.
@@ -51,6 +51,10 @@ class Recipe:
     def twin(self) -> bool:
         """Whether the dense model's activations are needed."""
         return self.targets == "dense" or self.refine > 0
+
+    def own_windows(self, windows: int) -> int:
+        """How many windows the dense model adds to so many of the text; at least one, if it writes at all."""
+        return max(round(self.own * windows), 1) if self.own else 0
 
     def describe(self) -> str:
         """The stages in a few words."""

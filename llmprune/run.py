@@ -28,7 +28,7 @@ from llmprune.outcome import (
     write_companions,
 )
 from llmprune.perplexity import Perplexity, perplexity
-from llmprune.prepare import Prepared, prepare
+from llmprune.prepare import Prepared, prepare, with_room_to_write
 from llmprune.progress import Progress
 from llmprune.ranks import Ranks
 from llmprune.recipe import EFFORTS
@@ -127,8 +127,13 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
         "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
         "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
         "estimate": {"seconds": seconds(task, rate), "memory": memory(task)},
-        "efforts": {name: seconds(replace(task, recipe=job.at(name).recipe), rate) for name in EFFORTS},
+        "efforts": {name: seconds(at_effort(task, job.at(name)), rate) for name in EFFORTS},
     }
+
+
+def at_effort(task: Task, job: Job) -> Task:
+    """The same task with the recipe of another effort, as it would be run here."""
+    return replace(task, recipe=with_room_to_write(job.recipe, job, task.skeleton, task.seq_len)[0])
 
 
 def prune_blocks(

@@ -160,7 +160,7 @@ class RunningPair:
             missed, missed_held = _per_token(self._missed, tokens, held.tokens)
             apart = replace(apart, missed=missed_held)
             return replace(
-                stats, held=apart, missed=missed, given=self._given.div_(some), energy=self._energy.div_(some)
+                stats, held=apart, missed=missed, given=self._given.div_(some), energy=self._energy.div_(some).float()
             )
         if self._dense is not None and self._cross is not None:
             cross, cross_held = _per_token(self._cross, tokens, held.tokens)

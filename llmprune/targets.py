@@ -28,7 +28,7 @@ def toward_dense(
     on its own. Then Δ is fitted on all tokens. Source zeros stay zero.
 
     Args:
-        problem: a group with cross statistics; one without is returned as it is.
+        problem: a group with statistics of the dense model; one without is returned as it is.
         damping: λ as a fraction of the mean diagonal of H.
         ranks: the processes that share the rows.
 

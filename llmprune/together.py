@@ -18,7 +18,7 @@ from llmprune.block import Block, Group
 from llmprune.errors import InputError, PruneError
 from llmprune.linalg import error_terms, ratio
 from llmprune.memory import mapped_memory
-from llmprune.own_text import AT_ONCE, write_text
+from llmprune.own_text import check_room, write_text
 from llmprune.pattern import SparsityPattern, Unstructured
 from llmprune.prepare import Prepared
 from llmprune.problem import LayerSolution
@@ -31,6 +31,8 @@ from llmprune.room import with_room
 from llmprune.stream import BATCH_TOKENS, BlockStream
 from llmprune.structure import scale_of
 from llmprune.tokens import TokenBatch, load_tokens, save_tokens, token_batch
+
+WRITER = "the dense model"
 
 
 def spread_over(run: Prepared, ranks: Ranks) -> Prepared:
@@ -48,7 +50,9 @@ def spread_over(run: Prepared, ranks: Ranks) -> Prepared:
         )
     solver = run.solver and replace(run.solver, ranks=ranks)
     remover = run.remover and replace(run.remover, solver=solver)
-    return replace(run, solver=solver, remover=remover, ranks=ranks)
+    # Whether there is room to write text is the first process's to say: others may have more, or less.
+    recipe = replace(run.recipe, own=ranks.of_first(run.recipe.own))
+    return replace(run, solver=solver, remover=remover, recipe=recipe, ranks=ranks)
 
 
 def stream_of(run: Prepared, windows: int, saved: Sequence[dict[str, Any]] = ()) -> BlockStream:
@@ -102,8 +106,10 @@ def with_own_text(run: Prepared, progress: Progress) -> Prepared:
         if found is None:
             found = _written(run, progress)
             save_tokens(found, kept)
-    tokens = run.ranks.of_first(found.tokens.tolist() if found else [])
-    return replace(run, own=token_batch(torch.tensor(tokens), "the dense model", run.job.seed))
+    tokens = found.tokens if found else torch.zeros(windows, run.shape[1], dtype=torch.int64)
+    tokens = tokens.to(run.ranks.device)
+    run.ranks.same([tokens])
+    return replace(run, own=token_batch(tokens.cpu(), WRITER, run.job.seed))
 
 
 def _written(run: Prepared, progress: Progress) -> TokenBatch:
@@ -115,7 +121,8 @@ def _written(run: Prepared, progress: Progress) -> TokenBatch:
         progress.finish()
         return text
 
-    return token_batch(with_room(attempt, min(AT_ONCE, windows), progress), "the dense model", run.job.seed)
+    at_once = min(check_room(run.skeleton, run.shape[1]), windows)
+    return token_batch(with_room(attempt, at_once, progress), WRITER, run.job.seed)
 
 
 def block_patterns(

@@ -257,7 +257,10 @@ def save_tokens(batch: TokenBatch, path: Path, recipe: dict[str, Any] | None = N
     # One entry: safetensors writes several in any order, and the same tokens must give the same bytes.
     metadata = {METADATA: json.dumps(asdict(batch.provenance) | ({"recipe": recipe} if recipe else {}))}
     with replacing(path) as partial:
-        save_file({"tokens": batch.tokens}, partial, metadata=metadata)
+        try:
+            save_file({"tokens": batch.tokens}, partial, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary: int) -> TokenBatch:

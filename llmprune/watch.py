@@ -26,7 +26,7 @@ class Seen:
     Args:
         inputs: of its layers, `(..., in)`.
         landed: the residual stream right behind its only layer, `(..., out)`, if it adds to that.
-        made: that layer's own output, `(..., out)`.
+        made: that layer's own output, `(..., out)`, where that was wanted.
     """
 
     inputs: Tensor
@@ -35,9 +35,14 @@ class Seen:
 
 
 class Observer:
-    """Is told what happens in a forward through a block."""
+    """Is told what happens in a forward through a block.
 
-    def __init__(self) -> None:
+    Args:
+        outputs: whether it wants the outputs of layers that land, too.
+    """
+
+    def __init__(self, outputs: bool = False) -> None:
+        self.outputs = outputs
         self.passing: dict[int, Tensor] = {}
         self.made: dict[int, Tensor] = {}
 
@@ -90,14 +95,14 @@ class _Watch:
             told.arrive(number, Seen(inputs))
 
     def make(self, number: int, output: Tensor) -> None:
-        if (told := self.observer()) is not None:
+        if (told := self.observer()) is not None and told.outputs and number not in told.made:
             # What comes next may add to it in place.
-            told.made.setdefault(number, output.clone())
+            told.made[number] = output.clone()
 
     def land(self, place: str, stream: Tensor) -> None:
         for number, landing in sorted(self.landings.items()):
             if landing == place and (told := self.observer()) is not None and number in told.passing:
-                told.arrive(number, Seen(told.passing.pop(number), stream, told.made.pop(number)))
+                told.arrive(number, Seen(told.passing.pop(number), stream, told.made.pop(number, None)))
 
 
 def _before(module: nn.Module, tell: Callable[[Tensor], None]) -> RemovableHandle:

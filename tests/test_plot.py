@@ -63,7 +63,10 @@ def test_the_share_that_is_undone_is_that_of_sparsegpt_on_the_same_settings() ->
     dense = {"text": {"value": 10.0}}
     values = {("2:4", "fast"): 1000.0, ("2:4", "best"): 100.0, ("50%", "fast"): 40.0, ("50%", "best"): 10.0}
     cells: sweep.Cells = [
-        ({"sparsity": sparsity, "effort": effort}, {"texts": {"text": {"value": value}}})
+        (
+            {"sparsity": sparsity, "effort": effort},
+            {"texts": {"text": {"value": value}}, "method": {"name": "sparsegpt" if effort == "fast" else "admm"}},
+        )
         for (sparsity, effort), value in values.items()
     ]
     assert [sweep.undone("text", settings, cells, dense) for settings, _ in cells] == [0, pytest.approx(0.5), 0, 1]
