@@ -143,5 +143,6 @@ class PruneReport:
 def calibration_text(calibration: dict[str, Any]) -> str:
     """Which tokens were used."""
     seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
-    own = f", and {calibration['own']} windows by the dense model itself" if calibration.get("own") else ""
+    more = calibration.get("own", 0)
+    own = f", and {more} {'window' if more == 1 else 'windows'} by the dense model itself" if more else ""
     return f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}{seed}{own}"
