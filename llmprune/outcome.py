@@ -19,7 +19,7 @@ from llmprune.memory import peak_memory
 from llmprune.pattern import SparsityPattern
 from llmprune.perplexity import Perplexity
 from llmprune.plan import Plan
-from llmprune.prepare import Prepared
+from llmprune.prepared import Prepared
 from llmprune.problem import LayerSolution
 from llmprune.recipe import AUTO, DEFAULT_EFFORT
 from llmprune.report import LayerReport, PruneReport
@@ -66,7 +66,7 @@ def new_report(run: Prepared) -> PruneReport:
             "cpus": os.cpu_count(),
         },
         out=str(run.out),
-        warnings=[run.missing] if run.missing else [],
+        warnings=[run.left_out] if run.left_out else [],
     )
 
 

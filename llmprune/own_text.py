@@ -1,4 +1,12 @@
-"""Calibration text that the dense model writes itself."""
+"""Calibration text that the dense model writes itself.
+
+A short text of one kind holds a narrow part of what a model knows, and layers that are fitted to it one after another
+learn its peculiarities; what the model writes shows the layers what *it* expects of text. Its answer to that, which
+they are fitted to, is known like that to any other text.
+
+Source: self-calibration (Williams, Chrysostomou and Aletras 2025), where the model's text stands in for all other text
+and begins with nothing; here both are used, and the model's goes on from the other's, whose topics it keeps.
+"""
 
 from __future__ import annotations
 
@@ -26,40 +34,22 @@ WITHOUT = "do without text by the model itself (--own 0)"
 LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def write_text(
-    skeleton: Skeleton,
-    text: Tensor,
-    windows: int,
-    seed: int = 0,
-    at_once: int = AT_ONCE,
-    step: Callable[[int], object] | None = None,
-) -> Tensor:
-    """Windows that the model writes, every one going on from a few tokens of the calibration text.
-
-    A short text of one kind holds a narrow part of what a model knows, and layers that are fitted to it one after
-    another learn its peculiarities; what the model writes shows the layers what *it* expects of text. Its answer to
-    that, which they are fitted to, is known like that to any other text.
-
-    Source: self-calibration (Williams, Chrysostomou and Aletras 2025), where the model's text stands in for all other
-    text and begins with nothing; here both are used, and the text's topics are kept.
+def beginnings(text: Tensor, windows: int, seed: int = 0) -> Tensor:
+    """A few tokens from anywhere in a text, for each of so many windows that a model is to write.
 
     Args:
-        skeleton: the model; all of it is in memory meanwhile.
         text: calibration windows `(samples, length)`, int64.
-        windows: how many to write.
-        seed: of the places to go on from, and of the draws.
-        at_once: how many windows are written together; others are drawn if it changes.
-        step: told how many windows are done.
+        windows: how many beginnings.
+        seed: of the places.
 
     Returns:
-        `(windows, length)`, int64.
+        `(windows, prompt)`, int64.
     """
     length = text.shape[1]
-    generator = torch.Generator().manual_seed(seed)
     prompt = min(PROMPT, max(length // 2, 1))
+    generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(length - prompt + 1, (windows,), generator=generator).tolist()
-    prompts = torch.stack([text[at % len(text), start : start + prompt] for at, start in enumerate(starts)])
-    return go_on(skeleton, prompts, length, seed, at_once, step)
+    return torch.stack([text[at % len(text), start : start + prompt] for at, start in enumerate(starts)])
 
 
 @torch.no_grad()
@@ -71,10 +61,21 @@ def go_on(
     at_once: int = AT_ONCE,
     step: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Let the model go on from each of the prompts `(windows, tokens)` to a length in tokens.
+    """Let the model go on from prompts to windows of a length.
 
     Tokens are drawn from the model's own distribution as it is (temperature 1, nothing cut off) but for the tokens that
     end a text: no window ends early.
+
+    Args:
+        skeleton: the model; all of it is in memory meanwhile.
+        prompts: `(windows, prompt)`, int64.
+        length: of the windows, in tokens.
+        seed: of the draws.
+        at_once: how many windows are written together; others are drawn if it changes.
+        step: told how many windows are done.
+
+    Returns:
+        `(windows, length)`, int64.
 
     Raises:
         PruneError: the model's own code for this fails.

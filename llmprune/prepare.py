@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
-import platform
 import shutil
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,119 +16,25 @@ from llmprune.errors import InputError
 from llmprune.folder import SafetensorsFolder
 from llmprune.job import Job
 from llmprune.kinds import all_kinds
-from llmprune.methods import METHODS, load_method
 from llmprune.own_text import check_room
-from llmprune.pattern import NM, SparsityPattern, Unstructured
 from llmprune.plan import Plan, make_plan
+from llmprune.prepared import Prepared
 from llmprune.progress import Progress
-from llmprune.ranks import ALONE, Ranks
-from llmprune.recipe import AUTO, Recipe
+from llmprune.recipe import Recipe
 from llmprune.refine import LEAST_SAMPLES
-from llmprune.remove import Remover
 from llmprune.report import FILE
 from llmprune.skeleton import Skeleton
-from llmprune.solve import Solver
 from llmprune.source import Source, load_tokenizer, open_source
-from llmprune.sparsity import Sparsity, parse_sparsity
-from llmprune.structure import Structure, check_channel_scales, plan_structure
-from llmprune.structured import CRITERIA, load_criterion
+from llmprune.sparsity import Sparsity
+from llmprune.stages import stages
+from llmprune.structure import check_channel_scales, plan_structure
 from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    pass
 
-LIBRARIES = ("llmprune", "torch", "transformers", "safetensors", "numpy")
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
 MOST_THREADS = 1024  # far more make the thread library end the process
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A checked job: all that the run needs; `own` is what the dense model writes, once it has.
-
-    What had to be left out is said by `missing`.
-    """
-
-    job: Job
-    source: Source
-    goal: Sparsity
-    recipe: Recipe
-    solver: Solver | None
-    remover: Remover | None
-    structure: Structure | None
-    skeleton: Skeleton
-    plan: Plan
-    calibration: TokenBatch
-    evaluation: TokenBatch | None
-    overlap: float
-    out: Path
-    ranks: Ranks = ALONE
-    own: TokenBatch | None = None
-    missing: str = ""
-
-    @property
-    def pattern(self) -> SparsityPattern | None:
-        """Of the weights; None where only channels or heads go."""
-        return self.goal.pattern
-
-    @property
-    def options(self) -> dict[str, float]:
-        """The options of criterion and method."""
-        used = (self.remover.criterion if self.remover else None, self.solver.method if self.solver else None)
-        return {key: value for one in used if one is not None for key, value in asdict(one).items()}  # type: ignore[call-overload]
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The config of the model that is made."""
-        return self.source.config if self.structure is None else self.structure.config
-
-    @property
-    def chosen(self) -> frozenset[str]:
-        """Full names of the layers that are solved."""
-        cuts = frozenset(self.structure.by_name) if self.structure else frozenset()
-        return cuts if self.pattern is None else cuts | self.plan.names
-
-    @property
-    def tokens(self) -> Tensor:
-        """The calibration windows, the model's own among them, `(samples, length)`."""
-        if self.own is None:
-            return self.calibration.tokens
-        both = torch.cat([self.calibration.tokens, self.own.tokens])
-        # What is held out of them is of both kinds.
-        return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(self.job.seed))]
-
-    @property
-    def own_windows(self) -> int:
-        """How many the dense model writes."""
-        return self.recipe.own_windows(len(self.calibration.tokens))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of all calibration tokens, also of those that are still to be written: windows, length."""
-        samples, length = self.calibration.tokens.shape
-        return samples + self.own_windows, length
-
-    @property
-    def partial(self) -> Path:
-        """Where the work in progress lives: beside `out`, so that the final rename is atomic."""
-        return self.out.with_name(f".{self.out.name}.partial")
-
-    @property
-    def unfinished(self) -> Path:
-        """The model so far."""
-        return self.partial / "model"
-
-    @property
-    def resting_bytes(self) -> int:
-        """Size of the hidden states that enter a block and leave it, in all streams."""
-        hidden = self.source.config.get_text_config().hidden_size
-        element = self.skeleton.compute.itemsize * (2 if self.recipe.twin else 1)
-        return 2 * math.prod(self.shape) * int(hidden) * element
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """Of all that the result depends on."""
-        return {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
 def prepare(job: Job, progress: Progress) -> Prepared:
@@ -177,84 +80,17 @@ def prepare(job: Job, progress: Progress) -> Prepared:
         for said in structure.said:
             progress.note(said)
     calibration, evaluation = _tokens(job, source, cache, progress)
-    recipe, missing = with_room_to_write(recipe, job, skeleton, calibration.tokens.shape[1])
-    if missing:
-        progress.warn(missing)
+    recipe, left_out = with_room_to_write(recipe, job, skeleton, calibration.tokens.shape[1])
+    if left_out:
+        progress.warn(left_out)
     check_refinement(recipe, calibration)
     overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
     run = Prepared(
         job, source, goal, recipe, solver, remover, structure, skeleton, plan, calibration, evaluation, overlap, out,
-        missing=missing,
+        left_out=left_out,
     )  # fmt: skip
     _check_space(run)
     return run
-
-
-def stages(job: Job) -> tuple[Sparsity, Recipe, Solver | None, Remover | None]:
-    """What is to go, and the stages that make it go.
-
-    Raises:
-        InputError: method, options or flags do not fit what is to go.
-    """
-    goal = parse_sparsity(job.sparsity)
-    _check_method(job, goal)
-    recipe, options = job.recipe, dict(job.options)
-    # Options are those of the method that was named; of a pair, the method of the weights.
-    for_criterion = goal.pattern is None or (job.method in CRITERIA and job.method not in METHODS)
-    method = load_method(recipe.method, {} if for_criterion else options) if goal.pattern else None
-    if method is not None:
-        # Of a layer that loses rows later, a count over rows alone stays exact.
-        goal = parse_sparsity(job.sparsity, job.scope or ("row" if goal.removals else method.scope))
-    if job.scope and not isinstance(goal.pattern, Unstructured):
-        raise InputError(
-            f"--scope {job.scope} does not apply to {goal.name}",
-            "leave it out: it is for shares of weights such as 50%",
-        )
-    if goal.removals and job.scope == "layer":
-        raise InputError("--scope layer cannot be exact where rows are removed", "use --scope row")
-    if goal.removals and goal.pattern is None and (job.only or job.skip):
-        raise InputError(
-            f"--only and --skip do not apply to {goal.name}", "a config has one width and one number of heads for all"
-        )
-    if job.round_to and not any(removal.kind == "channels" for removal in goal.removals):
-        raise InputError(f"--round-to does not apply to {goal.name}", "it is for channels:...")
-    recipe = applicable(recipe, job, goal)
-    solver = Solver(method, recipe) if method is not None else None
-    if not goal.removals:
-        return goal, recipe, solver, None
-    criterion = load_criterion(recipe.criterion, options if for_criterion else {})
-    remover = Remover(criterion, recipe.targets == "dense", recipe.steps, recipe.reconstruct, solver)
-    return goal, recipe, solver, remover
-
-
-def _check_method(job: Job, goal: Sparsity) -> None:
-    if job.method == AUTO or (job.method in METHODS and goal.pattern) or (job.method in CRITERIA and goal.removals):
-        return
-    known = [*(METHODS if goal.pattern else ()), *(CRITERIA if goal.removals else ())]
-    what = "score for whole channels and heads" if goal.removals else "rule for single weights"
-    raise InputError(f"--method {job.method} has no {what}, as {goal.name} needs", f"choose from {', '.join(known)}")
-
-
-def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
-    """The recipe without what has no meaning for this pattern; refused if the user asked for it by name."""
-    if isinstance(goal.pattern, NM):
-        if job.allocate not in {None, "uniform"}:
-            raise InputError(
-                f"--allocate {job.allocate} does not apply to {goal.name}",
-                "leave it out: N:M prunes the same in every group of every layer",
-            )
-        return replace(recipe, allocate="uniform")
-    if job.permute:
-        raise InputError(f"--permute does not apply to {goal.name}", "leave it out: it is for N:M patterns")
-    if goal.pattern is None and job.allocate not in {None, "uniform"}:
-        raise InputError(
-            f"--allocate {job.allocate} does not apply to {goal.name}", "a config has one width and one number for all"
-        )
-    if goal.pattern is None and job.ridge:
-        raise InputError(
-            f"--ridge {job.ridge:g} does not apply to {goal.name}", "leave it out: held-out tokens choose the ridge"
-        )
-    return replace(recipe, permute=False, allocate="uniform" if goal.pattern is None else recipe.allocate)
 
 
 def _check_scales(skeleton: Skeleton, plan: Plan, tokens: Tensor) -> None:

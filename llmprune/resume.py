@@ -25,7 +25,8 @@ from llmprune.durable import sha256
 from llmprune.errors import InputError, PruneError
 from llmprune.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.perplexity import Perplexity
-from llmprune.prepare import Prepared, output_folder
+from llmprune.prepare import output_folder
+from llmprune.prepared import Prepared
 from llmprune.progress import Progress
 from llmprune.report import PruneReport
 from llmprune.shards import Shard, ShardWriter, write_json

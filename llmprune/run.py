@@ -28,7 +28,8 @@ from llmprune.outcome import (
     write_companions,
 )
 from llmprune.perplexity import Perplexity, perplexity
-from llmprune.prepare import Prepared, prepare, with_room_to_write
+from llmprune.prepare import prepare, with_room_to_write
+from llmprune.prepared import Prepared
 from llmprune.progress import Progress
 from llmprune.ranks import Ranks
 from llmprune.recipe import EFFORTS

@@ -18,9 +18,9 @@ from llmprune.block import Block, Group
 from llmprune.errors import InputError, PruneError
 from llmprune.linalg import error_terms, ratio
 from llmprune.memory import mapped_memory
-from llmprune.own_text import check_room, write_text
+from llmprune.own_text import beginnings, check_room, go_on
 from llmprune.pattern import SparsityPattern, Unstructured
-from llmprune.prepare import Prepared
+from llmprune.prepared import Prepared
 from llmprune.problem import LayerSolution
 from llmprune.progress import Progress
 from llmprune.ranks import Ranks
@@ -117,7 +117,8 @@ def _written(run: Prepared, progress: Progress) -> TokenBatch:
 
     def attempt(at_once: int) -> Tensor:
         progress.start("writing text", windows)
-        text = write_text(run.skeleton, run.calibration.tokens, windows, run.job.seed, at_once, progress.step)
+        prompts = beginnings(run.calibration.tokens, windows, run.job.seed)
+        text = go_on(run.skeleton, prompts, run.shape[1], run.job.seed, at_once, progress.step)
         progress.finish()
         return text
 

@@ -40,6 +40,8 @@ CASES = {
     "sparsegpt": {"method": "sparsegpt"},
     "many tokens": {"method": "sparsegpt", "samples": 128},
     "dense targets": {"method": "sparsegpt", "targets": "dense"},
+    "balanced": {"effort": "balanced"},
+    "own text": {"method": "sparsegpt", "own": 1.0},
     "evaluated": {"method": "magnitude", "evaluate": True},
     "demo": {"model": "demo", "method": "sparsegpt"},
 }

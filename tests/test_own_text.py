@@ -9,11 +9,17 @@ import pytest
 import torch
 from helpers import random_tokens, reload, save_tiny, skeleton_of, token_file
 from safetensors import SafetensorError
+from torch import Tensor
 
 from llmprune import Job, own_text, prune
 from llmprune.errors import InputError, PruneError
-from llmprune.own_text import check_room, whole_bytes, window_bytes, write_text
+from llmprune.own_text import AT_ONCE, beginnings, check_room, go_on, whole_bytes, window_bytes
 from llmprune.run import dry_run
+from llmprune.skeleton import Skeleton
+
+
+def write_text(skeleton: Skeleton, text: Tensor, windows: int, seed: int = 0, at_once: int = AT_ONCE) -> Tensor:
+    return go_on(skeleton, beginnings(text, windows, seed), text.shape[1], seed, at_once)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "gemma3_text", "falcon", "opt", "mamba"])

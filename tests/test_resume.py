@@ -356,7 +356,7 @@ def test_another_model_is_refused(work: Job, stop: Stop, tmp_path_factory: pytes
 
 def test_other_versions_are_refused(work: Job, stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
     stop(work, 2)
-    monkeypatch.setattr("llmprune.prepare.version", lambda name: "1.0")
+    monkeypatch.setattr("llmprune.prepared.version", lambda name: "1.0")
     with pytest.raises(InputError, match=r"llmprune was .*, now 1\.0"):
         prune(work)
 
