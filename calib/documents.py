@@ -13,7 +13,7 @@ from calib.recipe import Part
 from llmprune.errors import InputError
 from llmprune.progress import Progress
 from llmprune.reach import is_unreachable
-from llmprune.tokens import read_file
+from llmprune.texts import read_file
 
 RETRIES = 5
 BUFFER = 10_000

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llmprune.errors import InputError
 from llmprune.recipe import Recipe
 from llmprune.report import PruneReport, calibration_text
-from llmprune.tokens import DATASETS
+from llmprune.texts import DATASETS
 
 FILE, SPEED = "README.md", "speed.json"
 INHERITED = ("language", "license", "license_name", "license_link")

@@ -12,9 +12,11 @@ from torch import Tensor
 from llmprune.coupling import Coupling
 from llmprune.families import find_layers
 from llmprune.find_couplings import find_couplings
+from llmprune.landing import find_landings
 from llmprune.rehearse import Batch, Wrap, leaves_behind, rehearse
+from llmprune.scales import find_scales
 from llmprune.skeleton import Skeleton
-from llmprune.watch import CallOrder, call_order, find_landings, find_scales
+from llmprune.watch import CallOrder, call_order
 
 SHORT = 16
 """Tokens that are enough to see how the layers of a block hang together."""

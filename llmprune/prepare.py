@@ -6,7 +6,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,9 +28,6 @@ from llmprune.sparsity import Sparsity
 from llmprune.stages import stages
 from llmprune.structure import check_channel_scales, plan_structure
 from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
 MOST_THREADS = 1024  # far more make the thread library end the process

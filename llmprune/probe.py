@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmprune.coupling import Coupling, Feed, Source
 from llmprune.families import LayerRef
 from llmprune.float64 import Float64
-from llmprune.watch import is_scale
+from llmprune.scales import is_scale
 
 Run = Callable[[nn.Module, Tensor], Any]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from llmprune.errors import InputError
 from llmprune.job import Job
@@ -14,9 +13,6 @@ from llmprune.remove import Remover
 from llmprune.solve import Solver
 from llmprune.sparsity import Sparsity, parse_sparsity
 from llmprune.structured import CRITERIA, load_criterion
-
-if TYPE_CHECKING:
-    pass
 
 
 def stages(job: Job) -> tuple[Sparsity, Recipe, Solver | None, Remover | None]:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hub_server import Hub
 
-from llmprune.tokens import DATASETS, load_tokens
+from llmprune.texts import DATASETS
+from llmprune.tokens import load_tokens
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.progress import Progress
+from llmprune.texts import DATASETS, read_text
 from llmprune.tokens import (
-    DATASETS,
     TokenBatch,
     calibration_tokens,
     evaluation_tokens,
     load_tokens,
-    read_text,
     save_tokens,
     shared_runs,
     token_batch,
@@ -278,7 +277,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         state.asked.append((arguments, options))
         return state.stream
 
-    monkeypatch.setattr("llmprune.tokens.hub_reachable", lambda: True)
+    monkeypatch.setattr("llmprune.texts.hub_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return state
