@@ -86,6 +86,7 @@ class Block:
         self.scales: dict[str, tuple[str, float]] = {}
         self.quiet: float | None = None
         self.balanced = False
+        self.unfitted: frozenset[int] = frozenset()
         self._moves: list[tuple[Coupling, Tensor]] = []
         self.observer: Observer | None = None
         self.landings: dict[int, str] = {}
@@ -327,6 +328,8 @@ class Block:
         return squares / count
 
     def _add(self, stats: RunningGram | RunningPair, batch: Batch, layer: str, seen: Seen, dense: Seen | None) -> None:
+        if batch.part.batch in self.unfitted:
+            return
         landed = dense.landed if dense is not None and dense.landed is not None else seen.landed
         scale = even_weight(landed) if self.balanced and landed is not None else None
         if isinstance(stats, RunningGram):

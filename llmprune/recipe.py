@@ -23,7 +23,7 @@ class Recipe:
         steps: in how many nested steps the sparsity is reached.
         ridge: how strongly weights are pulled to their targets, as a share of every input's own mean square.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
-        refine: most epochs in which a pruned block learns to give the dense block's output.
+        refine: in how many epochs a pruned block learns to give the dense block's output.
         own: how many windows the dense model writes itself and adds to the calibration text, per window of it.
         allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
         criterion: by which channels or heads go, a name of the CRITERIA table; '' where none do.
@@ -83,7 +83,7 @@ class Recipe:
 EFFORTS = {
     "fast": Recipe("sparsegpt"),
     "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3),
-    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, refine=8, own=1.0),
+    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, refine=4, own=1.0),
 }
 REMOVALS = {
     "fast": Recipe("", criterion="wanda"),

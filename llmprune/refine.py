@@ -12,14 +12,13 @@ from torch.func import functional_call
 from llmprune.block import Block
 from llmprune.rehearse import Batch, hidden_of
 from llmprune.report import Refinement
+from llmprune.shares import judges
 
 RATE = 0.01  # of a parameter's root mean square, per step
 WHITENING = 0.5
 WARM_UP = 0.1
-HELD_OUT = 8
 BATCH_TOKENS = 1024
 LEAST_SAMPLES = 2
-PATIENCE = 2
 
 
 def batch_tokens(tokens: int) -> int:
@@ -32,16 +31,16 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
 
     Adam on float32 masters, batch by batch, with a warm-up and a cosine decay. The step size is a fraction of each
     parameter's root mean square, so it needs no tuning by model. Masks hold exactly: a pruned weight has no gradient.
-    One batch in eight (at least one) is held out; the epoch that did best on it is kept, or the block as it was. After
-    two epochs in a row that did no better it ends: late blocks, whose error came from those before, learn nothing.
+    One batch in sixteen (at least one) is held out, of the solves too where there are so many; the epoch that did best
+    there is kept, or the block as it was.
 
     Args:
         block: a block of a stream with a twin, its groups all solved.
-        epochs: most passes over the calibration batches.
+        epochs: passes over the calibration batches.
         seed: of the order of the batches.
     """
-    held = max(1, block.count // HELD_OUT)
-    training, held_out = range(block.count - held), range(block.count - held, block.count)
+    held_out = judges(block.count)
+    training = [number for number in range(block.count) if number not in held_out]
     values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block).items()}
     masks = {name: value != 0 for name, value in values.items() if value.dim() == 2}
     loss = BlockLoss(block, values)
@@ -49,7 +48,6 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     best: dict[str, Tensor] = {}
     schedule = Schedule(values, epochs * len(training))
     generator = torch.Generator().manual_seed(seed)
-    idle = 0
     for _ in range(epochs if training else 0):
         for index in torch.randperm(len(training), generator=generator).tolist():
             gradients = loss.gradients(training[index])
@@ -58,9 +56,6 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
             schedule.step()
         if (reached := loss.mean(held_out)) < after:
             best, after = {name: value.detach().clone() for name, value in values.items()}, reached
-            idle = 0
-        elif (idle := idle + 1) == PATIENCE:
-            break
     block.ranks.same(best.values())
     block.store(best)
     block.rewind()

@@ -6,6 +6,22 @@ from dataclasses import dataclass
 
 from llmprune.stats import HELD_OUT
 
+JUDGES = 16
+"""One batch in so many is left to judge blocks by that are trained."""
+
+
+def judges(batches: int) -> range:
+    """The batches that a trained block is judged by; of fewer than `JUDGES`, one."""
+    return range(JUDGES // 2, batches, JUDGES) or range(batches - 1, batches)
+
+
+def unfitted(batches: int) -> frozenset[int]:
+    """The batches that the solves do not see where blocks are trained: the judges, if there are batches enough.
+
+    A window that the weights were fitted to is no judge: training gains less on it than on any other text.
+    """
+    return frozenset(judges(batches)) if batches >= JUDGES else frozenset()
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

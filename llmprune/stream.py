@@ -16,6 +16,7 @@ from llmprune.kinds import Kinds, short_batch
 from llmprune.memory import give_back_memory
 from llmprune.ranks import ALONE, Ranks
 from llmprune.rehearse import SPENT, rehearse
+from llmprune.shares import unfitted
 from llmprune.skeleton import Skeleton
 
 BATCH_TOKENS = 2048
@@ -45,7 +46,8 @@ class BlockStream:
         cuts: by their full names, the layers that lose inputs, with what these hang together with.
         scales: whether to look for the norms that feed the layers.
         quiet: with this share of the root mean square as the limit, count how often their inputs are nearly zero.
-        again: whether blocks will be passed more than once, see `Block.rewind`.
+        again: whether blocks will be trained, and passed once more, see `Block.rewind`; statistics then leave out the
+            batches that are to judge them, see `unfitted`.
         folder: where hidden states rest that exceed the budget, and what `save` writes; None for neither.
         budget: bytes of hidden states that may rest in memory.
         saved: what `save` returned in a run that was stopped; the stream goes on from there.
@@ -86,6 +88,7 @@ class BlockStream:
         if saved:
             self.batch_size = min(self.batch_size, saved["batch_size"])
         self.ranks, self.count = ranks, -(-len(tokens) // self.batch_size)
+        self.unfitted = unfitted(self.count) if again else frozenset()
         own, tokens = ranks.parts(len(tokens), self.batch_size), ranks.share(tokens)
         self.rehearsal = rehearse(skeleton, tokens, self.batch_size, self._pruned, self._dense, wrap, own)
         short = short_batch(skeleton, tokens, self.rehearsal.wrap) if permute or scales else None
@@ -128,7 +131,7 @@ class BlockStream:
             block.couplings = {c.sink: c for c in self.kinds.couplings(block.index) if block.movable(c)}
         prefix = f"{block.name}."
         block.cuts = {n.removeprefix(prefix): c for n, c in self.cuts.items() if n.startswith(prefix)}
-        block.quiet, block.balanced = self.quiet, bool(self.cuts)
+        block.quiet, block.balanced, block.unfitted = self.quiet, bool(self.cuts), self.unfitted
         return block.groups(order.groups)
 
     def save(self) -> dict[str, Any]:

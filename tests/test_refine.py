@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from test_stream import chosen, skeleton_of, solve
 from torch import Tensor
 
 from llmprune import refine as module
+from llmprune.problem import InputStats
 from llmprune.refine import batch_tokens, refine
 from llmprune.report import Refinement
+from llmprune.shares import judges, unfitted
 from llmprune.stream import BlockStream
 
 SAMPLES = 16
@@ -124,15 +127,30 @@ def test_batches_are_small_enough_for_many_steps(shape: tuple[int, int], size: i
     assert batch_tokens(math.prod(shape)) == size
 
 
-def test_a_block_that_learns_nothing_is_left_after_two_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batches", [1, 2, 8, 9, 15, 16, 17, 24, 25, 128])
+def test_judges_are_few_and_some_are_left_to_train_on(batches: int) -> None:
+    found = judges(batches)
+    assert 1 <= len(found) <= max(1, batches // 8)
+    assert set(found) <= set(range(batches))
+    assert unfitted(batches) == (frozenset(found) if batches >= 16 else frozenset())
+
+
+@pytest.mark.parametrize(("samples", "left_out"), [(16, [8]), (30, [8, 24]), (15, [])])
+def test_the_solves_do_not_see_the_judges(samples: int, left_out: list[int], tmp_path: Path) -> None:
+    """The statistics are those of a text without them, in every group of every block."""
     save_tiny("llama", tmp_path, tokenizer=False)
-    judged: list[str] = []
-
-    def rising(loss: module.BlockLoss, _: object) -> float:
-        judged.append(loss.block.name)
-        return float(len(judged))
-
-    monkeypatch.setattr(module.BlockLoss, "mean", rising)
-    before, after, gained, _ = refined(tmp_path, 9)
-    assert judged == [name for block in gained for name in 3 * [block.block]]
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    tokens = random_tokens(samples)
+    rest = tokens[[at for at in range(samples) if at not in left_out]]
+    seen: list[list[InputStats]] = []
+    for text, again in ((tokens, True), (rest, False)):
+        skeleton = skeleton_of(tmp_path)
+        stream = BlockStream(
+            skeleton, text, batch_tokens=text.shape[1], chosen=chosen(skeleton), twin=True, again=again
+        )
+        seen.append([])
+        for block in stream:
+            for group in stream.groups(block):
+                seen[-1].append(replace(group.problem.stats, gram=group.problem.stats.gram.clone()))
+                solve(group)
+    assert all(one.tokens == other.tokens == rest.numel() for one, other in zip(*seen, strict=True))
+    assert all(torch.allclose(one.gram, other.gram, rtol=1e-4, atol=1e-5) for one, other in zip(*seen, strict=True))
