@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from llmprune.coupling import Coupling
 from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_layers, weight_of
+from llmprune.gathering import GroupStatistics, Sampling
 from llmprune.memory import give_back_memory, mapped_memory
 from llmprune.pausing import Finder, Forward
 from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
-from llmprune.ranks import ALONE, Ranks
+from llmprune.ranks import Ranks
 from llmprune.rehearse import Batch, Stop, hidden_of, own_state
 from llmprune.skeleton import Skeleton
-from llmprune.stats import Landing, QuietCount, RunningGram, RunningPair
 from llmprune.surgery import rearrange
 from llmprune.watch import Observer, Seen, watched
 
@@ -57,8 +57,7 @@ class Block:
         index: position of the block.
         batches: the activations that enter it; they leave it when `advance` or `groups` is done.
         chosen: the layers to be pruned, by full name.
-        paired: whether the layers' statistics are taken against the dense model's activations.
-        ranks: the processes that have the other windows of the batches.
+        sampling: how the layers' statistics are taken.
         count: how many batches there are in all.
     """
 
@@ -68,12 +67,11 @@ class Block:
         index: int,
         batches: list[Batch],
         chosen: frozenset[str],
-        paired: bool = False,
-        ranks: Ranks = ALONE,
+        sampling: Sampling | None = None,
         count: int | None = None,
     ) -> None:
-        self.skeleton, self.index, self.batches, self.paired = skeleton, index, batches, paired
-        self.ranks, self.count = ranks, len(batches) if count is None else count
+        self.skeleton, self.index, self.batches = skeleton, index, batches
+        self.sampling, self.count = sampling or Sampling(), len(batches) if count is None else count
         self.paused = True
         self.name = skeleton.block_name(index)
         self.module = skeleton.blocks[index]
@@ -84,9 +82,6 @@ class Block:
         self.couplings: dict[str, Coupling] = {}
         self.cuts: dict[str, Coupling] = {}
         self.scales: dict[str, tuple[str, float]] = {}
-        self.quiet: float | None = None
-        self.balanced = False
-        self.unfitted: frozenset[int] = frozenset()
         self._moves: list[tuple[Coupling, Tensor]] = []
         self.observer: Observer | None = None
         self.landings: dict[int, str] = {}
@@ -96,6 +91,11 @@ class Block:
     def shrinks(self) -> bool:
         """Whether inputs were removed for good."""
         return any(len(order) < coupling.width for coupling, order in self._moves)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that have the other windows of the batches."""
+        return self.sampling.ranks
 
     @property
     def twin(self) -> bool:
@@ -258,16 +258,16 @@ class Block:
         self, order: list[list[str]], pruned: list[Forward], dense: list[Forward]
     ) -> Iterator[tuple[int, InputStats]]:
         for number, layers in enumerate(order):
-            stats = self._running(layers)
+            stats = self._statistics(layers)
             for forward, twin in zip_longest(pruned, dense):
                 if forward.at == number:
                     other = twin.seen if twin and twin.at == number else None
-                    self._add(stats, forward.batch, layers[0], forward.seen, other)
+                    stats.add(forward.batch, forward.seen, other)
             # A member of a group may be called after later groups have begun.
             with self._as_dense():
                 for forward in dense:
                     forward.leave(number)
-            yield number, self._result(stats, layers)
+            yield number, stats.result()
             for forward in pruned:
                 if forward.at == number and forward.seen.landed is not None:
                     self._follow(layers[0], forward.seen)
@@ -283,13 +283,13 @@ class Block:
     def _repeating(self, order: list[list[str]]) -> Iterator[tuple[int, InputStats]]:
         """A forward up to every group, and one through the whole block."""
         for number, layers in enumerate(order):
-            stats = self._running(layers)
+            stats = self._statistics(layers)
             for batch in self.batches:
                 seen = self._seen_at(number, batch)
                 if seen is not None:
-                    other = self._seen_at(number, batch, dense=True) if self.paired else None
-                    self._add(stats, batch, layers[0], seen, other)
-            yield number, self._result(stats, layers)
+                    other = self._seen_at(number, batch, dense=True) if self.sampling.paired else None
+                    stats.add(batch, seen, other)
+            yield number, stats.result()
         self.advance()
 
     def _seen_at(self, number: int, batch: Batch, dense: bool = False) -> Seen | None:
@@ -313,58 +313,7 @@ class Block:
             weight = self._parameter(local)
             self.dense_weights[local], weight.data = weight.data, other
 
-    def _running(self, layers: list[str]) -> RunningGram | RunningPair:
-        with mapped_memory():
-            width = self.layers[layers[0]].shape[1]
-            epsilon = self.quiet if layers[0] in self.cuts else None
-            quiet = None if epsilon is None else QuietCount(epsilon, self._mean_square)
-            apart = self.paired or layers[0] in self.cuts
-            return (RunningPair if apart else RunningGram)(width, self.skeleton.device, quiet)
-
-    def _mean_square(self, rows: Tensor) -> float:
-        """Of the first batch, of which other processes may have a part, or all."""
-        here = rows if self.batches[0].part.batch == 0 else rows[:0]
-        squares, count = self.ranks.total([float(here.square().sum(dtype=torch.float64)), here.numel()])
-        return squares / count
-
-    def _add(self, stats: RunningGram | RunningPair, batch: Batch, layer: str, seen: Seen, dense: Seen | None) -> None:
-        if batch.part.batch in self.unfitted:
-            return
-        landed = dense.landed if dense is not None and dense.landed is not None else seen.landed
-        scale = even_weight(landed) if self.balanced and landed is not None else None
-        if isinstance(stats, RunningGram):
-            stats.add(seen.inputs, scale)
-            return
-        # Rows that were picked from the batch (routed tokens) are not the same ones in both models.
-        whole = seen.inputs.numel() // seen.inputs.shape[-1] == batch.tokens.numel()
-        if dense is None or not whole or dense.inputs.shape != seen.inputs.shape:
-            stats.add(seen.inputs, None, scale, batch.fitted if whole else None)
-            return
-        stats.add(seen.inputs, self._landing(layer, seen, dense) or dense.inputs, scale, batch.fitted)
-
-    def _landing(self, layer: str, seen: Seen, dense: Seen) -> Landing | None:
-        if seen.landed is None or dense.landed is None or dense.made is None:
-            return None
-        bias = dict(self.module.get_submodule(layer).named_parameters()).get("bias")
-        return Landing(dense.landed - seen.landed, dense.made if bias is None else dense.made - bias)
-
-    def _result(self, running: RunningGram | RunningPair, layers: list[str]) -> InputStats:
-        with mapped_memory():
-            stats = running.result()
-        known = [value for value in (stats.gram, stats.missed, stats.energy) if value is not None]
-        if not all(bool(torch.isfinite(value).all()) for value in known):
-            raise InputError(
-                f"the inputs of layer {self.layers[layers[0]].name!r} hold NaN or Inf",
-                "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
-            )
-        return self.ranks.summed(stats, [self.layers[local].name for local in layers])
-
-
-def even_weight(landed: Tensor) -> Tensor:
-    """By what to scale a token's error so that it counts relative to the residual stream, `(tokens, 1)`, float32.
-
-    The next norm divides every token by its own size, and that differs a hundredfold: at a few tokens, such as the
-    first, the stream is so large that they alone would make up all of a Gram.
-    """
-    size = landed.float().square().mean(-1).sqrt().flatten()[:, None]
-    return size.clamp(min=torch.finfo(torch.float32).tiny ** 0.5).reciprocal()
+    def _statistics(self, layers: list[str]) -> GroupStatistics:
+        bias = dict(self.module.get_submodule(layers[0]).named_parameters()).get("bias")
+        refs = [self.layers[local] for local in layers]
+        return GroupStatistics(self.sampling, refs, self.skeleton.device, layers[0] in self.cuts, bias)

@@ -46,26 +46,39 @@ class QuietCount:
     """Counts for how many tokens an input is exactly zero, and for how many it is nearly so.
 
     Args:
+        width: number of inputs.
         epsilon: nearly zero is below this share of the root mean square of all inputs in the first batch.
-        mean_square: of the inputs in the first batch, from those that are here.
+        mean_square: of the inputs in the first batch, from those that are here, if any; called once.
+        device: where the inputs come from.
     """
 
-    def __init__(self, epsilon: float, mean_square: Callable[[Tensor], float] | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        epsilon: float,
+        mean_square: Callable[[Tensor], float] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.epsilon, self.limit = epsilon, -1.0
         self._mean_square = mean_square or (lambda rows: float(rows.square().mean()))
-        self._exact = self._near = torch.zeros(())
+        self._exact, self._near = torch.zeros(2, width, dtype=torch.int64, device=device)
 
     def add(self, rows: Tensor) -> None:
         """Take in `(tokens, in)`."""
         if self.limit < 0 and len(rows):
-            self.limit = self.epsilon * self._mean_square(rows) ** 0.5
-        self._exact = self._exact + (rows == 0).sum(0)
-        self._near = self._near + (rows.abs() <= self.limit).sum(0)
+            self._fix_limit(rows)
+        self._exact += (rows == 0).sum(0)
+        self._near += (rows.abs() <= self.limit).sum(0)
 
     def share(self, tokens: int) -> Tensor:
         """The share of tokens, `(in,)`: of exact zeros if there are any (ReLU), else of what is nearly zero."""
-        counts = self._exact if bool(self._exact.any()) else self._near
+        if self.limit < 0:  # others may be waiting for what this process has of the first batch: nothing
+            self._fix_limit(torch.zeros(0, device=self._near.device))
+        counts: Tensor = self._exact if bool(self._exact.any()) else self._near
         return counts.double() / max(tokens, 1)
+
+    def _fix_limit(self, rows: Tensor) -> None:
+        self.limit = self.epsilon * self._mean_square(rows) ** 0.5
 
 
 @dataclass(frozen=True, slots=True)

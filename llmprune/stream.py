@@ -12,6 +12,7 @@ from llmprune.activations import Activations
 from llmprune.block import Block, Group
 from llmprune.carried import Baggage, saved_wrap
 from llmprune.coupling import Coupling
+from llmprune.gathering import Sampling
 from llmprune.kinds import Kinds, short_batch
 from llmprune.memory import give_back_memory
 from llmprune.ranks import ALONE, Ranks
@@ -76,8 +77,7 @@ class BlockStream:
     ) -> None:
         self.skeleton, self.chosen, self.folder = skeleton, chosen, folder
         self.memory = MEMORY if memory is None else memory
-        self.paired = paired and twin
-        self.cuts, self.quiet, self.permute, self.scales = cuts or {}, quiet, permute, scales
+        self.cuts, self.permute, self.scales = cuts or {}, permute, scales
         # What enters a block and what leaves it are there at once.
         limit = budget // (4 if twin else 2)
         self._pruned = Activations("pruned", folder, limit, keep=again)
@@ -88,7 +88,8 @@ class BlockStream:
         if saved:
             self.batch_size = min(self.batch_size, saved["batch_size"])
         self.ranks, self.count = ranks, -(-len(tokens) // self.batch_size)
-        self.unfitted = unfitted(self.count) if again else frozenset()
+        left_out = unfitted(self.count) if again else frozenset()
+        self.sampling = Sampling(paired and twin, bool(cuts), quiet, left_out, ranks)
         own, tokens = ranks.parts(len(tokens), self.batch_size), ranks.share(tokens)
         self.rehearsal = rehearse(skeleton, tokens, self.batch_size, self._pruned, self._dense, wrap, own)
         short = short_batch(skeleton, tokens, self.rehearsal.wrap) if permute or scales else None
@@ -106,7 +107,7 @@ class BlockStream:
         for index in range(self.done, len(self)):
             with self.skeleton.loaded(self.skeleton.block_parameters(index)):
                 batches = self.rehearsal.batches
-                block = Block(self.skeleton, index, batches, self.chosen, self.paired, self.ranks, self.count)
+                block = Block(self.skeleton, index, batches, self.chosen, self.sampling, self.count)
                 yield block
                 block.finish()
             self.done = index + 1
@@ -119,7 +120,7 @@ class BlockStream:
     def groups(self, block: Block) -> Iterator[Group]:
         """The groups of a block; blocks of one kind share their call order."""
         order = self.kinds.order(block.index, list(block.layers), block.try_out)
-        seen = self.paired or bool(self.cuts)
+        seen = self.sampling.paired or bool(self.cuts)
         block.landings = self.kinds.landings(block.index, block.try_out) if seen else {}
         self.uncalled += [block.layers[local].name for local in order.uncalled]
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
@@ -131,7 +132,6 @@ class BlockStream:
             block.couplings = {c.sink: c for c in self.kinds.couplings(block.index) if block.movable(c)}
         prefix = f"{block.name}."
         block.cuts = {n.removeprefix(prefix): c for n, c in self.cuts.items() if n.startswith(prefix)}
-        block.quiet, block.balanced, block.unfitted = self.quiet, bool(self.cuts), self.unfitted
         return block.groups(order.groups)
 
     def save(self) -> dict[str, Any]:

@@ -280,12 +280,26 @@ def test_obd_ranks_single_channels_as_wanda_does() -> None:
 
 def test_zeros_are_counted_exactly_where_there_are_any() -> None:
     rows = torch.tensor([[0.0, 1.0, -2.0], [0.0, 0.0, 3.0]])
-    count = QuietCount(0.1)
+    count = QuietCount(3, 0.1)
     count.add(rows)
     assert count.share(2).tolist() == [1.0, 0.5, 0.0]
-    smooth = QuietCount(0.1)
+    smooth = QuietCount(3, 0.1)
     smooth.add(rows + 0.01)
     assert smooth.share(2).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_who_has_no_tokens_takes_part_in_the_sum_that_fixes_the_limit() -> None:
+    """Else the other processes would wait for it."""
+    asked = []
+
+    def mean_square(rows: torch.Tensor) -> float:
+        asked.append(rows.numel())
+        return 4.0
+
+    count = QuietCount(3, 0.1, mean_square)
+    assert count.share(0).tolist() == [0.0, 0.0, 0.0]
+    assert asked == [0]
+    assert count.limit == pytest.approx(0.2)
 
 
 def test_zeros_of_the_source_stay_zero() -> None:
