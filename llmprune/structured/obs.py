@@ -13,6 +13,7 @@ from llmprune.structured.problem import RemovalProblem
 PANEL = 4
 ROUNDS = 64
 CANDIDATES = 3
+ROWS = 64
 WIDEST = 4096
 """Wider layers are left as the greedy removal leaves them: exchanges would take longer than all else."""
 
@@ -256,7 +257,8 @@ class Search:
 def _square(weight: Tensor, units: Tensor) -> Tensor:
     """`W_gᵀW_g` of every unit, `(pools, units, size, size)`."""
     if units.shape[-1] == 1:
-        return weight.square().sum(0)[units][..., None]
+        # by rows, so that no second matrix is written: several times faster
+        return torch.stack([rows.square().sum(0) for rows in weight.split(ROWS)]).sum(0)[units][..., None]
     return _products(weight, weight, units)
 
 
