@@ -258,7 +258,7 @@ def _square(weight: Tensor, units: Tensor) -> Tensor:
     """`W_gᵀW_g` of every unit, `(pools, units, size, size)`."""
     if units.shape[-1] == 1:
         # by rows, so that no second matrix is written: several times faster
-        total = sum((rows.square().sum(0) for rows in weight.split(ROWS)), torch.zeros_like(weight[0]))
+        total = sum((rows.square().sum(0) for rows in torch.split(weight, ROWS)), torch.zeros_like(weight[0]))
         return total[units][..., None]
     return _products(weight, weight, units)
 
