@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmprune.cuts import check_channel_scales
 from llmprune.demo import default_cache
 from llmprune.errors import InputError
 from llmprune.folder import SafetensorsFolder
@@ -26,7 +27,7 @@ from llmprune.skeleton import Skeleton
 from llmprune.source import Source, load_tokenizer, open_source
 from llmprune.sparsity import Sparsity
 from llmprune.stages import stages
-from llmprune.structure import check_channel_scales, plan_structure
+from llmprune.structure import plan_structure
 from llmprune.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024

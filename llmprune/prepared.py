@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llmprune.cuts import Structure
 from llmprune.job import Job
 from llmprune.pattern import SparsityPattern
 from llmprune.plan import Plan
@@ -22,7 +23,6 @@ from llmprune.skeleton import Skeleton
 from llmprune.solve import Solver
 from llmprune.source import Source
 from llmprune.sparsity import Sparsity
-from llmprune.structure import Structure
 from llmprune.tokens import TokenBatch
 
 if TYPE_CHECKING:

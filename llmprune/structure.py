@@ -4,105 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmprune.block import Block
-from llmprune.coupling import Coupling, Source
+from llmprune.coupling import Coupling
+from llmprune.cuts import Cut, Structure
 from llmprune.errors import InputError
+from llmprune.heads import check_share, head_options, head_text, head_units
 from llmprune.kinds import all_kinds
 from llmprune.pattern import NM, SparsityPattern
 from llmprune.skeleton import Skeleton
 from llmprune.sparsity import WORDS, Kind, Removal
 from llmprune.surgery import changed_config, channel_settings, find_settings, head_settings, shapes_after
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 ROUND_TO = 64
 COARSE = 16
 """Multiples of more than this part of the width are too coarse."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """What one layer loses.
-
-    Args:
-        kind: channels or heads.
-        block: name of its block.
-        coupling: what its inputs hang together with.
-        units: `(pools, units, size)`, int64: its inputs that go together.
-        count: how many units of every pool go.
-    """
-
-    kind: Kind
-    block: str
-    coupling: Coupling
-    units: Tensor
-    count: int
-
-    @property
-    def name(self) -> str:
-        """Full name of the layer."""
-        return f"{self.block}.{self.coupling.sink}"
-
-    @property
-    def width(self) -> int:
-        """Number of inputs that stay."""
-        return self.coupling.width - self.count * self.units.shape[0] * self.units.shape[2]
-
-    @property
-    def example(self) -> tuple[Coupling, Tensor, str]:
-        """Some choice of the inputs that stay, for shapes: the last units of every pool go."""
-        stays = torch.ones(self.coupling.width, dtype=torch.bool)
-        stays[self.units[:, self.units.shape[1] - self.count :].flatten()] = False
-        return self.coupling, stays.nonzero().flatten(), f"{self.block}."
-
-
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """The smaller model.
-
-    Args:
-        cuts: every layer that loses inputs.
-        changes: new values of settings of the config.
-        config: the smaller model's.
-        said: for every removal, what was asked for and what is done.
-    """
-
-    cuts: tuple[Cut, ...]
-    changes: dict[str, int]
-    config: PreTrainedConfig
-    said: tuple[str, ...]
-
-    def saved(self, skeleton: Skeleton) -> int:
-        """Bytes by which the written tensors get smaller."""
-        tensors = dict(skeleton.model.state_dict())
-        shapes = shapes_after([cut.example for cut in self.cuts], tensors)
-        return sum(
-            (tensors[name].numel() - math.prod(shape)) * skeleton.checkpoint.stored_dtype(name).itemsize
-            for name, shape in shapes.items()
-            if shape != tuple(tensors[name].shape)
-        )
-
-    @property
-    def by_name(self) -> dict[str, Cut]:
-        """The cuts by their layers' full names."""
-        return {cut.name: cut for cut in self.cuts}
-
-    @property
-    def touched(self) -> frozenset[str]:
-        """Full names of all layers that get smaller."""
-        return frozenset(
-            f"{cut.block}.{local}"
-            for cut in self.cuts
-            for local in (cut.coupling.sink, *(feed.local for feed in cut.coupling.feeds))
-        )
 
 
 def plan_structure(
@@ -211,22 +129,22 @@ class _Planner:
         if len(forms) > 1 or any(len({s.shape for s in c.classes}) > 1 for _, c in found):
             raise InputError("the blocks differ in their heads", "a config says one number of heads for all")
         groups, queries, width, _ = forms.pop()
-        options = list(_head_options(groups, queries, removal.share))
+        options = list(head_options(groups, queries, removal.share))
         if not options:
             raise InputError(f"{removal.name} would leave no head: there is one", "remove channels instead")
         reasons: list[str] = []
         for pools, count in options:
             kept_groups = groups - count if pools == 1 and groups > 1 else groups
             kept_heads = kept_groups * queries if kept_groups < groups else groups * (queries - count)
-            units = [_head_units(coupling, pools) for _, coupling in found]
+            units = [head_units(coupling, pools) for _, coupling in found]
             cuts = [Cut("heads", b, c, u, count) for (b, c), u in zip(found, units, strict=True)]
             for cut in cuts:
                 self._check(cut)
             settings = head_settings(self.skeleton.config, kept_heads, kept_groups, width)
             changes, reason = self.settings(settings, cuts)
             if changes:
-                _check_share(removal, groups * queries, kept_heads)
-                text = _head_text(removal, groups, queries, kept_groups, kept_heads)
+                check_share(removal, groups * queries, kept_heads)
+                text = head_text(removal, groups, queries, kept_groups, kept_heads)
                 return cuts, changes, f"{text}; nearer numbers cannot be said: {reasons[0]}" if reasons else text
             reasons.append(reason)
         raise InputError(
@@ -290,72 +208,3 @@ def _kind(coupling: Coupling) -> Kind | None:
         return "heads"
     alike = len(coupling.classes) == 1 and coupling.classes[0].shape == (1, coupling.width)
     return "channels" if alike else None
-
-
-def _head_options(groups: int, queries: int, share: Fraction) -> Iterator[tuple[int, int]]:
-    """How heads can go, `(pools, count)`, nearest to the share first.
-
-    One pool of kv groups, or, where several query heads share keys and values, one pool for each group; of two ways
-    as near the first: it saves keys and values too.
-    """
-    options = [(Fraction(count, groups), 0, 1, count) for count in range(1, groups)]
-    options += [(Fraction(count, queries), 1, groups, count) for count in range(1, queries)]
-    for _, _, pools, count in sorted(options, key=lambda option: (abs(option[0] - share), option[1])):
-        yield pools, count
-
-
-def _check_share(removal: Removal, heads: int, kept: int) -> None:
-    """Refuse a share that is nearer to none or to all than to the nearest that can be had."""
-    done = 1 - Fraction(kept, heads)
-    if abs(done - removal.share) > min(removal.share, 1 - removal.share):
-        raise InputError(
-            f"{removal.name} of {heads} attention heads is {float(heads * (1 - removal.share)):.1f} left, which is "
-            f"nearer to {heads if removal.share < done else 0} than to {kept}, the nearest that the config can say",
-            f"choose another share, such as heads:{float(done):.0%}",
-        )
-
-
-def _head_units(coupling: Coupling, pools: int) -> Tensor:
-    """`(pools, units, size)`: kv groups with their query heads in one pool; or the query heads of every group."""
-    if pools == 1 and len(coupling.classes) > 1:
-        return torch.stack([slots.flatten() for slots in coupling.classes])[None]
-    return torch.stack(list(coupling.classes))
-
-
-def _head_text(removal: Removal, groups: int, queries: int, kept_groups: int, kept_heads: int) -> str:
-    heads = groups * queries
-    how = "whole kv groups" if kept_groups < groups and queries > 1 else "heads"
-    if kept_groups == groups:
-        how = f"{(heads - kept_heads) // groups} query heads from every kv group"
-    kv = f", kv heads {groups} -> {kept_groups}" if queries > 1 else ""
-    return f"{removal.name}: attention heads {heads} -> {kept_heads} ({1 - kept_heads / heads:.1%} of them, {how}){kv}"
-
-
-def scale_of(block: Block, coupling: Coupling) -> Tensor:
-    """The learned scale that multiplies every input of a sink, `(in,)`, float64."""
-    source = scale_source(block.module, coupling)
-    assert source is not None
-    scale = torch.ones(coupling.width, dtype=torch.float64)
-    weight = block.module.get_parameter(f"{source.local}.weight").double().cpu()
-    for slots, rows in zip(coupling.classes, source.rows, strict=True):
-        scale[slots] = weight[rows]
-    return scale
-
-
-def scale_source(block: nn.Module, coupling: Coupling) -> Source | None:
-    """The learned scale among the sources of a sink."""
-    vectors = [s for s in coupling.sources if block.get_parameter(f"{s.local}.weight").dim() == 1]
-    return vectors[0] if len(vectors) == 1 else None
-
-
-def check_channel_scales(skeleton: Skeleton, structure: Structure) -> None:
-    """Refuse cuts of layers whose inputs have no learned scale.
-
-    Raises:
-        InputError: naming the first.
-    """
-    for cut in structure.cuts:
-        if scale_source(skeleton.model.get_submodule(cut.block), cut.coupling) is None:
-            raise InputError(
-                f"no learned scale multiplies the inputs of {cut.name!r}", "choose another --method, such as obs"
-            )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmprune.allocate import allocate
 from llmprune.block import Block, Group
+from llmprune.cuts import scale_of
 from llmprune.errors import InputError, PruneError
 from llmprune.linalg import error_terms, ratio
 from llmprune.memory import mapped_memory
@@ -29,7 +30,6 @@ from llmprune.report import Refinement
 from llmprune.resume import AGAIN, OWN, keep, names_of, parsed, rank_folder
 from llmprune.room import with_room
 from llmprune.stream import BATCH_TOKENS, BlockStream
-from llmprune.structure import scale_of
 from llmprune.tokens import TokenBatch, load_tokens, save_tokens, token_batch
 
 WRITER = "the dense model"

@@ -29,9 +29,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmprune import InputError, PruneReport, prune
 from llmprune.coupling import Feed
+from llmprune.cuts import Cut, Structure
 from llmprune.float64 import Float64
 from llmprune.sparsity import Removal, parse_sparsity
-from llmprune.structure import Cut, Structure, plan_structure
+from llmprune.structure import plan_structure
 from llmprune.surgery import cut, rearrange
 from llmprune.verify import verify_folder
 
