@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.sweep import commit
-from llmprune.errors import InputError, PruneError
+from llmprune.errors import PruneError
 from llmprune.flags import positive
 from llmprune.shell import Parser, run_command
 
@@ -34,8 +34,8 @@ SETTINGS = ("prompt", "new", "batch", "threads", "device", "dtype")
 def build_parser() -> Parser:
     """The flags."""
     parser = Parser(prog="python -m eval.speed", description=__doc__, allow_abbrev=False)
-    parser.add_argument("dense", type=Path, metavar="DENSE", help="model folder")
-    parser.add_argument("pruned", type=Path, metavar="PRUNED", help="model folder")
+    parser.add_argument("dense", metavar="DENSE", help="model: a folder, a name on the Hub, or demo")
+    parser.add_argument("pruned", metavar="PRUNED", help="model, likewise")
     parser.add_argument("--repeats", type=positive, default=9, metavar="N", help="turns of each model (default: 9)")
     parser.add_argument("--prompt", type=positive, default=512, metavar="N", help="tokens of the prompt (default: 512)")
     parser.add_argument("--new", type=positive, default=32, metavar="N", help="tokens to generate (default: 32)")
@@ -60,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Measure two folders, write and print what was found."""
-    for folder in (options.dense, options.pruned):
-        if not (folder / "config.json").exists():
-            raise InputError(f"{folder} has no config.json", "name two model folders")
+    options.dense, options.pruned = (open_folder(name) for name in (options.dense, options.pruned))
     figures = {"command": shlex.join(["python", "-m", "eval.speed", *given]), **compare(options)}
     found = json.dumps(figures, indent=2)
     if options.out:
@@ -70,6 +68,15 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         options.out.write_text(found + "\n", encoding="utf-8")
     print(found if options.json else text(figures))
     return 0
+
+
+def open_folder(name: str) -> Path:
+    """Where a model lies."""
+    from llmprune.demo import default_cache
+    from llmprune.progress import Progress
+    from llmprune.source import open_source
+
+    return open_source(name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()).folder
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:

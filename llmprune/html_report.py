@@ -21,6 +21,7 @@ STATS = {
     "directions": "input directions",
     "condition": "condition",
     "target_strength": "target strength",
+    "error_unfitted": "before refit",
 }
 """What the table of all layers shows of a method's own figures."""
 STAGES = {
@@ -69,6 +70,7 @@ def report_page(report: PruneReport) -> str:
         [
             f"<h1>{escape(model)}, {escape(report.sparsity['pattern'])}</h1>",
             f'<p class="note">{escape(report.sparsity["meaning"])}; method {escape(report.method["name"])}</p>',
+            *(f'<p class="note">{escape(text)}</p>' for text in report.sparsity["done"]),
             *(f'<p class="warning">{escape(text)}</p>' for text in report.warnings),
             facts(report),
             *_errors(report),

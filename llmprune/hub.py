@@ -118,7 +118,7 @@ def _metadata(report: PruneReport, source: Path, name: str) -> str:
         base_model=_base(report, inherited),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["pruned", "sparse", "llmprune", report.method["name"]],
+        tags=["pruned", *(["sparse"] if report.sparsity["fraction"] else []), "llmprune", report.method["name"]],
         model_name=name if report.evaluation else None,
         eval_results=_results(report) or None,
         ignore_metadata_errors=True,
@@ -191,6 +191,7 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
     size = f"{report.size['pruned'] / 2**20:.0f} MiB (dense {report.size['dense'] / 2**20:.0f} MiB)"
     facts += [
         ("pattern", f"{report.sparsity['pattern']}, in {coverage['fraction']:.1%} of the block parameters"),
+        *[("removed", text) for text in report.sparsity["done"]],
         ("mean relative layer error", f"{report.mean_error:.4f}"),
         ("size of the weights", size),
         ("calibration", calibration_text(calibration)),

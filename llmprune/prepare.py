@@ -65,8 +65,6 @@ def prepare(job: Job, progress: Progress) -> Prepared:
     plan = make_plan(skeleton, goal.pattern, job.only, job.skip)
     structure = None
     any_tokens = torch.arange(64)[None] % source.config.get_text_config().vocab_size
-    if recipe.method == "scaling":
-        _check_scales(skeleton, plan, any_tokens)
     if goal.removals:
         structure = plan_structure(
             skeleton, goal.removals, any_tokens, job.round_to, goal.pattern, job.trust_remote_code
@@ -76,6 +74,8 @@ def prepare(job: Job, progress: Progress) -> Prepared:
         plan = plan.smaller(structure.touched if goal.pattern is None else None, structure.saved(skeleton))
         for said in structure.said:
             progress.note(said)
+    if recipe.method == "scaling":
+        _check_scales(skeleton, plan, any_tokens)
     calibration, evaluation = _tokens(job, source, cache, progress)
     recipe, left_out = with_room_to_write(recipe, job, skeleton, calibration.tokens.shape[1])
     if left_out:
@@ -93,12 +93,18 @@ def prepare(job: Job, progress: Progress) -> Prepared:
 def _check_scales(skeleton: Skeleton, plan: Plan, tokens: Tensor) -> None:
     """Refuse layers that no norm feeds."""
     kinds = all_kinds(skeleton, tokens)
-    for index in range(len(skeleton.blocks)):
-        prefix, found = skeleton.block_name(index) + ".", kinds.scales(index)
-        for name in (layer.name for layer in plan.layers):
-            if name.startswith(prefix) and name.removeprefix(prefix) not in found:
-                last = name.rpartition(".")[2]
-                raise InputError(f"no norm feeds {name!r}, so its inputs have no learned scale", f"--skip '*.{last}'")
+    fed = {
+        f"{skeleton.block_name(index)}.{local}"
+        for index in range(len(skeleton.blocks))
+        for local in kinds.scales(index)
+    }
+    unfed = [layer.name for layer in plan.layers if layer.name not in fed]
+    if unfed:
+        flags = dict.fromkeys(f"--skip '*.{name.rpartition('.')[2]}'" for name in unfed)
+        raise InputError(
+            f"no norm feeds {unfed[0]!r}, so its inputs have no learned scale",
+            f"leave such layers out: {' '.join(flags)}",
+        )
 
 
 def with_room_to_write(recipe: Recipe, job: Job, skeleton: Skeleton, length: int) -> tuple[Recipe, str]:

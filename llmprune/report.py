@@ -129,6 +129,7 @@ class PruneReport:
     def _repr_html_(self) -> str:
         """What a notebook shows: the figures that matter, the layers left out."""
         rows = {"sparsity": self.sparsity["meaning"], "method": self.method["name"]}
+        rows |= {f"removed {number}": text for number, text in enumerate(self.sparsity["done"], 1)}
         for key in ("dense", "pruned") if self.evaluation else ():
             found = self.evaluation[key]  # type: ignore[index]
             rows[f"perplexity, {key}"] = f"{found['value']:.2f} ± {found['error']:.2f}"

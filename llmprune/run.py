@@ -43,6 +43,7 @@ from llmprune.together import (
     block_patterns,
     errors_of,
     follow,
+    pattern_for,
     solve,
     spread_over,
     stream_of,
@@ -151,8 +152,9 @@ def prune_blocks(
     progress.start("pruning", len(stream) - stream.done)
     began = time.perf_counter()
     for block in stream:
-        first, pattern = len(report.layers), patterns[block.index]
+        first = len(report.layers)
         for group in stream.groups(block):
+            pattern = pattern_for(run, group, patterns[block.index])
             with mapped_memory():
                 with clock("solve"):
                     solutions, order = solve(run, block, group, pattern)

@@ -79,4 +79,13 @@ def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
         raise InputError(
             f"--ridge {job.ridge:g} does not apply to {goal.name}", "leave it out: held-out tokens choose the ridge"
         )
-    return replace(recipe, permute=False, allocate="uniform" if goal.pattern is None else recipe.allocate)
+    recipe = replace(recipe, permute=False)
+    return recipe if goal.pattern else _for_removal(recipe, job)
+
+
+def _for_removal(recipe: Recipe, job: Job) -> Recipe:
+    """The recipe where channels or heads go and no weights after that: one fit, or none."""
+    if not recipe.reconstruct and job.targets == "dense":
+        raise InputError("--targets dense has no meaning with --no-refit", "leave one of them out: nothing is fitted")
+    targets = recipe.targets if recipe.reconstruct else "pruned"
+    return replace(recipe, allocate="uniform", refit=False, targets=targets)

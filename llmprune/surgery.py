@@ -160,8 +160,8 @@ def find_settings(
         try:
             model = build_on_meta(changed_config(config, changes), dtype, trust)
         except Exception as error:  # every config class has checks of its own
-            found = error.message if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-            reason = found.splitlines()[0] if number == 0 else reason
+            found = error.message if isinstance(error, InputError) else str(error) or type(error).__name__
+            reason = _last_line(found) if number == 0 else reason
             continue
         made = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         differing = [name for name in {**made, **shapes} if made.get(name) != shapes.get(name)]
@@ -174,6 +174,12 @@ def find_settings(
                 f"{made.get(first)} instead of {shapes.get(first)}"
             )
     return {}, reason
+
+
+def _last_line(text: str) -> str:
+    """What a validator says in the end, without the names of exceptions before it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"^(\w+(Error|Exception): *)+", "", lines[-1]) if lines else text
 
 
 def shapes_after(cuts: Sequence[tuple[Coupling, Tensor, str]], tensors: Mapping[str, Tensor]) -> Shapes:

@@ -143,11 +143,16 @@ def _shared(report: PruneReport) -> str:
 def _errors(report: PruneReport) -> str:
     """The mean error; of layers that lost inputs also what it was before their reconstruction."""
     key, mean = "error_unfitted", f"{report.mean_error:.4f}"
-    pairs = [(layer.stats[key], layer.error) for layer in report.layers if key in layer.stats]
-    if not pairs or not report.recipe["reconstruct"]:
+    found = [
+        (layer.stats[key], layer.stats.get("error_refitted", layer.error), layer.error)
+        for layer in report.layers
+        if key in layer.stats
+    ]
+    if not found or not report.recipe["reconstruct"]:
         return mean
-    was, now = (sum(errors) / len(pairs) for errors in zip(*pairs, strict=True))
-    return f"{mean}; of layers that lost inputs {was:.4f} before the refit, {now:.4f} after"
+    unfitted, refitted, now = (sum(errors) / len(found) for errors in zip(*found, strict=True))
+    text = f"{mean}; of layers that lost inputs {unfitted:.4f} before the refit, {refitted:.4f} after"
+    return text + (f", {now:.4f} with the weights pruned" if now != refitted else "")
 
 
 def _perplexity_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:

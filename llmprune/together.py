@@ -157,13 +157,17 @@ def block_patterns(
     return parsed(run.ranks.of_first(names_of(patterns)), run.pattern.scope)
 
 
+def pattern_for(run: Prepared, group: Group, pattern: SparsityPattern | None) -> SparsityPattern | None:
+    """What the weights of a group are to hold: nothing where its layers are only there to lose inputs."""
+    return pattern if group.refs[0].name in run.plan.names else None
+
+
 def solve(
     run: Prepared, block: Block, group: Group, pattern: SparsityPattern | None
 ) -> tuple[list[LayerSolution], Tensor | None]:
-    """Solve a group: remove inputs if its layer loses some, prune the weights if a pattern is asked for."""
+    """Solve a group: remove inputs if its layer loses some, prune the weights if they are to hold a pattern."""
     name = group.refs[0].name
     cut = run.structure.by_name.get(name) if run.structure else None
-    pattern = pattern if name in run.plan.names else None
     if cut is not None and run.remover is not None:
         scale = scale_of(block, cut.coupling) if run.remover.scaled else None
         solutions, kept = run.remover.solve(group.problem, cut.units, cut.count, pattern, group.classes, scale)

@@ -165,7 +165,7 @@ def open_pruned(
         report = PruneReport.read(folder)
         sparsity, scope = report.sparsity["pattern"], scope or report.sparsity["scope"]
         own = patterns_of(report, scope)
-        names = tuple(layer.name for layer in report.layers)
+        names = tuple(layer.name for layer in report.layers if layer.name in own or not own)
         only = tuple(name for name in names if not select(name, only, skip))
         if not only:
             raise InputError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from fractions import Fraction
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from llmprune.float64 import Float64
 from llmprune.sparsity import Removal, parse_sparsity
 from llmprune.structure import plan_structure
 from llmprune.surgery import cut, rearrange
+from llmprune.terminal import summary
 from llmprune.verify import verify_folder
 
 QUARTER, HALF = Fraction(1, 4), Fraction(1, 2)
@@ -211,11 +214,17 @@ def test_a_head_of_every_kind_goes_with_channels(tmp_path: Path) -> None:
     assert_same_function(tmp_path, structure)
 
 
+def reads_as_a_sentence(text: str) -> None:
+    """What a validator of transformers says is told to its end, without the validator's name."""
+    assert not re.search(r"Error|validator|[:;,]$", text), text
+
+
 @pytest.mark.parametrize("name", NO_HEADS)
 def test_heads_that_a_config_cannot_say_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot say|could be traced|would change the others") as caught:
         structure_of(source_of(name, tmp_path), Removal("heads", HALF))
     assert caught.value.hint
+    reads_as_a_sentence(caught.value.message)
 
 
 @pytest.mark.parametrize("name", NO_CHANNELS)
@@ -233,6 +242,7 @@ def test_llama_wants_a_number_of_heads_that_divides_the_width(tmp_path: Path) ->
     assert "heads:" in structure.said[0]
     assert "6 -> 4" in structure.said[0]
     assert "nearer numbers cannot be said" in structure.said[0]
+    reads_as_a_sentence(structure.said[0])
 
 
 @pytest.mark.parametrize(("share", "nearer"), [("1/10", "nearer to 4"), ("95/100", "nearer to 0")])
@@ -400,6 +410,29 @@ def test_first_smaller_then_sparse(options: dict[str, Any], tmp_path: Path) -> N
     assert len(report.layers) == 14
 
 
+def test_a_layer_that_only_loses_inputs_is_reported_and_verified_as_such(tmp_path: Path) -> None:
+    _, out, report = pruned(tmp_path, "channels:25%+2:4", method="wanda", skip=("*.down_proj",))
+    assert {layer.name.rpartition(".")[2] for layer in report.layers if not layer.pattern} == {"down_proj"}
+    check = verify_folder(out, None, None, (), ())
+    assert check.violations == 0
+    assert len(check.layers) == 12
+
+
+def test_the_error_is_told_before_the_refit_after_it_and_with_weights_pruned(tmp_path: Path) -> None:
+    _, out, report = pruned(tmp_path, "channels:25%+2:4", "opt", method="wanda")
+    (sink, *_) = [layer for layer in report.layers if "error_unfitted" in layer.stats]
+    assert sink.stats["error_refitted"] < min(sink.stats["error_unfitted"], sink.error)
+    assert "with the weights pruned" in summary(report)
+    removed = report.sparsity["done"][0]
+    for page in ("README.md", "prune_report.html"):
+        assert removed in unescape((out / page).read_text(encoding="utf-8"))
+
+
+def test_what_is_not_fitted_needs_no_dense_model(tmp_path: Path) -> None:
+    _, _, report = pruned(tmp_path, "channels:25%", method="auto", effort="balanced", refit=False)
+    assert report.recipe["targets"] == "pruned"
+
+
 def test_a_share_of_the_rows_is_exact_after_rows_are_gone(tmp_path: Path) -> None:
     _, out, report = pruned(tmp_path, "channels:25%+50%", method="wanda")
     assert report.sparsity["scope"] == "row"
@@ -438,6 +471,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "allocate": ("channels:25%", {"allocate": "error"}, "--allocate"),
     "permute": ("channels:25%", {"permute": True}, "--permute"),
     "scope": ("channels:25%", {"scope": "row"}, "--scope"),
+    "dense": ("channels:25%", {"refit": False, "targets": "dense"}, "--targets dense"),
     "layer scope": ("channels:25%+50%", {"scope": "layer"}, "--scope layer"),
 }
 
