@@ -32,11 +32,12 @@ def run(options: argparse.Namespace) -> int:
 
     hush_libraries(options.debug)
     skeleton, tokenizer = open_model(options.model)
-    check_room(skeleton)
+    at_once = check_room(skeleton, options.length)
     if tokenizer.bos_token_id is None:
         raise InputError(f"the tokenizer of {options.model} has no token that begins a text", "choose another model")
     prompts = torch.full((options.windows, 1), tokenizer.bos_token_id)
-    texts = tokenizer.batch_decode(go_on(skeleton, prompts, options.length, options.seed), skip_special_tokens=True)
+    written = go_on(skeleton, prompts, options.length, options.seed, at_once)
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     with replacing(options.out) as partial:
         partial.write_text("\n\n".join(texts), encoding="utf-8")
     return 0
