@@ -189,20 +189,20 @@ def _add_stages(parser: Parser) -> None:
     stages.add_argument(
         "--permute", action=switch, default=None, help="reorder channels for N:M where it folds into the layers before"
     )
-    stages.add_argument("--steps", type=positive, metavar="K", help="reach the sparsity in K nested steps")
+    stages.add_argument("--steps", type=positive, metavar="K", help="reach the sparsity in K nested steps (default: 1)")
     stages.add_argument(
         "--ridge", type=share, metavar="SHARE",
         help="pull weights to their targets, as if every input had this share of its mean square as noise of its own",
     )  # fmt: skip
     stages.add_argument(
         "--refit", action=switch, default=None,
-        help="fit the weights exactly on what is left (default: yes for channels and heads, no for a named method)",
+        help="fit the weights once more on what is left (default: yes for channels and heads, no for a named method)",
     )  # fmt: skip
     stages.add_argument(
         "--refine",
         type=epochs,
         metavar="EPOCHS",
-        help="train each pruned block to give the dense block's output; at most so often",
+        help="train each pruned block so often to give the dense block's output; the epoch that did best is kept",
     )
     stages.add_argument(
         "--own",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from llmprune.methods import Method
@@ -62,7 +63,10 @@ class Solver:
         if not classes or not self.recipe.permute or not isinstance(pattern, NM):
             return None
         (layer,) = goal.layers
-        return self.ranks.same_order(choose(saliency(layer.weight, goal.stats.gram), pattern, classes))
+        order = self.ranks.same_order(choose(saliency(layer.weight, goal.stats.gram), pattern, classes))
+        if order is None or bool((order == torch.arange(len(order), device=order.device)).all()):
+            return None
+        return order
 
     def _stages(self, goal: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Reach the pattern in nested steps: zeros stay zero, so each step's mask lies within the one before."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import edit_tensor, random_tokens, reload, save_tiny, skeleton_of, whole_logits, word_tokenizer
 
-from eval import perplexity, zero_shot
+from eval import perplexity, write_text, zero_shot
 from llmprune.errors import InputError
 
 Json = dict[str, Any]
@@ -60,6 +60,22 @@ def test_small_pieces_of_logits_add_up(models: tuple[Path, Path], monkeypatch: p
     monkeypatch.setattr("llmprune.perplexity.CHUNK_ELEMENTS", 1)
     pieces = perplexity.distance(*(skeleton_of(folder) for folder in models), tokens)
     assert pieces == pytest.approx(whole, rel=1e-5)
+
+
+# eval.write_text
+
+
+def test_a_model_writes_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny("llama", tmp_path / "m")
+    flags = ["--windows", "3", "--length", "16", "--out", str(tmp_path / "text.txt")]
+    assert write_text.main([str(folder), *flags]) == 2
+    assert "no token that begins a text" in capsys.readouterr().err
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "w1"}))
+    assert write_text.main([str(folder), *flags]) == 0
+    texts = (tmp_path / "text.txt").read_text(encoding="utf-8").split("\n\n")
+    assert len(texts) == 3
+    assert all(len(text.split()) > 10 for text in texts)
 
 
 def test_another_vocabulary_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:

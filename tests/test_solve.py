@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -100,6 +101,26 @@ def test_an_order_of_the_inputs_holds_the_pattern_and_lowers_the_error(method: s
         assert bool((moved[0].weight[~moved[0].mask] == 0).all())
         errors.append(missed(given, moved) / missed(given, plain))
     assert sum(errors) / len(errors) < 0.97
+
+
+def test_inputs_that_stay_where_they_are_are_not_called_permuted() -> None:
+    solver = Solver(load_method("wanda"), Recipe("wanda", permute=True))
+    alone = tuple(torch.tensor([[number]]) for number in range(WIDTH))
+    (solution,), order = solver.solve(problem(), NM(2, 4), alone)
+    assert order is None
+    assert "permuted" not in solution.stats
+
+
+def test_no_stage_of_admm_raises_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the projection to its two steps of conjugate gradients to the refit."""
+    for seed in range(5):
+        given, losses = problem(seed), []
+        for steps, more in ((0, False), (1, False), (2, False), (2, True)):
+            monkeypatch.setattr("llmprune.methods.admm.POLISH", steps)
+            found, _ = Solver(load_method("admm"), Recipe("admm", refit=more)).solve(given, NM(2, 4))
+            losses.append(missed(given, found))
+        assert all(after <= before * (1 + 1e-6) for before, after in pairwise(losses)), losses
+        assert losses[-1] < losses[0]
 
 
 def test_unstructured_patterns_need_no_order() -> None:
