@@ -60,9 +60,10 @@ class GroupStatistics:
         self.sampling, self.names, self.bias = sampling, [layer.name for layer in layers], bias
         self._first = False
         width = layers[0].shape[1]
-        counted = cut and sampling.quiet is not None
+        limit = sampling.quiet if cut else None
         with mapped_memory():
-            quiet = QuietCount(width, sampling.quiet or 0.0, self._mean_square, device) if counted else None
+            total = sampling.ranks.total
+            quiet = None if limit is None else QuietCount(width, limit, self._mean_square, total, device)
             self._running = (RunningPair if sampling.paired or cut else RunningGram)(width, device, quiet)
 
     def add(self, batch: Batch, seen: Seen, dense: Seen | None) -> None:

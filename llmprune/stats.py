@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,8 @@ from llmprune.linalg import add_gram
 from llmprune.problem import InputStats
 
 HELD_OUT = 0.25
+EXACT = 0.05
+"""From this share of exact zeros on they are what the activation gives (ReLU: about half); below, GELU's underflow."""
 
 
 class RunningGram:
@@ -34,7 +36,7 @@ class RunningGram:
         self.tokens += len(rows)
         add_gram(self._sum, rows)
         if self._quiet is not None:
-            self._quiet.add(rows)
+            self._quiet.add(_rows(inputs))
 
     def result(self) -> InputStats:
         """The Gram per token; the sum is used up."""
@@ -47,8 +49,9 @@ class QuietCount:
 
     Args:
         width: number of inputs.
-        epsilon: nearly zero is below this share of the root mean square of all inputs in the first batch.
+        epsilon: nearly zero is up to this share of the root mean square of all inputs in the first batch.
         mean_square: of the inputs in the first batch, from those that are here, if any; called once.
+        total: sums numbers over all processes that count, so that they all come to the same; called once.
         device: where the inputs come from.
     """
 
@@ -57,24 +60,28 @@ class QuietCount:
         width: int,
         epsilon: float,
         mean_square: Callable[[Tensor], float] | None = None,
+        total: Callable[[Sequence[float]], Sequence[float]] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.epsilon, self.limit = epsilon, -1.0
+        self.epsilon, self.limit, self._entries = epsilon, -1.0, 0
         self._mean_square = mean_square or (lambda rows: float(rows.square().mean()))
+        self._total = total or (lambda values: values)
         self._exact, self._near = torch.zeros(2, width, dtype=torch.int64, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """Take in `(tokens, in)`."""
+        """Take in `(tokens, in)`, as the layer gets them."""
         if self.limit < 0 and len(rows):
             self._fix_limit(rows)
+        self._entries += rows.numel()
         self._exact += (rows == 0).sum(0)
         self._near += (rows.abs() <= self.limit).sum(0)
 
     def share(self, tokens: int) -> Tensor:
-        """The share of tokens, `(in,)`: of exact zeros if there are any (ReLU), else of what is nearly zero."""
+        """The share of tokens, `(in,)`: of exact zeros where `EXACT` of all entries are (ReLU), else of nearly zero."""
         if self.limit < 0:  # others may be waiting for what this process has of the first batch: nothing
             self._fix_limit(torch.zeros(0, device=self._near.device))
-        counts: Tensor = self._exact if bool(self._exact.any()) else self._near
+        zeros, entries = self._total([float(self._exact.sum()), float(self._entries)])
+        counts: Tensor = self._exact if zeros >= EXACT * entries else self._near
         return counts.double() / max(tokens, 1)
 
     def _fix_limit(self, rows: Tensor) -> None:
@@ -136,7 +143,7 @@ class RunningPair:
         self.fit.add(rows[:cut])
         self.held.add(rows[cut:])
         if self._quiet is not None:
-            self._quiet.add(rows)
+            self._quiet.add(_rows(inputs))  # a token's weight makes no input quieter
         if isinstance(dense, Landing):
             self._land(rows, _rows(dense.missed, scale), _rows(dense.given, scale), cut)
         elif dense is None or dense.shape != inputs.shape:
@@ -181,7 +188,7 @@ class RunningPair:
         return replace(stats, held=apart if tokens else None)
 
 
-def _rows(values: Tensor, scale: Tensor | None) -> Tensor:
+def _rows(values: Tensor, scale: Tensor | None = None) -> Tensor:
     """One row a token, float32, scaled."""
     rows = values.reshape(-1, values.shape[-1]).float()
     return rows if scale is None else rows * scale

@@ -19,7 +19,8 @@ from llmprune.skeleton import build_on_meta
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_WIDTH = r"inner|intermediate|ffn|hidden|mlp"
+_MLP = r"inner|intermediate|ffn|ff_|_ff|mlp"
+_WIDTH = rf"{_MLP}|hidden"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -99,21 +100,29 @@ def _numbered(kept: Tensor, size: int) -> Tensor:
 
 
 def channel_settings(config: PreTrainedConfig, widths: Mapping[int, int]) -> Iterator[dict[str, int]]:
-    """Settings that may express new MLP widths, likely ones first: numbers equal to the old width, then unset ones that
-    are called like a width.
+    """Settings that may express new MLP widths, likely ones first.
 
     Args:
         config: the model's.
         widths: new width by old width.
     """
     settings = config.to_dict()
-    fields = []
-    for old in widths:
-        same = [key for key, value in settings.items() if value == old and type(value) is int]
-        unset = [key for key, value in settings.items() if value is None and re.search(_WIDTH, key)]
-        fields.append(same + unset)
-    for names in product(*fields):
-        yield dict(zip(names, widths.values(), strict=True))
+    for pairs in product(*(list(_width_settings(settings, old, new)) for old, new in widths.items())):
+        yield dict(pairs)
+
+
+def _width_settings(settings: Mapping[str, Any], old: int, new: int) -> Iterator[tuple[str, int]]:
+    """What may say one width: numbers equal to the old one, then unset ones that are called like a width, then those
+    that are called like an MLP's and are another number, in proportion: the model may compute its width from them.
+    """
+    numbers = {key: value for key, value in settings.items() if type(value) is int}
+    yield from ((key, new) for key, value in numbers.items() if value == old)
+    yield from ((key, new) for key, value in settings.items() if value is None and re.search(_WIDTH, key))
+    for key, value in numbers.items():
+        if value != old and re.search(_MLP, key):
+            # The model may round in between, either way.
+            scaled = sorted({value * new // old, -(-value * new // old)})
+            yield from ((key, number) for number in scaled if 0 < number != value)
 
 
 def head_settings(config: PreTrainedConfig, heads: int, groups: int, width: int) -> Iterator[dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from importlib import import_module
@@ -16,9 +17,9 @@ from llmprune.errors import NumericalError
 from llmprune.linalg import ridge_of
 from llmprune.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.remove import Remover
-from llmprune.stats import QuietCount
+from llmprune.stats import EXACT, QuietCount, RunningGram, RunningPair
 from llmprune.structured import CRITERIA, load_criterion
-from llmprune.structured.lasso import _path, _solve, at_count, design_gram
+from llmprune.structured.lasso import RAISES, _path, _solve, at_count, design_gram
 from llmprune.structured.obs import OBS, Search
 from llmprune.structured.problem import RemovalProblem
 from llmprune.structured.reconstruct import FLOOR, RIDGE, least_squares
@@ -251,6 +252,35 @@ def test_the_search_takes_the_set_of_the_path(width: int) -> None:
         assert torch.equal(score.topk(kept).indices.sort().values, first.nonzero().flatten())
 
 
+@pytest.mark.parametrize("shape", [(1, 24, 1), (1, 40, 1), (1, 16, 2), (2, 6, 3)], ids=str)
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (2, 4), (8, 3)])
+def test_the_lasso_chooses_where_few_tokens_leave_its_gram_without_full_rank(
+    shape: tuple[int, int, int], tokens: int, rows: int
+) -> None:
+    width = math.prod(shape)
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        X = torch.randn(tokens, width, generator=generator)
+        weight = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+        problem = RemovalProblem(weight, X.T @ X / tokens, torch.arange(width).view(shape))
+        for count in (shape[1] // 4, shape[1] // 2):
+            assert (load_criterion("lasso").select(problem, count).sum(1) == count).all()
+
+
+def test_a_lasso_that_settles_with_no_jitter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The jitter is raised tenfold each time, and so often, and no more."""
+    tried = []
+
+    def unsettled(products: Tensor, *_: object) -> Tensor:
+        tried.append(float(products.diagonal().mean()) - 1)
+        raise NumericalError("does not settle", "")
+
+    monkeypatch.setattr("llmprune.structured.lasso.at_count", unsettled)
+    with pytest.raises(NumericalError, match="does not settle"):
+        load_criterion("lasso").select(problem_of(), 3)
+    assert tried == pytest.approx([1e-8 * 10**raises for raises in range(RAISES + 1)], rel=1e-6)
+
+
 @pytest.mark.parametrize("count", [2, 4, 6])
 def test_the_lasso_with_a_refit_is_among_the_best_of_all_subsets(count: int) -> None:
     ranks = []
@@ -278,7 +308,7 @@ def test_obd_ranks_single_channels_as_wanda_does() -> None:
     assert torch.equal(load_criterion("obd").select(problem, 13), load_criterion("wanda").select(problem, 13))
 
 
-def test_zeros_are_counted_exactly_where_there_are_any() -> None:
+def test_zeros_are_counted_exactly_where_they_are_a_real_share() -> None:
     rows = torch.tensor([[0.0, 1.0, -2.0], [0.0, 0.0, 3.0]])
     count = QuietCount(3, 0.1)
     count.add(rows)
@@ -286,6 +316,56 @@ def test_zeros_are_counted_exactly_where_there_are_any() -> None:
     smooth = QuietCount(3, 0.1)
     smooth.add(rows + 0.01)
     assert smooth.share(2).tolist() == [1.0, 0.5, 0.0]
+
+
+def unactivated() -> Tensor:
+    """What comes before an activation: channels that differ in how often they are negative."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(500, 12, generator=generator) + torch.linspace(-1.5, 1.5, 12)
+
+
+def test_behind_relu_the_share_is_that_of_exact_zeros() -> None:
+    rows = unactivated().relu()
+    count = QuietCount(12, 0.5)
+    count.add(rows)
+    assert torch.equal(count.share(500), (rows == 0).double().mean(0))
+
+
+def test_a_few_saturated_entries_of_gelu_do_not_decide_how_zeros_are_counted() -> None:
+    """They are exact zeros: alone they would leave all other channels with a count of none."""
+    before = unactivated()
+    before[:20, 7] = -9.0
+    rows = torch.nn.functional.gelu(before)
+    assert 0 < int((rows == 0).sum()) < EXACT * rows.numel()
+    count = QuietCount(12, 0.05)
+    count.add(rows)
+    near = (rows.abs() <= count.limit).double().mean(0)
+    assert torch.equal(count.share(500), near)
+    assert len(near.unique()) > 6
+
+
+@pytest.mark.parametrize("zeros", [0.0, 1.0])
+def test_how_zeros_are_counted_is_decided_over_all_processes(zeros: float) -> None:
+    """The other processes have a hundred times the entries, all of them zero or none."""
+    for rows in (unactivated().relu(), unactivated()):
+        count = QuietCount(12, 0.05, total=lambda own: [own[0] + zeros * 100 * own[1], 101 * own[1]])
+        count.add(rows)
+        expected = rows == 0 if zeros else rows.abs() <= count.limit
+        assert torch.equal(count.share(500), expected.double().mean(0))
+
+
+@pytest.mark.parametrize("kind", [RunningGram, RunningPair])
+def test_a_tokens_weight_makes_its_inputs_no_quieter(kind: type[RunningGram | RunningPair]) -> None:
+    rows = unactivated()
+    count = QuietCount(12, 0.05)
+    running = kind(12, rows.device, count)
+    scale = torch.linspace(0.01, 10, 500)[:, None]
+    if isinstance(running, RunningPair):
+        running.add(rows, None, scale)
+    else:
+        running.add(rows, scale)
+    assert count.limit == pytest.approx(0.05 * float(rows.square().mean()) ** 0.5)
+    assert torch.equal(running.result().quiet, (rows.abs() <= count.limit).double().mean(0))
 
 
 def test_who_has_no_tokens_takes_part_in_the_sum_that_fixes_the_limit() -> None:

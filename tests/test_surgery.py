@@ -44,6 +44,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "llama-bias": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "lfm2": ("lfm2", {"intermediate_size": 240, "block_multiple_of": 8}),
 }
 FREE_HEADS = [
     "llama",
@@ -187,6 +188,21 @@ def assert_same_function(folder: Path, structure: Structure) -> None:
 def test_channels_that_are_gone_do_what_zeros_do(name: str, tmp_path: Path) -> None:
     structure = structure_of(source_of(name, tmp_path), Removal("channels", QUARTER))
     assert len(structure.changes) == 1
+    assert_same_function(tmp_path, structure)
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "old", "new"),
+    [(240, 8, 160, 120), (101, 1, 67, 52), (500, 32, 352, 256), (1536, 64, 1024, 768)],
+)
+def test_a_width_that_is_computed_from_a_size_is_said_by_that_size(
+    size: int, multiple: int, old: int, new: int, tmp_path: Path
+) -> None:
+    """lfm2 makes its MLPs two thirds of `intermediate_size` wide, rounded to a multiple; no setting is that width."""
+    source_of("lfm2", tmp_path, intermediate_size=size, block_multiple_of=multiple)
+    structure = structure_of(tmp_path, Removal("channels", QUARTER), round_to=max(multiple, 4))
+    assert f"{old} -> {new}" in structure.said[0]
+    assert set(structure.changes) == {"intermediate_size"}
     assert_same_function(tmp_path, structure)
 
 

@@ -55,8 +55,9 @@ class Scaling:
 class APoZ:
     """The units whose inputs have the highest average percentage of zeros go (Hu et al. 2016).
 
-    Exact where inputs are exactly zero (ReLU). Elsewhere an input counts as zero below `epsilon` times the root mean
-    square of the layer's inputs over the first batch.
+    Exact where at least 5% of a layer's inputs are exactly zero (ReLU). Elsewhere an input counts as zero up to
+    `epsilon` times the root mean square of the layer's inputs over the first batch; that takes in the few exact zeros
+    that GELU gives where it underflows.
 
     Args:
         epsilon: what counts as nearly zero (fraction).

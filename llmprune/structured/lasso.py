@@ -11,7 +11,7 @@ from torch import Tensor
 from llmprune.errors import NumericalError
 from llmprune.structured.problem import RemovalProblem
 
-TRIALS, CORRECTIONS = 64, 64
+TRIALS, CORRECTIONS, RAISES = 64, 64, 7
 TOLERANCE = 1e-10
 
 
@@ -27,7 +27,9 @@ class Lasso:
     the path it enters for good, and scikit-learn follows the path (`lars_path_gram`).
 
     Args:
-        jitter: added to Q's diagonal, as a fraction of its mean, so that channels that are alike do no harm.
+        jitter: added to Q's diagonal, as a fraction of its mean, so that channels that are alike do no harm. Where the
+            choice does not settle (few tokens leave Q without full rank), it is raised tenfold, `RAISES` times at most:
+            to a tenth of the mean from the default. That changes which units are chosen, never what is fitted.
     """
 
     jitter: float = 1e-8
@@ -39,14 +41,28 @@ class Lasso:
         if mean <= 0:
             return problem.lowest(torch.zeros(problem.units.shape[:2], device=problem.weight.device), count)
         products /= mean
-        target = products.sum(1)
-        products.diagonal().add_(self.jitter)
         pools, units, _ = problem.units.shape
-        if pools == 1:
-            score = at_count(products, target, units - count)
-        else:
-            score = _worth(_path(products.cpu(), target.cpu(), pools * units), pools * (units - count))
+        score = self._score(products, pools, pools * (units - count))
         return problem.lowest(score.view(pools, units).to(problem.weight.device), count)
+
+    def _score(self, products: Tensor, pools: int, kept: int) -> Tensor:
+        """A score of the units, `(pools · units,)`, with as little jitter as settles it.
+
+        Raises:
+            NumericalError: none does.
+        """
+        target, diagonal = products.sum(1), products.diagonal().clone()
+        raises = 0
+        while True:
+            products.diagonal().copy_(diagonal + self.jitter * 10**raises)
+            try:
+                if pools == 1:
+                    return at_count(products, target, kept)
+                return _worth(_path(products.cpu(), target.cpu(), len(products)), kept)
+            except NumericalError:
+                if raises == RAISES:
+                    raise
+                raises += 1
 
 
 def design_gram(problem: RemovalProblem) -> Tensor:
