@@ -47,6 +47,7 @@ def head_text(removal: Removal, groups: int, queries: int, kept_groups: int, kep
     heads = groups * queries
     how = "whole kv groups" if kept_groups < groups and queries > 1 else "heads"
     if kept_groups == groups:
-        how = f"{(heads - kept_heads) // groups} query heads from every kv group"
-    kv = f", kv heads {groups} -> {kept_groups}" if queries > 1 else ""
+        gone = (heads - kept_heads) // groups
+        how = f"{gone} query {'head' if gone == 1 else 'heads'} from every kv group"
+    kv = f", kv heads {groups} -> {kept_groups}" if queries > 1 and kept_groups < groups else ""
     return f"{removal.name}: attention heads {heads} -> {kept_heads} ({1 - kept_heads / heads:.1%} of them, {how}){kv}"

@@ -109,7 +109,7 @@ class _Planner:
         step, note = round_to or ROUND_TO, ""
         if round_to is None and step * COARSE > old:
             step = 1 << max(int(math.log2(max(old // COARSE, 1))), 0)
-            note = f", {ROUND_TO} being too coarse for {old}"
+            note = f", {ROUND_TO} being coarse for {old}"
         if isinstance(self.pattern, NM):
             step = math.lcm(step, self.pattern.m)
         wanted = old * (1 - removal.share)

@@ -276,7 +276,7 @@ def test_widths_are_rounded_and_that_is_said(asked: str, round_to: int | None, w
     structure = structure_of(source_of("llama", tmp_path), Removal("channels", Fraction(asked)), round_to=round_to)
     assert structure.changes == {"intermediate_size": width}
     assert f"128 -> {width}" in structure.said[0]
-    assert ("too coarse" in structure.said[0]) == (round_to is None)
+    assert ("coarse for" in structure.said[0]) == (round_to is None)
 
 
 @pytest.mark.parametrize("share", ["1/100", "99/100"])
