@@ -189,7 +189,7 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("method", recipe_text(facts["recipe"])),
         ("coverage", coverage_text(facts["coverage"])),
         ("calibration", calibration_text(facts["calibration"])),
-        ("estimate", f"{duration(cost['seconds'])}, {size(cost['memory'])} of memory above the libraries' own"),
+        ("estimate", f"about {duration(cost['seconds'])}, {size(cost['memory'])} of memory above the libraries' own"),
         ("efforts", ", ".join(f"{name} {duration(seconds)}" for name, seconds in facts["efforts"].items())),
         ("size", f"{size(facts['size']['pruned'])} (dense {size(facts['size']['dense'])})"),
         ("would save", facts["out"]),
