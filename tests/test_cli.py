@@ -952,7 +952,7 @@ server.add("org/listed", gated="manual")
 server.add("org/any")
 server.fail("/broken", 500)
 os.environ["HF_ENDPOINT"] = server.url
-import llmprune.run
+import datasets, llmprune.run
 from llmprune.cli import main
 
 def case(model, *more):
@@ -966,6 +966,8 @@ found["revision"] = case("org/any", "--revision", "gone")
 server.stop()
 found["closed"] = case("org/any")
 tiny, text = sys.argv[1:]
+# What libraries take to load for a first model is not the Hub's doing.
+assert case(tiny, "--calib", text, "--samples", "2", "--seq-len", "32", "--no-eval", "--dry-run")[0] == 0
 found["dataset"] = case(tiny, "--calib", "c4", "--eval-context", "32", "--seq-len", "32")
 print(json.dumps(found), flush=True)
 os._exit(0)
