@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.models import find_model
 from llmprune.flags import positive, window
 from llmprune.shell import Parser, hush_libraries, run_command
 
@@ -43,14 +44,12 @@ def build_parser() -> Parser:
 
 def open_model(name: str, device: str = "cpu") -> tuple[Skeleton, Any]:
     """A model without its weights in memory, and its tokenizer."""
-    from llmprune.demo import default_cache
     from llmprune.folder import SafetensorsFolder
     from llmprune.prepare import pick_device
-    from llmprune.progress import Progress
     from llmprune.skeleton import Skeleton
-    from llmprune.source import load_tokenizer, open_source
+    from llmprune.source import load_tokenizer
 
-    source = open_source(name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress())
+    source = find_model(name)
     skeleton = Skeleton(source.config, SafetensorsFolder(source.folder), device=pick_device(device))
     return skeleton, load_tokenizer(source, False)
 

@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from eval.models import find_model
 from eval.sweep import commit
 from llmprune.errors import PruneError
 from llmprune.flags import positive
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """Measure two folders, write and print what was found."""
-    options.dense, options.pruned = (open_folder(name) for name in (options.dense, options.pruned))
+    """Measure two models, write and print what was found."""
+    options.dense, options.pruned = (find_model(name).folder for name in (options.dense, options.pruned))
     figures = {"command": shlex.join(["python", "-m", "eval.speed", *given]), **compare(options)}
     found = json.dumps(figures, indent=2)
     if options.out:
@@ -68,15 +69,6 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         options.out.write_text(found + "\n", encoding="utf-8")
     print(found if options.json else text(figures))
     return 0
-
-
-def open_folder(name: str) -> Path:
-    """Where a model lies."""
-    from llmprune.demo import default_cache
-    from llmprune.progress import Progress
-    from llmprune.source import open_source
-
-    return open_source(name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress()).folder
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.models import find_model
 from llmprune.flags import positive
 from llmprune.shell import Parser, hush_libraries, run_command
 
@@ -176,14 +177,12 @@ def score_files(options: argparse.Namespace, model_name: str, paths: list[Path])
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llmprune.demo import default_cache
     from llmprune.prepare import pick_device
-    from llmprune.progress import Progress
-    from llmprune.source import load_tokenizer, open_source
+    from llmprune.source import load_tokenizer
 
     tasks = {path.stem: read_task(path, options.limit) for path in paths}
     device = pick_device(options.device)
-    source = open_source(model_name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress())
+    source = find_model(model_name)
     tokenizer = load_tokenizer(source, False)
     dtype = torch.float32 if device.type == "cpu" else "auto"
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval().to(device)
@@ -231,11 +230,7 @@ def ask_harness(options: argparse.Namespace, model_name: str, tasks: list[str]) 
             f"{tasks[0]} is for lm-evaluation-harness, which is not installed",
             'name .jsonl files, or: pip install -e ".[harness]"',
         ) from error
-    from llmprune.demo import default_cache
-    from llmprune.progress import Progress
-    from llmprune.source import open_source
-
-    source = open_source(model_name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress())
+    source = find_model(model_name)
     # The harness ends its worker processes by this signal; our handler would make each of them show a traceback.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     asked = [harness_task(Path(task)) if task.endswith(".jsonl") else task for task in tasks]

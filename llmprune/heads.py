@@ -18,6 +18,11 @@ def head_options(groups: int, queries: int, share: Fraction) -> Iterator[tuple[i
 
     One pool of kv groups, or, where several query heads share keys and values, one pool for each group; of two ways
     as near the first: it saves keys and values too.
+
+    Args:
+        groups: kv heads.
+        queries: query heads of each.
+        share: of the query heads that is to go (fraction).
     """
     options = [(Fraction(count, groups), 0, 1, count) for count in range(1, groups)]
     options += [(Fraction(count, queries), 1, groups, count) for count in range(1, queries)]
@@ -26,7 +31,16 @@ def head_options(groups: int, queries: int, share: Fraction) -> Iterator[tuple[i
 
 
 def check_share(removal: Removal, heads: int, kept: int) -> None:
-    """Refuse a share that is nearer to none or to all than to the nearest that can be had."""
+    """Refuse a share that is nearer to none or to all than to the nearest that can be had.
+
+    Args:
+        removal: what was asked for.
+        heads: query heads.
+        kept: query heads that would stay.
+
+    Raises:
+        InputError: it is.
+    """
     done = 1 - Fraction(kept, heads)
     if abs(done - removal.share) > min(removal.share, 1 - removal.share):
         raise InputError(
@@ -37,13 +51,27 @@ def check_share(removal: Removal, heads: int, kept: int) -> None:
 
 
 def head_units(coupling: Coupling, pools: int) -> Tensor:
-    """`(pools, units, size)`: kv groups with their query heads in one pool; or the query heads of every group."""
+    """The inputs of a sink by heads, `(pools, units, size)`, int64.
+
+    Args:
+        coupling: of the sink; a class is a kv group.
+        pools: 1 for whole kv groups; or as many as there are, each with its query heads.
+    """
     if pools == 1 and len(coupling.classes) > 1:
         return torch.stack([slots.flatten() for slots in coupling.classes])[None]
     return torch.stack(list(coupling.classes))
 
 
 def head_text(removal: Removal, groups: int, queries: int, kept_groups: int, kept_heads: int) -> str:
+    """What was asked for and what is done.
+
+    Args:
+        removal: what was asked for.
+        groups: kv heads.
+        queries: query heads of each.
+        kept_groups: kv heads that stay.
+        kept_heads: query heads that stay, of all groups.
+    """
     heads = groups * queries
     how = "whole kv groups" if kept_groups < groups and queries > 1 else "heads"
     if kept_groups == groups:

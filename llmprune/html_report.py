@@ -22,6 +22,7 @@ STATS = {
     "condition": "condition",
     "target_strength": "target strength",
     "error_unfitted": "before refit",
+    "error_refitted": "after refit",
 }
 """What the table of all layers shows of a method's own figures."""
 STAGES = {

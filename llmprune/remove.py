@@ -93,7 +93,8 @@ class Remover:
         solution = LayerSolution((weight * mask).float(), mask, status, stats)
         if pattern is None or self.solver is None:
             return [solution], kept
-        stats["error_refitted"] = relative_error(layer.weight, solution.weight, problem.stats)
+        if self.reconstruct:
+            stats["error_refitted"] = relative_error(layer.weight, solution.weight, problem.stats)
         return self._sparse(problem, solution.weight, kept, pattern, classes, stats)
 
     def _choose(self, problem: RemovalProblem, count: int) -> Tensor:

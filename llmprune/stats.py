@@ -63,7 +63,7 @@ class QuietCount:
         total: Callable[[Sequence[float]], Sequence[float]] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.epsilon, self.limit, self._entries = epsilon, -1.0, 0
+        self.epsilon, self.limit = epsilon, -1.0
         self._mean_square = mean_square or (lambda rows: float(rows.square().mean()))
         self._total = total or (lambda values: values)
         self._exact, self._near = torch.zeros(2, width, dtype=torch.int64, device=device)
@@ -72,7 +72,6 @@ class QuietCount:
         """Take in `(tokens, in)`, as the layer gets them."""
         if self.limit < 0 and len(rows):
             self._fix_limit(rows)
-        self._entries += rows.numel()
         self._exact += (rows == 0).sum(0)
         self._near += (rows.abs() <= self.limit).sum(0)
 
@@ -80,7 +79,7 @@ class QuietCount:
         """The share of tokens, `(in,)`: of exact zeros where `EXACT` of all entries are (ReLU), else of nearly zero."""
         if self.limit < 0:  # others may be waiting for what this process has of the first batch: nothing
             self._fix_limit(torch.zeros(0, device=self._near.device))
-        zeros, entries = self._total([float(self._exact.sum()), float(self._entries)])
+        zeros, entries = self._total([float(self._exact.sum()), float(tokens * len(self._exact))])
         counts: Tensor = self._exact if zeros >= EXACT * entries else self._near
         return counts.double() / max(tokens, 1)
 

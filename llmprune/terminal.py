@@ -141,7 +141,7 @@ def _shared(report: PruneReport) -> str:
 
 
 def _errors(report: PruneReport) -> str:
-    """The mean error; of layers that lost inputs also what it was before their reconstruction."""
+    """The mean error; of layers that lost inputs also what it was before and after their reconstruction."""
     key, mean = "error_unfitted", f"{report.mean_error:.4f}"
     found = [
         (layer.stats[key], layer.stats.get("error_refitted", layer.error), layer.error)
