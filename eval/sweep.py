@@ -34,12 +34,14 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from eval.perplexity import measure
 from eval.plot import draw
 from llmprune.errors import InputError
+from llmprune.recipe import EFFORTS
 from llmprune.shell import Parser, hush_libraries, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,12 +107,12 @@ def read_dense(out: Path) -> dict[str, Any]:
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
-    """Command-line flags for settings; lists repeat the flag, True stands alone."""
+    """Command-line flags for settings; lists repeat the flag, True stands alone, False negates it."""
     found: list[str] = []
     for key, value in settings.items():
-        flag = f"--{key.replace('_', '-')}"
+        name = key.replace("_", "-")
         for item in value if isinstance(value, list) else [value]:
-            found += [flag] if item is True else [flag, str(item)]
+            found += [f"--{name}" if item else f"--no-{name}"] if isinstance(item, bool) else [f"--{name}", str(item)]
     return found
 
 
@@ -147,13 +149,10 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-SPARSEGPT = ({"effort": "fast"}, {"method": "sparsegpt"})
-
-
 def undone(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, Any]) -> float | None:
     """The share of SparseGPT's damage that a cell undoes, `ln(ppl_SparseGPT / ppl) / ln(ppl_SparseGPT / ppl_dense)`.
 
-    SparseGPT is the cell that differs in method or effort alone.
+    SparseGPT is the cell with the stages of `fast`, the same sparsity and the same calibration tokens.
 
     Args:
         text: on which.
@@ -164,13 +163,24 @@ def undone(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, A
     Returns:
         the share, 0 for SparseGPT itself; None where there is no such cell or the dense model was not measured.
     """
-    found = {str(own): result for own, result in cells}
-    for other in SPARSEGPT:
-        known = found.get(str(settings | other)) if settings.keys() >= other.keys() else None
-        if known and known["method"]["name"] == "sparsegpt" and text in dense:
-            value, ours = known["texts"][text]["value"], found[str(settings)]["texts"][text]["value"]
-            return math.log(value / ours) / math.log(value / dense[text]["value"])
-    return None
+    ours = next(result for own, result in cells if own == settings)
+    same = (result for _, result in cells if _is_sparsegpt(result) and _problem(result) == _problem(ours))
+    known = next(same, None)
+    if known is None or text not in dense:
+        return None
+    value = known["texts"][text]["value"]
+    return math.log(value / ours["texts"][text]["value"]) / math.log(value / dense[text]["value"])
+
+
+def _is_sparsegpt(result: dict[str, Any]) -> bool:
+    """Whether a run was SparseGPT without further stages."""
+    stages = {"method": "", **result.get("recipe", {})}  # an older result lacks the stages that came later
+    return all(stages.get(key, value) == value for key, value in asdict(EFFORTS["fast"]).items())
+
+
+def _problem(result: dict[str, Any]) -> tuple[str, str]:
+    """What a run was given: the sparsity and the calibration tokens."""
+    return result["sparsity"]["pattern"], result["calibration"]["sha256"]
 
 
 def table(results: Cells, dense: dict[str, Any]) -> str:

@@ -76,6 +76,6 @@ def test_a_grid_gives_every_combination_and_a_file_name_each() -> None:
     grid = {"grid": {"method": ["wanda", "sparsegpt"], "sparsity": ["2:4", "50%"]}}
     found = sweep.cells(grid)
     assert len({sweep.file_name(settings) for settings in found}) == len(found) == 4
-    assert sweep.flags({"model": "demo", "skip": ["a", "b"], "no_eval": True}) == [
-        *("--model", "demo", "--skip", "a", "--skip", "b", "--no-eval"),
+    assert sweep.flags({"model": "demo", "skip": ["a", "b"], "no_eval": True, "refit": False}) == [
+        *("--model", "demo", "--skip", "a", "--skip", "b", "--no-eval", "--no-refit"),
     ]

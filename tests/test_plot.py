@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eval import plot, sweep
+from llmprune.recipe import EFFORTS
 
 CELLS: plot.Cells = [
     (
@@ -62,13 +64,20 @@ def test_the_sweep_of_a_tiny_grid_gives_a_table_and_is_resumed(
 def test_the_share_that_is_undone_is_that_of_sparsegpt_on_the_same_settings() -> None:
     dense = {"text": {"value": 10.0}}
     values = {("2:4", "fast"): 1000.0, ("2:4", "best"): 100.0, ("50%", "fast"): 40.0, ("50%", "best"): 10.0}
+
+    def result(sparsity: str, effort: str, tokens: str = "some") -> dict[str, Any]:
+        return {
+            "texts": {"text": {"value": values[sparsity, effort]}},
+            "recipe": asdict(EFFORTS[effort]),
+            "sparsity": {"pattern": sparsity},
+            "calibration": {"sha256": tokens},
+        }
+
     cells: sweep.Cells = [
-        (
-            {"sparsity": sparsity, "effort": effort},
-            {"texts": {"text": {"value": value}}, "method": {"name": "sparsegpt" if effort == "fast" else "admm"}},
-        )
-        for (sparsity, effort), value in values.items()
+        ({"sparsity": sparsity, "effort": effort}, result(sparsity, effort)) for sparsity, effort in values
     ]
     assert [sweep.undone("text", settings, cells, dense) for settings, _ in cells] == [0, pytest.approx(0.5), 0, 1]
     assert sweep.undone("text", cells[1][0], cells[1:], dense) is None
     assert sweep.undone("text", cells[1][0], cells, {}) is None
+    other = ({"sparsity": "2:4", "effort": "best", "samples": 4}, result("2:4", "best", "others"))
+    assert sweep.undone("text", other[0], [*cells, other], dense) is None
