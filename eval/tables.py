@@ -1,8 +1,8 @@
 """`python -m eval.tables`: rewrite the tables of README.md and eval/LOG.md from the JSON in eval/results.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a folder of `eval.sweep` or a JSON file of
-`eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed` or `eval.structured_scale`. Figures are
-never typed.
+`eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed`, `eval.solvers` or
+`eval.structured_scale`. Figures are never typed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from eval import peers, processes, scale, speed, structured_scale, sweep, zero_shot
+from eval import peers, processes, scale, solvers, speed, structured_scale, sweep, zero_shot
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
@@ -25,6 +25,7 @@ MAKERS = {
     "results": zero_shot.table,
     "cells": structured_scale.table,
     "promised": speed.table,
+    "solved": solvers.table,
 }
 """Who makes the table of a result, by a key that only such results have."""
 PAGES = (ROOT / "README.md", ROOT / "eval" / "LOG.md")

@@ -11,6 +11,7 @@ import torch
 from test_methods import OPTIMA, SHARES, cut, gram_of, group, keep_largest, quota, refits, slow_case, solve, weight_of
 from torch import Tensor
 
+from eval.alps import alps
 from llmprune.linalg import relative_error
 from llmprune.methods.admm import ADMM
 from llmprune.pattern import NM, SparsityPattern, Unstructured
@@ -70,36 +71,6 @@ def slow_admm(weight: Tensor, gram: Tensor, pattern: SparsityPattern, method: AD
     mask = keep_largest(score(X), pattern).numpy() & ~zeros
     start = np.where(dead, W, X / scale)
     return cg_steps(A, W, start, mask, 2), mask
-
-
-def alps(weight: Tensor, gram: Tensor, pattern: SparsityPattern, damping: float) -> np.ndarray:
-    """ALPS as published: exact steps by eigenvectors, a penalty that grows until the support rests; then a refit."""
-    A, W = hessian(gram, damping), weight.double().numpy()
-    scale = np.diag(A) ** 0.5
-    scaled = A / np.outer(scale, scale)
-    values, Q = np.linalg.eigh(scaled)
-    pull = W * scale @ scaled
-
-    def support(state: np.ndarray) -> np.ndarray:
-        return keep_largest(torch.from_numpy(abs(state)), pattern).numpy()
-
-    rho, grown = 0.1, False
-    kept = support(W * scale)
-    Z, V = W * scale * kept, np.zeros_like(W)
-    for at in range(1, 301):
-        B = (pull - V + rho * Z) @ Q / (values + rho) @ Q.T
-        mask = support(B + V / rho)
-        Z = (B + V / rho) * mask
-        V += rho * (B - Z)
-        if at % 3:
-            continue
-        changed = (mask != kept).sum() / 2 / kept.sum()
-        kept = mask
-        if changed == 0 and grown:
-            break
-        rho *= 0.2 if changed == 0 else 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1
-        grown |= bool(changed)
-    return cg_steps(A, W, Z / scale, kept, 10)
 
 
 @slow_case
@@ -166,7 +137,7 @@ def test_admm_undoes_what_alps_undoes_of_sparsegpts_error(pattern: SparsityPatte
     for seed in range(8):
         gram, weight = gram_of(96, seed, tokens), weight_of(48, 96, seed)
         found = [solve("sparsegpt", gram, weight, pattern).weight, solve("admm", gram, weight, pattern).weight]
-        found.append(torch.from_numpy(alps(weight, gram, pattern, DEFAULT.damping)))
+        found.append(alps(weight, gram, pattern, DEFAULT.damping))
         A = torch.from_numpy(hessian(gram))
         total += [relative_error(weight, new, InputStats(1, A)) for new in found]
     sparsegpt, admm, reference = total
