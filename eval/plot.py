@@ -53,7 +53,7 @@ def draw(cells: Cells, dense: dict[str, Any], out: Path) -> None:
             axis.set_yscale("log")
         source = Path(first["evaluation"]["source"]).name if text == "evaluation" else text
         axis.set_ylabel(f"perplexity, {source}" if text else "mean layer error")
-        axis.set_xlabel(list(cells[0][0])[-1])
+        axis.set_xlabel(", ".join(dict.fromkeys(list(settings)[-1] for settings, _ in cells)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.tick_params(axis="y", which="both", labelsize=8)

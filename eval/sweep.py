@@ -9,8 +9,8 @@ The grid is a table of lists; every combination is a cell:
     model = "demo"
     samples = 32
 
-Cells whose JSON is there already are not run again. A list of tables `[[cells]]`, all with the same keys, names cells
-one by one instead.
+Cells whose JSON is there already are not run again. A list of tables `[[cells]]` names cells one by one
+instead; a key that a cell lacks is left to its default.
 
 With a table
 
@@ -185,13 +185,13 @@ def _problem(result: dict[str, Any]) -> tuple[str, str]:
 
 def table(results: Cells, dense: dict[str, Any]) -> str:
     """A Markdown table of the cells; where SparseGPT is among them, with the share of its damage that each undoes."""
-    keys = list(results[0][0])
+    keys = list(dict.fromkeys(key for settings, _ in results for key in settings))
     texts = list(results[0][1]["texts"])
     evaluated = [] if results[0][1]["evaluation"] is None else ["perplexity"]
     head = [*keys, *evaluated, *texts, "layer error", "pruning, s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for settings, result in results:
-        row = [str(settings[key]) for key in keys]
+        row = [str(settings.get(key, "")) for key in keys]
         row += [_measured(result["evaluation"]["pruned"])] if evaluated else []
         row += [_measured(result["texts"][text], undone(text, settings, results, dense)) for text in texts]
         row += [f"{result['mean_layer_error']:.4f}", f"{result['seconds']['prune']:.0f}"]

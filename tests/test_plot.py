@@ -61,6 +61,13 @@ def test_the_sweep_of_a_tiny_grid_gives_a_table_and_is_resumed(
     assert "plot" in again.err
 
 
+def test_a_key_that_a_cell_lacks_stays_empty() -> None:
+    result = {"mean_layer_error": 0.1, "evaluation": None, "texts": {}, "seconds": {"prune": 2.0}}
+    rows = sweep.table([({"method": "wanda"}, result), ({"effort": "best"}, result)], {}).splitlines()
+    assert rows[0] == "| method | effort | layer error | pruning, s |"
+    assert rows[2:] == ["| wanda |  | 0.1000 | 2 |", "|  | best | 0.1000 | 2 |"]
+
+
 def test_the_share_that_is_undone_is_that_of_sparsegpt_on_the_same_settings() -> None:
     dense = {"text": {"value": 10.0}}
     values = {("2:4", "fast"): 1000.0, ("2:4", "best"): 100.0, ("50%", "fast"): 40.0, ("50%", "best"): 10.0}
