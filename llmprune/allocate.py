@@ -12,8 +12,8 @@ from torch import Tensor
 from llmprune.block import Group
 from llmprune.errors import InputError
 from llmprune.linalg import relative_error
-from llmprune.methods.sparsegpt import SparseGPT
-from llmprune.pattern import Unstructured
+from llmprune.methods import Method
+from llmprune.pattern import Scope, Unstructured
 from llmprune.problem import GroupProblem
 from llmprune.ranks import Ranks
 from llmprune.recipe import Allocate
@@ -42,27 +42,28 @@ class Survey:
 
 
 def allocate(
-    stream: BlockStream, pattern: Unstructured, kind: Allocate, step: Callable[[], None]
+    stream: BlockStream, pattern: Unstructured, kind: Allocate, method: Method, step: Callable[[], None]
 ) -> list[Unstructured]:
     """Give every block a share of its own, within `REACH` of the one asked for.
 
     `owl` spreads densities over the range in proportion to the blocks' outlier shares (Yin et al. 2024, with M = 5 and
-    λ = 0.08). `error` minimises the sum of the layers' relative errors, see `by_error`; its curves are those of
-    SparseGPT at both ends of the range, on the dense model's inputs.
+    λ = 0.08). `error` minimises the sum of the layers' relative errors, see `by_error`; its curves are those of the
+    method at both ends of the range, on the dense model's inputs.
 
     Args:
         stream: a stream of the dense model, used up.
         pattern: the share to be reached on average over all weights.
         kind: `error` or `owl`.
+        method: what will prune the layers.
         step: called after every block.
 
     Raises:
         InputError: a block's share rounds to none or all of a layer's weights.
     """
-    ends = bounds(pattern.share)
+    curve = Curve(method, pattern.scope, stream.ranks, bounds(pattern.share)) if kind == "error" else None
     found, shapes = [], []
     for block in stream:
-        found.append(_survey(stream.groups(block), pattern, ends if kind == "error" else None, stream.ranks))
+        found.append(_survey(stream.groups(block), curve))
         shapes.append([layer.shape for layer in block.layers.values()])
         step()
     shares = (by_error if kind == "error" else by_outliers)(found, pattern.share)
@@ -76,27 +77,40 @@ def allocate(
     return patterns
 
 
-def _survey(
-    groups: Iterable[Group], pattern: Unstructured, ends: tuple[Fraction, Fraction] | None, ranks: Ranks
-) -> Survey:
-    """Look at the groups of a block, which stays dense."""
-    weights, scores, errors = 0, [], [0.0, 0.0]
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """How the error of layers rises with the share that goes: by a method, at the lowest and the highest share."""
+
+    method: Method
+    scope: Scope
+    ranks: Ranks
+    ends: tuple[Fraction, Fraction]
+
+    def errors(self, problem: GroupProblem) -> tuple[float, float]:
+        """The relative errors at both ends, summed over the layers of a group."""
+        low, high = (self._error(problem, Unstructured(share, self.scope)) for share in self.ends)
+        return low, high
+
+    def _error(self, problem: GroupProblem, pattern: Unstructured) -> float:
+        solutions = self.ranks.spread(self.method.solve, problem, pattern)
+        pairs = zip(problem.layers, solutions, strict=True)
+        return sum(relative_error(layer.weight, new.weight, problem.stats) for layer, new in pairs)
+
+
+def _survey(groups: Iterable[Group], curve: Curve | None) -> Survey:
+    """Look at the groups of a block, which stays dense: at its errors, or at its outliers."""
+    weights, scores, errors = 0, [], (0.0, 0.0)
     for group in groups:
         problem = group.problem
-        norms = problem.stats.gram.diagonal().sqrt()
         weights += sum(layer.weight.numel() for layer in problem.layers)
-        scores += [(layer.weight.abs() * norms).flatten() for layer in problem.layers] if ends is None else []
-        for at, share in enumerate(ends or ()):
-            errors[at] += _error(problem, Unstructured(share, pattern.scope), ranks)
+        if curve is None:
+            norms = problem.stats.gram.diagonal().sqrt()
+            scores += [(layer.weight.abs() * norms).flatten() for layer in problem.layers]
+        else:
+            low, high = curve.errors(problem)
+            errors = errors[0] + low, errors[1] + high
     every = torch.cat(scores) if scores else torch.zeros(1)
-    return Survey(weights, (errors[0], errors[1]), float((every > OUTLIER * every.mean()).double().mean()))
-
-
-def _error(problem: GroupProblem, pattern: Unstructured, ranks: Ranks) -> float:
-    """The sum of the layers' relative errors after SparseGPT."""
-    solutions = ranks.spread(SparseGPT().solve, problem, pattern)
-    pairs = zip(problem.layers, solutions, strict=True)
-    return sum(relative_error(layer.weight, new.weight, problem.stats) for layer, new in pairs)
+    return Survey(weights, errors, float((every > OUTLIER * every.mean()).double().mean()))
 
 
 def bounds(share: Fraction) -> tuple[Fraction, Fraction]:

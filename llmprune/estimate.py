@@ -108,7 +108,7 @@ def seconds(task: Task, rate: float) -> float:
         products, factors = products + 8, 3
     if recipe.allocate != "uniform":
         stream += tokens * (forward + gram)
-        products, factors = products + 2 * METHODS["sparsegpt"].products, factors + 2
+        products, factors = products + 2 * METHODS[recipe.method].products, factors + 2
     return (stream + train + write + (products + 2) * product + factors * factor + evaluate) / rate
 
 
@@ -120,8 +120,7 @@ def memory(task: Task) -> int:
     if task.evaluation:
         stages.append(_evaluating(task))
     if task.recipe.allocate != "uniform":
-        survey = Recipe("sparsegpt")
-        stages.append(_pruning(replace(task, recipe=survey)))
+        stages.append(_pruning(replace(task, recipe=Recipe(task.recipe.method))))
     return LATE + max(stages)
 
 

@@ -141,6 +141,7 @@ def block_patterns(
         return [run.pattern] * len(run.skeleton.blocks)
     if names := run.ranks.of_first(names_of(known)):
         return parsed(names, run.pattern.scope)
+    assert run.solver is not None
     progress.start("sharing out", len(run.skeleton.blocks))
     with TemporaryDirectory(dir=rank_folder(run.partial, run.ranks.number), ignore_cleanup_errors=True) as spare:
         stream = BlockStream(
@@ -150,9 +151,10 @@ def block_patterns(
             chosen=run.plan.names,
             folder=Path(spare),
             budget=run.job.activation_memory,
+            scales=run.recipe.method == "scaling",
             ranks=run.ranks,
         )
-        patterns = allocate(stream, run.pattern, run.recipe.allocate, progress.step)
+        patterns = allocate(stream, run.pattern, run.recipe.allocate, run.solver.method, progress.step)
     progress.finish()
     return parsed(run.ranks.of_first(names_of(patterns)), run.pattern.scope)
 

@@ -11,12 +11,16 @@ from helpers import random_tokens, save_tiny, skeleton_of
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from test_methods import gram_of, group, weight_of
 from test_stream import chosen
 from torch import Tensor
 
-from llmprune.allocate import REACH, Survey, allocate, bounds, by_error, by_outliers, exact
+from llmprune.allocate import REACH, Curve, Survey, allocate, bounds, by_error, by_outliers, exact
 from llmprune.errors import InputError
+from llmprune.linalg import relative_error
+from llmprune.methods import load_method
 from llmprune.pattern import Unstructured
+from llmprune.ranks import ALONE
 from llmprune.recipe import Allocate
 from llmprune.stream import BlockStream
 
@@ -82,13 +86,24 @@ def test_blocks_with_more_outliers_stay_denser() -> None:
     assert by_outliers([Survey(10), Survey(30)], Fraction(7, 10)) == [0.7, 0.7]
 
 
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "admm"])
+def test_the_errors_of_a_block_are_those_of_the_method(name: str) -> None:
+    problem = group(gram_of(24), weight_of(6, 24), weight_of(10, 24, 1))
+    ends, method = (Fraction(1, 2), Fraction(3, 4)), load_method(name)
+    expected = [
+        sum(relative_error(layer.weight, masked.weight, problem.stats) for layer, masked in zip(*pair, strict=True))
+        for pair in ((problem.layers, method.solve(problem, Unstructured(share))) for share in ends)
+    ]
+    assert Curve(method, "layer", ALONE, ends).errors(problem) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("kind", ["error", "owl"])
 def test_a_model_s_blocks_get_their_shares(kind: Allocate, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, tokenizer=False)
     skeleton = skeleton_of(tmp_path)
     stream = BlockStream(skeleton, random_tokens(16), chosen=chosen(skeleton))
     steps: list[int] = []
-    patterns = allocate(stream, Unstructured(Fraction(7, 10)), kind, lambda: steps.append(1))
+    patterns = allocate(stream, Unstructured(Fraction(7, 10)), kind, load_method("admm"), lambda: steps.append(1))
     assert len(patterns) == len(steps) == len(skeleton.blocks)
     assert sum(pattern.share for pattern in patterns) == Fraction(7, 10) * len(patterns)
     assert len({pattern.share for pattern in patterns}) > 1
@@ -99,4 +114,4 @@ def test_a_share_that_prunes_nothing_is_refused(tmp_path: Path) -> None:
     skeleton = skeleton_of(tmp_path)
     stream = BlockStream(skeleton, random_tokens(16), chosen=chosen(skeleton))
     with pytest.raises(InputError, match="rounds to 0"):
-        allocate(stream, Unstructured(Fraction(1, 200), "row"), "owl", lambda: None)
+        allocate(stream, Unstructured(Fraction(1, 200), "row"), "owl", load_method("admm"), lambda: None)
