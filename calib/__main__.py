@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.flags import positive, seed, window
+from llmprune.arguments import positive, seed, window
 from llmprune.shell import Parser, hush_libraries, run_command
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.sweep import ROOT, commit
+from llmprune.arguments import positive, seed, window
 from llmprune.errors import InputError, PruneError
-from llmprune.flags import positive, seed, window
 from llmprune.shell import Parser, hush_libraries, run_command
 
 OURS = "llmprune"

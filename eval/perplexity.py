@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.models import find_model
-from llmprune.flags import positive, window
+from llmprune.arguments import positive, window
 from llmprune.shell import Parser, hush_libraries, run_command
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.sweep import commit
-from llmprune.flags import positive
+from llmprune.arguments import positive
 from llmprune.shell import Parser, hush_libraries, run_command
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.sweep import commit
-from llmprune.flags import positive, size
+from llmprune.arguments import positive, size
 from llmprune.methods import METHODS
 from llmprune.recipe import AUTO, DEFAULT_EFFORT
 from llmprune.shell import Parser, hush_libraries, run_command

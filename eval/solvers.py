@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from eval.models import find_model
 from eval.sweep import commit
+from llmprune.arguments import positive, seed, window
 from llmprune.errors import InputError
-from llmprune.flags import positive, seed, window
 from llmprune.shell import Parser, hush_libraries, run_command
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from typing import Any
 
 from eval.models import find_model
 from eval.sweep import commit
+from llmprune.arguments import positive
 from llmprune.errors import PruneError
-from llmprune.flags import positive
 from llmprune.shell import Parser, run_command
 
 MEASURES = {"prefill": "tokens/s", "decode": "tokens/s"}

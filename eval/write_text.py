@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from eval.perplexity import open_model
+from llmprune.arguments import positive, seed, window
 from llmprune.durable import replacing
 from llmprune.errors import InputError
-from llmprune.flags import positive, seed, window
 from llmprune.shell import Parser, hush_libraries, run_command
 
 

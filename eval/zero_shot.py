@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.models import find_model
-from llmprune.flags import positive
+from llmprune.arguments import positive
 from llmprune.shell import Parser, hush_libraries, run_command
 
 ANSWER = "\nAnswer:"

@@ -82,7 +82,7 @@ FLOORS = [
     {"allocate", "launch", "outcome", "packing", "together", "upload"},
     {"samples"},
     {"run"},
-    {"__main__", "bars", "cli", "flags", "shell", "terminal"},
+    {"__main__", "arguments", "bars", "cli", "flags", "shell", "terminal"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 
@@ -147,7 +147,7 @@ def test_scipy_stays_on_its_floor(module: str) -> None:
     assert not {name for name in imports(module) if name.split(".")[0] in {"scipy", "sklearn"}}
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"bars", "cli", "flags", "shell", "terminal"}))
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"arguments", "bars", "cli", "flags", "shell", "terminal"}))
 def test_only_the_command_line_speaks(module: str) -> None:
     assert not uses(module, "print", "sys.stdout", "sys.stderr", "input")
     assert not {name for name in imports(module) if name.split(".")[0] in {"logging", "tqdm", "argparse"}}
@@ -160,7 +160,7 @@ def test_nothing_is_pickled(module: str) -> None:
 
 
 def test_the_command_line_imports_only_the_standard_library_at_its_top() -> None:
-    for module in ("cli", "flags", "shell", "__main__", "methods", "structured", "errors", "__init__"):
+    for module in ("arguments", "cli", "flags", "shell", "__main__", "methods", "structured", "errors", "__init__"):
         for node in TREES[module].body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

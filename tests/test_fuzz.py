@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from llmprune.arguments import size
 from llmprune.errors import InputError
-from llmprune.flags import size
 from llmprune.folder import INDEX, SINGLE, SafetensorsFolder
 from llmprune.progress import Progress
 from llmprune.resume import STATE, read_state
