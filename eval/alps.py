@@ -19,8 +19,9 @@ def alps(weight: Tensor, gram: Tensor, pattern: SparsityPattern, damping: float)
 
         B = (A W* − V + ρZ)(A + ρI)⁻¹,  Z = the projection of B + V/ρ on the pattern,  V += ρ(B − Z)
 
-    Every third iteration ρ grows by 1.3, 1.2 or 1.1, the more the support has changed; once it has changed at all and
-    then no longer does, or after 300 iterations, ten steps of conjugate gradients end on the support.
+    Every third iteration ρ grows by 1.3, 1.2 or 1.1, the larger the share of the support that has come or gone. A
+    support that rests before it has ever moved means a ρ too large: all begins anew with a fifth of it. One that rests
+    later, or 300 iterations, are the end, but for ten steps of conjugate gradients on the support.
 
     Args:
         weight: W*, `(out, in)`.
@@ -37,8 +38,8 @@ def alps(weight: Tensor, gram: Tensor, pattern: SparsityPattern, damping: float)
     values, Q = torch.linalg.eigh(scaled)
     pull = W * scale @ scaled
     rho, moved = 0.1, False
-    kept = pattern.project((W * scale).abs())
-    Z, V = W * scale * kept, torch.zeros_like(W)
+    first = pattern.project((W * scale).abs())
+    kept, Z, V = first, W * scale * first, torch.zeros_like(W)
     for at in range(1, LONGEST + 1):
         B = (pull - V + rho * Z) @ Q / (values + rho) @ Q.T
         mask = pattern.project((B + V / rho).abs())
@@ -46,19 +47,19 @@ def alps(weight: Tensor, gram: Tensor, pattern: SparsityPattern, damping: float)
         V += rho * (B - Z)
         if at % EVERY:
             continue
-        changed = float((mask != kept).sum()) / 2 / float(kept.sum())
+        changed = float((mask != kept).sum()) / float(kept.sum())
         kept = mask
-        if not changed and moved:
+        if changed:
+            rho, moved = rho * growth(changed), True
+        elif moved:
             break
-        rho *= growth(changed)
-        moved |= bool(changed)
+        else:
+            rho, kept, Z, V = rho / 5, first, W * scale * first, torch.zeros_like(W)
     result = (Z / scale).T.contiguous()
     polish(A, W.T.contiguous(), result, kept.T.contiguous(), POLISH)
     return result.T.contiguous()
 
 
 def growth(changed: float) -> float:
-    """By what the penalty is multiplied; it falls as long as the support has not begun to move."""
-    if not changed:
-        return 0.2
+    """By what the penalty is multiplied when this share of the support has come or gone."""
     return 1.3 if changed > 0.1 else 1.2 if changed > 0.005 else 1.1

@@ -20,7 +20,7 @@ from llmprune.recipe import Allocate
 from llmprune.stream import BlockStream
 
 REACH = Fraction(8, 100)
-"""How far a block's share may be from the mean."""
+"""How far a block's share may be from the mean; for `owl`, where the others are all alike, nearly twice as far."""
 OUTLIER = 5.0
 DIGITS = 10**4
 FINEST = 10**11  # what a pattern's name can say
@@ -44,11 +44,12 @@ class Survey:
 def allocate(
     stream: BlockStream, pattern: Unstructured, kind: Allocate, method: Method, step: Callable[[], None]
 ) -> list[Unstructured]:
-    """Give every block a share of its own, within `REACH` of the one asked for.
+    """Give every block a share of its own, so that all together lose the share asked for.
 
-    `owl` spreads densities over the range in proportion to the blocks' outlier shares (Yin et al. 2024, with M = 5 and
-    λ = 0.08). `error` minimises the sum of the layers' relative errors, see `by_error`; its curves are those of the
-    method at both ends of the range, on the dense model's inputs.
+    `owl` spreads densities over a range of `2 REACH` in proportion to the blocks' outlier shares, wherever their mean
+    then lies (Yin et al. 2024, with M = 5 and λ = 0.08). `error` minimises the sum of the layers' relative errors, see
+    `by_error`; its curves are those of the method on the dense model's inputs, from `REACH` below the share to `REACH`
+    above it, between which it stays.
 
     Args:
         stream: a stream of the dense model, used up.

@@ -159,12 +159,15 @@ class Block:
         names = [f"{self.name}.{local}" for local in locals_]
         return {name: self.changed.get(name, checkpoint.stored(checkpoint[name])) for name in names}
 
+    def as_stored(self, local: str, value: Tensor) -> Tensor:
+        """A parameter's value as the file will hold it."""
+        return value.to(self.skeleton.checkpoint.stored_dtype(f"{self.name}.{local}"))
+
     @torch.no_grad()
     def store(self, values: dict[str, Tensor]) -> None:
         """Give parameters new values, by local name; the block computes with what the file will hold."""
         for local, value in values.items():
-            name = f"{self.name}.{local}"
-            stored = value.to(self.skeleton.checkpoint.stored_dtype(name))
+            name, stored = f"{self.name}.{local}", self.as_stored(local, value)
             if not bool(torch.isfinite(stored).all()):
                 raise InputError(
                     f"the pruned weights of {name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"

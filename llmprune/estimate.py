@@ -102,7 +102,8 @@ def seconds(task: Task, rate: float) -> float:
     stream = tokens * ((2 * forward + gram + cross) if recipe.twin else forward + gram)
     train = recipe.refine * tokens * 3 * forward
     write = WRITING * task.own * (forward + 2 * task.hidden * task.vocabulary)
-    products = recipe.steps * sum(stage.products for stage in _entries(recipe)) + (10 if recipe.refit else 0)
+    refits = recipe.steps - (0 if recipe.refit else 1)
+    products = recipe.steps * sum(stage.products for stage in _entries(recipe)) + 10 * refits
     factors = 1
     if recipe.targets == "dense":
         products, factors = products + 8, 3

@@ -135,7 +135,10 @@ def _add_stages(parser: Parser) -> None:
     stages.add_argument(
         "--permute", action=switch, default=None, help="reorder channels for N:M where it folds into the layers before"
     )
-    stages.add_argument("--steps", type=positive, metavar="K", help="reach the sparsity in K nested steps (default: 1)")
+    stages.add_argument(
+        "--steps", type=positive, metavar="K",
+        help="reach the sparsity in K nested steps, the weights fitted anew in between (default: 1)",
+    )  # fmt: skip
     stages.add_argument(
         "--ridge", type=share, metavar="SHARE",
         help="pull weights to their targets, as if every input had this share of its mean square as noise of its own",

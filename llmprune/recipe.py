@@ -20,7 +20,7 @@ class Recipe:
         targets: what a layer should give: `pruned`, the dense layer's output on the pruned model's inputs; `dense`, its
             output in the dense model, as far as the calibration data support it.
         permute: whether input channels of an N:M layer are reordered where that can be folded into the layers before.
-        steps: in how many nested steps the sparsity is reached.
+        steps: in how many nested steps the sparsity is reached, the weights fitted anew in between.
         ridge: how strongly weights are pulled to their targets, as a share of every input's own mean square.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
         refine: in how many epochs a pruned block learns to give the dense block's output.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     Adam on float32 masters, batch by batch, with a warm-up and a cosine decay. The step size is a fraction of each
     parameter's root mean square, so it needs no tuning by model. Masks hold exactly: a pruned weight has no gradient.
     One batch in sixteen (at least one) is held out, of the solves too where there are so many; the epoch that did best
-    there is kept, or the block as it was.
+    there, with its weights as the file will hold them, is kept, or the block as it was.
 
     Args:
         block: a block of a stream with a twin, its groups all solved.
@@ -45,6 +45,8 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     masks = {name: value != 0 for name, value in values.items() if value.dim() == 2}
     loss = BlockLoss(block, values)
     before = after = loss.mean(held_out)
+    if not values:
+        return Refinement(block.name, before, after)
     best: dict[str, Tensor] = {}
     schedule = Schedule(values, epochs * len(training))
     generator = torch.Generator().manual_seed(seed)
@@ -54,8 +56,9 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
             for (name, value), gradient in zip(values.items(), gradients, strict=True):
                 value.grad = gradient.mul_(masks[name]) if name in masks else gradient
             schedule.step()
-        if (reached := loss.mean(held_out)) < after:
-            best, after = {name: value.detach().clone() for name, value in values.items()}, reached
+        stored = {name: block.as_stored(name, value.detach()).float() for name, value in values.items()}
+        if (reached := loss.mean(held_out, stored)) < after:
+            best, after = {name: value.clone() for name, value in stored.items()}, reached
     block.ranks.same(best.values())
     block.store(best)
     block.rewind()
@@ -102,10 +105,10 @@ class BlockLoss:
         block.ranks.add([energy])
         self.weights = (energy / energy.mean()).clamp(min=1e-6).pow(-WHITENING)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The mean over the tokens of a batch."""
+    def __call__(self, batch: Batch, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The mean over the tokens of a batch; with other values in place of the parameters, if given."""
         skeleton, call = self.block.skeleton, batch.calls[self.block.index]
-        values = {name: value.to(skeleton.compute) for name, value in self.values.items()}
+        values = {name: value.to(skeleton.compute) for name, value in (values or self.values).items()}
         arguments = (batch.entered().to(skeleton.device), *call.args)
         output = hidden_of(functional_call(self.block.module, values, arguments, call.kwargs))
         target = _dense(batch).to(skeleton.device)
@@ -125,10 +128,10 @@ class BlockLoss:
         return found
 
     @torch.no_grad()
-    def mean(self, numbers: Sequence[int]) -> float:
-        """The mean over batches, in all processes."""
+    def mean(self, numbers: Sequence[int], values: Mapping[str, Tensor] | None = None) -> float:
+        """The mean over batches, in all processes; with other values in place of the parameters, if given."""
         here = [self.batches[number] for number in numbers if number in self.batches]
-        (total,) = self.block.ranks.total([sum(float(self(batch)) * batch.part.share for batch in here)])
+        (total,) = self.block.ranks.total([sum(float(self(batch, values)) * batch.part.share for batch in here)])
         return total / len(numbers)
 
 

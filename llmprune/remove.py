@@ -126,7 +126,8 @@ class Remover:
         assert self.solver is not None
         gram = problem.stats.gram[kept][:, kept]
         small = replace(problem.layers[0], weight=weight[:, kept])
-        inner = GroupProblem((small,), InputStats(problem.stats.tokens, gram))
+        scale = None if problem.stats.scale is None else problem.stats.scale[kept]
+        inner = GroupProblem((small,), InputStats(problem.stats.tokens, gram, scale=scale))
         left = tuple(slots for slots, stays in classes_left(classes, kept, weight.shape[1]) if stays.any())
         (found,), order = self.solver.solve(inner, pattern, left)
         whole, mask = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)

@@ -69,7 +69,10 @@ class Solver:
         return order
 
     def _stages(self, goal: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
-        """Reach the pattern in nested steps: zeros stay zero, so each step's mask lies within the one before."""
+        """Reach the pattern in nested steps: zeros stay zero, so each step's mask lies within the one before.
+
+        Every step but the last is followed by a refit: the next one takes its weights for the optimum on their support.
+        """
         solutions: list[LayerSolution] = []
         current = goal
         *early, last = pattern.steps(self.recipe.steps)
@@ -77,7 +80,7 @@ class Solver:
         # A small share of a small layer may round to nothing in the first steps.
         for step in [step for step in early if not any(step.divides(*shape) for shape in shapes)] + [last]:
             solutions = self.ranks.spread(self.method.solve, current, step)
-            if self.recipe.refit:
+            if self.recipe.refit or step is not last:
                 solutions = refit(goal, solutions)
             layers = tuple(replace(old, weight=new.weight) for old, new in zip(goal.layers, solutions, strict=True))
             current = replace(goal, layers=layers)
@@ -104,7 +107,8 @@ def with_ridge(problem: GroupProblem, ridge: float) -> GroupProblem:
 def permuted(problem: GroupProblem, order: Tensor) -> GroupProblem:
     """The same problem with its inputs in another order."""
     layers = tuple(replace(layer, weight=layer.weight[:, order]) for layer in problem.layers)
-    return GroupProblem(layers, InputStats(problem.stats.tokens, problem.stats.gram[order][:, order]))
+    scale = None if problem.stats.scale is None else problem.stats.scale[order]
+    return GroupProblem(layers, InputStats(problem.stats.tokens, problem.stats.gram[order][:, order], scale=scale))
 
 
 def reordered(solution: LayerSolution, order: Tensor) -> LayerSolution:

@@ -144,6 +144,13 @@ def test_admm_undoes_what_alps_undoes_of_sparsegpts_error(pattern: SparsityPatte
     assert sparsegpt - admm >= 0.9 * (sparsegpt - reference) > 0
 
 
+def test_a_share_that_rounds_to_no_weight_keeps_all() -> None:
+    gram, weight = gram_of(32), weight_of(4, 32)
+    solution = solve("admm", gram, weight, Unstructured(Fraction(1, 200), "row"))
+    assert bool(solution.mask.all())
+    torch.testing.assert_close(solution.weight, weight, rtol=1e-6, atol=1e-8)
+
+
 FIGURES = [
     ("magnitude", (3.431, 0.246), (4.049, 0.242)),
     ("wanda", (1.751, 0.398), (1.787, 0.44)),

@@ -13,8 +13,10 @@ from test_stream import chosen, skeleton_of, solve
 from torch import Tensor
 
 from llmprune import refine as module
+from llmprune.block import Block
 from llmprune.problem import InputStats
 from llmprune.refine import batch_tokens, refine
+from llmprune.rehearse import hidden_of
 from llmprune.report import Refinement
 from llmprune.shares import judges, unfitted
 from llmprune.stream import BlockStream
@@ -23,10 +25,13 @@ SAMPLES = 16
 
 
 def refined(
-    folder: Path, epochs: int, seed: int = 0
+    folder: Path, epochs: int, seed: int = 0, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Refinement], Tensor]:
-    """Weights before and after refinement, what was gained, and what leaves the last block."""
-    skeleton = skeleton_of(folder)
+    """Weights before and after refinement, what was gained, and what leaves the last block.
+
+    What is said to be gained is what the stored block gives on the judges, by the loss's formula.
+    """
+    skeleton = skeleton_of(folder, dtype=dtype)
     tokens = random_tokens(SAMPLES)
     stream = BlockStream(
         skeleton, tokens, batch_tokens=BATCH * tokens.shape[1], chosen=chosen(skeleton), twin=True, again=True
@@ -38,27 +43,72 @@ def refined(
         for group in stream.groups(block):
             solve(group)
         before |= {name: tensor.clone() for name, tensor in block.changed.items()}
+        start = loss_of(block)
         gained.append(refine(block, epochs, seed))
+        assert gained[-1].before == pytest.approx(start, rel=1e-5)
+        assert gained[-1].after == pytest.approx(loss_of(block), rel=1e-5)
         after |= block.changed
     return before, after, gained, torch.cat([batch.hidden for batch in stream.rehearsal.batches])
+
+
+@torch.no_grad()
+def loss_of(block: Block) -> float:
+    """On the judges, of the block as it is stored: its outputs against the dense block's, in float64."""
+    given = {name.removeprefix(f"{block.name}."): tensor for name, tensor in block.changed.items()}
+    for local, tensor in given.items():
+        assert torch.equal(block.module.get_parameter(local), tensor.to(block.skeleton.compute))
+    dense = {batch.part.batch: batch.dense.double() for batch in block.batches if batch.dense is not None}
+    energy = torch.stack([target.square().mean((0, 1)) for target in dense.values()]).mean(0)
+    weights = (energy / energy.mean()).clamp(min=1e-6) ** -0.5
+    losses = []
+    for batch in block.batches:
+        if batch.part.batch in judges(block.count):
+            call, target = batch.calls[block.index], dense[batch.part.batch]
+            output = hidden_of(block.module(batch.entered(), *call.args, **call.kwargs)).double()
+            missed = ((output - target).square() * weights).sum(-1) / (target.square() * weights).sum(-1)
+            losses.append(float(missed.mean()))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("rate", [module.RATE, 3e-4, 1e-4])
+def test_what_counts_are_the_weights_as_the_file_holds_them(
+    rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small steps gain less than rounding to bfloat16 costs; then the block stays as it was."""
+    monkeypatch.setattr(module, "RATE", rate)
+    save_tiny("llama", tmp_path, tokenizer=False)
+    before, after, gained, _ = refined(tmp_path, 1, dtype=torch.bfloat16)
+    for gain in gained:
+        names = [name for name in before if name.startswith(f"{gain.block}.")]
+        assert names
+        assert all(torch.equal(before[name], after[name]) for name in names) == (gain.after == gain.before)
+
+
+def test_a_block_with_nothing_to_train_is_left_alone(tmp_path: Path) -> None:
+    """OLMo's norms have no weights and its layers no biases."""
+    save_tiny("olmo", tmp_path, tokenizer=False)
+    skeleton = skeleton_of(tmp_path)
+    first = frozenset(name for name in chosen(skeleton) if ".0." in name)
+    tokens = random_tokens(SAMPLES)
+    stream = BlockStream(skeleton, tokens, batch_tokens=BATCH * tokens.shape[1], chosen=first, twin=True, again=True)
+    gained = []
+    for block in stream:
+        for group in stream.groups(block):
+            solve(group)
+        gained.append(refine(block, 1))
+    assert gained[0].after < gained[0].before
+    assert gained[1].after == gained[1].before
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "bloom", "qwen2_moe"])
 def test_refined_blocks_are_nearer_to_the_dense_ones_and_keep_their_zeros(model_type: str, tmp_path: Path) -> None:
     save_tiny(model_type, tmp_path, tokenizer=False)
     before, after, gained, hidden = refined(tmp_path, 4)
-    assert all(gain.after <= gain.before for gain in gained)
     assert sum(gain.after for gain in gained) < 0.97 * sum(gain.before for gain in gained)
     for name, weight in before.items():
         assert bool((after[name][weight == 0] == 0).all()), name
         assert not torch.equal(after[name], weight)
-    norms = set(after) - set(before)
-    assert norms
-    plain = reload(tmp_path)
-    for name, tensor in after.items():
-        plain.get_parameter(name).data.copy_(tensor)
-    expected = whole_logits(plain, random_tokens(SAMPLES))
-    assert torch.isfinite(expected).all()
+    assert set(after) - set(before)  # the norms
     assert torch.isfinite(hidden).all()
 
 
@@ -98,8 +148,7 @@ def test_no_epochs_change_nothing(tmp_path: Path) -> None:
 
 def test_an_expert_without_tokens_in_a_batch_stays_as_it_is_in_that_step(tmp_path: Path) -> None:
     save_tiny("toy", tmp_path, kind="Experts", hidden_size=16, tokenizer=False)
-    before, after, gained, _ = refined(tmp_path, 2)
-    assert all(gain.after <= gain.before for gain in gained)
+    before, after, _, _ = refined(tmp_path, 2)
     for name in before:
         if ".experts.2." in name and name.endswith(".weight"):
             assert torch.equal(before[name], after[name])

@@ -80,7 +80,7 @@ class ADMM:
         ]
 
     def _scale(self, gram: Tensor) -> tuple[Tensor, float, int]:
-        """`D^½`, `(in, 1)`; and λ, and how often it was raised."""
+        """`D^−½`, `(in, 1)`; and λ, and how often it was raised."""
         factor = inverse_factor(gram, self.damping)
         diagonal = gram.diagonal() + factor.ridge + (gram.diagonal() == 0).to(gram.dtype)
         scale = (factor.upper.square_().sum(0) / diagonal).pow(0.25)
@@ -164,7 +164,8 @@ class _Limit:
         limits, counts = [], []
         for layer in problem.split(score.T):
             groups, count = pattern.groups(layer)
-            limits.append(kth_lowest(groups, count)[:, 0].expand(len(layer)))
+            limit = kth_lowest(groups, count)[:, 0] if count else groups.new_zeros(len(groups))
+            limits.append(limit.expand(len(layer)))
             counts.append(torch.full_like(limits[-1], count))
         self.limit, self.wanted = torch.cat(limits).clamp(min=0.0), torch.cat(counts)
 
