@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eval.alps import alps
 from llmprune.linalg import relative_error
-from llmprune.methods.admm import ADMM
+from llmprune.methods.admm import ADMM, _Choice
 from llmprune.pattern import NM, SparsityPattern, Unstructured
 from llmprune.problem import InputStats, LayerSolution, Status
 from llmprune.refit import refit
@@ -114,6 +114,23 @@ def test_admm_of_unrelated_inputs_is_a_choice_without_compensation() -> None:
         score = weight.square() * (diagonal + DEFAULT.damping * diagonal.mean())
         assert torch.equal(solution.mask, keep_largest(score, pattern))
         torch.testing.assert_close(solution.weight, weight * solution.mask, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), *SHARES], ids=lambda p: f"{p.name}-{getattr(p, 'scope', '')}")
+def test_where_admm_comes_to_rest_no_kept_weight_wants_to_move(pattern: SparsityPattern) -> None:
+    """At a fixed point the gradient is zero on the mask, and `-ρD` times the state off it."""
+    rho = 40.0
+    method = ADMM(iterations=4000, start=rho, end=rho)
+    gram, weight = gram_of(48), weight_of(12, 48)
+    A, problem = torch.from_numpy(hessian(gram)), group(gram, weight)
+    scale, _, _ = method._scale(gram)
+    choice = _Choice(problem, pattern, weight.T)
+    state = method._iterate(A * scale * scale.T, weight.T / scale, choice)
+    mask = choice.exact(state)
+    gradient = A @ (state * scale * mask - weight.T)
+    torch.testing.assert_close(
+        gradient, -rho * (state / scale) * ~mask, rtol=1e-6, atol=1e-8 * float(gradient.abs().max())
+    )
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(Fraction(1, 2), "layer")], ids=["2:4", "50%"])
