@@ -18,6 +18,7 @@ PAGE = "prune_report.html"
 STATS = {
     "ridge": "ridge",
     "damping_raises": "dampings raised",
+    "choice_raises": "raised to choose",
     "directions": "input directions",
     "condition": "condition",
     "target_strength": "target strength",

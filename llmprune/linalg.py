@@ -83,14 +83,17 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
     raise _singular(damping)
 
 
-def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """`A⁻¹` of the damped Gram `A = H + λI`, `(in, in)`, and what was added to its diagonal, `(in,)`; both float64.
+def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, int]:
+    """`A⁻¹` of the damped Gram `A = H + λI`.
 
     No more than two matrices of that size are in memory at a time.
 
     Args:
         gram: H, `(in, in)`, symmetric, float32 or float64.
         damping: λ as a fraction of the mean diagonal of H; raised tenfold where A is singular.
+
+    Returns:
+        the inverse, `(in, in)`; what was added to the diagonal, `(in,)`, both float64; how often λ was raised.
 
     Raises:
         NumericalError: as `inverse_factor`.
@@ -102,8 +105,8 @@ def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
         matrix.diagonal().add_(dead + ridge)
         return matrix
 
-    lower, ridge, _ = damped_cholesky(damped, gram, damping)
-    return torch.cholesky_inverse(lower), dead + ridge
+    lower, ridge, raises = damped_cholesky(damped, gram, damping)
+    return torch.cholesky_inverse(lower), dead + ridge, raises
 
 
 def damped_cholesky(damped: Callable[[float], Tensor], gram: Tensor, damping: float) -> tuple[Tensor, float, int]:

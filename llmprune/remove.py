@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,11 +72,12 @@ class Remover:
         (layer,) = problem.layers
         target = layer.weight.double()
         gram = problem.stats.gram
-        kept = self._choose(RemovalProblem(target, gram, units.to(gram.device), scale, problem.stats.quiet), count)
+        asked = RemovalProblem(target, gram, units.to(gram.device), scale, problem.stats.quiet)
+        kept, raises = self._choose(asked, count)
         weight = torch.zeros_like(target)
         weight[:, kept] = target[:, kept]
         stats = {"error_unfitted": relative_error(layer.weight, weight.float(), problem.stats)}
-        status = Status.OK if problem.stats.tokens else Status.NO_INPUT
+        stats |= {"choice_raises": float(raises)} if raises else {}
         mask = torch.zeros_like(weight, dtype=torch.bool)
         mask[:, kept] = layer.weight[:, kept] != 0
         if self.reconstruct:
@@ -85,45 +85,51 @@ class Remover:
             weight[:, kept] = fit.weight
             stats |= {"relative_ridge": fit.ridge, "damping_raises": float(fit.raises)}
             stats |= {"target_strength": fit.strength} if self.dense else {}
-            status = Status.DAMPING_RAISED if fit.raises else status
+            raises += fit.raises
             # Zeros of the source stay zero, so rows that have some have a support of their own.
             holed = (~mask[:, kept]).any(1).nonzero().flatten()
             if len(holed):
                 weight[holed] = on_support(target, problem.stats, fit, weight, mask, holed)
+        status = Status.DAMPING_RAISED if raises else Status.OK if problem.stats.tokens else Status.NO_INPUT
         solution = LayerSolution((weight * mask).float(), mask, status, stats)
         if pattern is None or self.solver is None:
             return [solution], kept
         if self.reconstruct:
             stats["error_refitted"] = relative_error(layer.weight, solution.weight, problem.stats)
-        return self._sparse(problem, solution.weight, kept, pattern, classes, stats)
+        return self._sparse(problem, solution, kept, pattern, classes)
 
-    def _choose(self, problem: RemovalProblem, count: int) -> Tensor:
-        """The inputs that stay, in nested steps: each step's criterion sees the weights that the one before left."""
+    def _choose(self, problem: RemovalProblem, count: int) -> tuple[Tensor, int]:
+        """The inputs that stay, in nested steps: each step's criterion sees the weights that the one before left.
+
+        Returns:
+            `(k,)`, int64; and how often a diagonal was raised at most.
+        """
         target, gram = problem.weight, problem.gram
         kept = torch.arange(target.shape[1], device=target.device)
-        done = 0
+        done = raises = 0
         for step in range(1, self.steps + 1):
             upto = count * step // self.steps
             if upto == done:
                 continue
-            gone = self.criterion.select(problem, upto - done)
-            kept, done = kept[problem.kept(gone)], upto
+            choice = self.criterion.select(problem, upto - done)
+            kept, done = kept[problem.kept(choice.gone)], upto
+            raises = max(raises, choice.raises)
             if step < self.steps:
                 weight = least_squares(target, gram, kept)[0] if self.reconstruct else target[:, kept]
-                problem = problem.without(gone, weight)
-        return kept
+                problem = problem.without(choice.gone, weight)
+        return kept, raises
 
     def _sparse(
         self,
         problem: GroupProblem,
-        weight: Tensor,
+        solution: LayerSolution,
         kept: Tensor,
         pattern: SparsityPattern,
         classes: tuple[Tensor, ...],
-        stats: Mapping[str, float],
     ) -> tuple[list[LayerSolution], Tensor]:
         """Prune the weights that stay, as a problem of its own."""
         assert self.solver is not None
+        weight = solution.weight
         gram = problem.stats.gram[kept][:, kept]
         small = replace(problem.layers[0], weight=weight[:, kept])
         scale = None if problem.stats.scale is None else problem.stats.scale[kept]
@@ -132,7 +138,8 @@ class Remover:
         (found,), order = self.solver.solve(inner, pattern, left)
         whole, mask = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
         whole[:, kept], mask[:, kept] = found.weight, found.mask
+        status = solution.status if found.status is Status.OK else found.status
         return (
-            [replace(found, weight=whole, mask=mask, stats={**stats, **found.stats})],
+            [LayerSolution(whole, mask, status, {**solution.stats, **found.stats})],
             kept if order is None else kept[order.to(kept.device)],
         )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from llmprune.errors import NumericalError
 from llmprune.linalg import ridge_of
-from llmprune.problem import GroupProblem, InputStats, LayerProblem
+from llmprune.problem import GroupProblem, InputStats, LayerProblem, Status
 from llmprune.remove import Remover
 from llmprune.stats import EXACT, QuietCount, RunningGram, RunningPair
 from llmprune.structured import CRITERIA, load_criterion
-from llmprune.structured.lasso import RAISES, _path, _solve, at_count, design_gram
+from llmprune.structured.lasso import RAISES, Lasso, _path, _solve, at_count, design_gram
 from llmprune.structured.obs import OBS, Search
 from llmprune.structured.problem import RemovalProblem
 from llmprune.structured.reconstruct import FLOOR, RIDGE, least_squares
@@ -100,7 +101,7 @@ def test_the_table_is_read_without_torch() -> None:
 def test_exactly_so_many_go_from_every_pool(name: str, shape: tuple[int, int, int]) -> None:
     for count in range(1, shape[1]):
         problem = problem_of(shape, seed=count)
-        gone = load_criterion(name).select(problem, count)
+        gone = load_criterion(name).select(problem, count).gone
         assert gone.shape == shape[:2]
         assert (gone.sum(1) == count).all()
         assert len(problem.kept(gone)) == problem.weight.shape[1] - count * shape[0] * shape[2]
@@ -145,15 +146,15 @@ def test_greedy_removal_is_greedy_by_brute_force(shape: tuple[int, int, int]) ->
 def test_obs_is_near_the_best_of_all_subsets(seed: int, count: int) -> None:
     problem = problem_of(seed=seed)
     losses = sorted(loss(problem, problem.kept(choice)) for choice in all_choices(problem, count))
-    found = loss(problem, problem.kept(OBS().select(problem, count)))
+    found = loss(problem, problem.kept(OBS().select(problem, count).gone))
     assert found <= 1.1 * losses[0]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_swaps_never_do_harm_and_end_where_no_swap_helps(seed: int) -> None:
     problem = problem_of(seed=seed)
-    plain = OBS(swaps=0).select(problem, 5)
-    swapped = OBS(swaps=64).select(problem, 5)
+    plain = OBS(swaps=0).select(problem, 5).gone
+    swapped = OBS(swaps=64).select(problem, 5).gone
     assert loss(problem, problem.kept(swapped)) <= loss(problem, problem.kept(plain)) + 1e-12
 
 
@@ -206,7 +207,7 @@ def test_the_path_is_scikit_learns_on_the_explicit_design(seed: int) -> None:
     assert ours.shape == explicit.shape
     assert np.abs(ours - explicit).max() < 1e-10
     for count in (3, 6):
-        gone = load_criterion("lasso").select(problem, count)
+        gone = load_criterion("lasso").select(problem, count).gone
         at = next(step for step in range(explicit.shape[1]) if (explicit[:, step] != 0).sum() == 12 - count)
         assert (gone[0].numpy() == (explicit[:, at] == 0)).all()
 
@@ -264,7 +265,37 @@ def test_the_lasso_chooses_where_few_tokens_leave_its_gram_without_full_rank(
         weight = torch.randn(rows, width, generator=generator, dtype=torch.float64)
         problem = RemovalProblem(weight, X.T @ X / tokens, torch.arange(width).view(shape))
         for count in (shape[1] // 4, shape[1] // 2):
-            assert (load_criterion("lasso").select(problem, count).sum(1) == count).all()
+            assert (load_criterion("lasso").select(problem, count).gone.sum(1) == count).all()
+
+
+@pytest.mark.parametrize("name", ["lasso", "obs"])
+def test_a_choice_that_took_a_larger_diagonal_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the first two of them fail; the choice is that of the third."""
+    given, raised = problem_of(), {"lasso": Lasso(jitter=1e-6), "obs": OBS(damping=1.0)}[name]
+    problem = GroupProblem((LayerProblem("mlp.down", given.weight.float()),), InputStats(64, given.gram.float()))
+    (quiet,), expected = Remover(raised).solve(problem, given.units, 5)
+    failures = iter([True, True])
+    if name == "lasso":
+
+        def at_count_or_not(*args: Any) -> Tensor:
+            if next(failures, False):
+                raise NumericalError("does not settle", "")
+            return at_count(*args)
+
+        monkeypatch.setattr("llmprune.structured.lasso.at_count", at_count_or_not)
+    else:
+        cholesky = torch.linalg.cholesky_ex
+
+        def cholesky_or_not(matrix: Tensor) -> Any:
+            lower, info = cholesky(matrix)
+            return lower, torch.ones_like(info) if next(failures, False) else info
+
+        monkeypatch.setattr("torch.linalg.cholesky_ex", cholesky_or_not)
+    (solution,), kept = Remover(load_criterion(name)).solve(problem, given.units, 5)
+    assert torch.equal(kept, expected)
+    assert (solution.status, solution.stats["choice_raises"]) == (Status.DAMPING_RAISED, 2.0)
+    assert quiet.status is Status.OK
+    assert "choice_raises" not in quiet.stats
 
 
 def test_a_lasso_that_settles_with_no_jitter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +318,7 @@ def test_the_lasso_with_a_refit_is_among_the_best_of_all_subsets(count: int) -> 
     for seed in range(6):
         problem = problem_of(seed=seed)
         losses = sorted(loss(problem, problem.kept(choice)) for choice in all_choices(problem, count))
-        found = loss(problem, problem.kept(load_criterion("lasso").select(problem, count)))
+        found = loss(problem, problem.kept(load_criterion("lasso").select(problem, count).gone))
         ranks.append(np.searchsorted(losses, found * (1 - 1e-9)) / len(losses))
     assert np.mean(ranks) < 0.05
 
@@ -299,13 +330,13 @@ def test_simple_scores_by_hand() -> None:
         weight, gram, torch.arange(4).view(1, 4, 1),
         scale=torch.tensor([0.5, -0.1, 2.0, -3.0]), quiet=torch.tensor([0.2, 0.1, 0.9, 0.0]),
     )  # fmt: skip
-    first = {name: int(load_criterion(name).select(problem, 1)[0].int().argmax()) for name in CRITERIA}
+    first = {name: int(load_criterion(name).select(problem, 1).gone[0].int().argmax()) for name in CRITERIA}
     assert first == {"magnitude": 3, "wanda": 0, "obd": 0, "obs": 2, "lasso": 0, "scaling": 1, "apoz": 2}
 
 
 def test_obd_ranks_single_channels_as_wanda_does() -> None:
     problem = problem_of((1, 40, 1))
-    assert torch.equal(load_criterion("obd").select(problem, 13), load_criterion("wanda").select(problem, 13))
+    assert torch.equal(load_criterion("obd").select(problem, 13).gone, load_criterion("wanda").select(problem, 13).gone)
 
 
 def test_zeros_are_counted_exactly_where_they_are_a_real_share() -> None:

@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Protocol, cast
 from llmprune.methods import MethodEntry, load_entry
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from llmprune.structured.problem import RemovalProblem
+    from llmprune.structured.problem import Choice, RemovalProblem
 
 
 class Criterion(Protocol):
     """What every criterion provides."""
 
-    def select(self, problem: RemovalProblem, count: int) -> Tensor:
-        """The units that go: `(pools, units)`, bool, exactly `count` True in every row."""
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
+        """The units that go, exactly `count` of every pool."""
         ...
 
 

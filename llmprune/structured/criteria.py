@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from llmprune.structured.problem import RemovalProblem
+from llmprune.structured.problem import Choice, RemovalProblem
 
 
 @dataclass(frozen=True, slots=True)
 class Magnitude:
     """The units with the smallest `Σ_j ‖W_:j‖²` go (Han et al. 2015, by columns)."""
 
-    def select(self, problem: RemovalProblem, count: int) -> Tensor:
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the size of the weights."""
         return problem.lowest(problem.summed(problem.weight.square().sum(0)), count)
 
@@ -22,7 +20,7 @@ class Magnitude:
 class Wanda:
     """The units with the smallest `Σ_j ‖W_:j‖ · ‖X_j‖` go (Sun et al. 2023, by columns)."""
 
-    def select(self, problem: RemovalProblem, count: int) -> Tensor:
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the size of the weights times that of the inputs."""
         norms = problem.gram.diagonal().clamp(min=0).sqrt()
         return problem.lowest(problem.summed(problem.weight.norm(dim=0) * norms), count)
@@ -35,7 +33,7 @@ class OBD:
     For single channels this is half of Wanda's score squared, so the same channels go; for heads the two sums differ.
     """
 
-    def select(self, problem: RemovalProblem, count: int) -> Tensor:
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the diagonal of the second-order loss."""
         loss = problem.weight.square().sum(0) * problem.gram.diagonal() / 2
         return problem.lowest(problem.summed(loss), count)
@@ -45,7 +43,7 @@ class OBD:
 class Scaling:
     """The units with the smallest `Σ_j |γ_j|` go, γ the learned scale that multiplies the inputs (Liu et al. 2017)."""
 
-    def select(self, problem: RemovalProblem, count: int) -> Tensor:
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the learned scale."""
         assert problem.scale is not None
         return problem.lowest(problem.summed(problem.scale.abs()), count)
@@ -65,7 +63,7 @@ class APoZ:
 
     epsilon: float = 0.05
 
-    def select(self, problem: RemovalProblem, count: int) -> Tensor:
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove what is most often zero."""
         assert problem.quiet is not None
         return problem.lowest(-problem.summed(problem.quiet), count)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import NumericalError
-from llmprune.structured.problem import RemovalProblem
+from llmprune.structured.problem import Choice, RemovalProblem
 
 TRIALS, CORRECTIONS, RAISES = 64, 64, 7
 TOLERANCE = 1e-10
@@ -29,12 +29,13 @@ class Lasso:
     Args:
         jitter: added to Q's diagonal, as a fraction of its mean, so that channels that are alike do no harm. Where the
             choice does not settle (few tokens leave Q without full rank), it is raised tenfold, `RAISES` times at most:
-            to a tenth of the mean from the default. That changes which units are chosen, never what is fitted.
+            to a tenth of the mean from the default. That changes which units are chosen, never what is fitted, and is
+            reported.
     """
 
     jitter: float = 1e-8
 
-    def select(self, problem: RemovalProblem, count: int) -> Tensor:
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove what the path leaves out."""
         products = design_gram(problem)
         mean = float(products.diagonal().mean())
@@ -42,11 +43,11 @@ class Lasso:
             return problem.lowest(torch.zeros(problem.units.shape[:2], device=problem.weight.device), count)
         products /= mean
         pools, units, _ = problem.units.shape
-        score = self._score(products, pools, pools * (units - count))
-        return problem.lowest(score.view(pools, units).to(problem.weight.device), count)
+        score, raises = self._score(products, pools, pools * (units - count))
+        return problem.lowest(score.view(pools, units).to(problem.weight.device), count, raises)
 
-    def _score(self, products: Tensor, pools: int, kept: int) -> Tensor:
-        """A score of the units, `(pools · units,)`, with as little jitter as settles it.
+    def _score(self, products: Tensor, pools: int, kept: int) -> tuple[Tensor, int]:
+        """A score of the units, `(pools · units,)`, with as little jitter as settles it; how often it was raised.
 
         Raises:
             NumericalError: none does.
@@ -57,8 +58,8 @@ class Lasso:
             products.diagonal().copy_(diagonal + self.jitter * 10**raises)
             try:
                 if pools == 1:
-                    return at_count(products, target, kept)
-                return _worth(_path(products.cpu(), target.cpu(), len(products)), kept)
+                    return at_count(products, target, kept), raises
+                return _worth(_path(products.cpu(), target.cpu(), len(products)), kept), raises
             except NumericalError:
                 if raises == RAISES:
                     raise

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmprune.linalg import damped_inverse
-from llmprune.structured.problem import RemovalProblem
+from llmprune.structured.problem import Choice, RemovalProblem
 
 PANEL = 4
 ROUNDS = 64
@@ -43,7 +43,7 @@ class OBS:
     damping: float = 0.01
     swaps: int = ROUNDS
 
-    def select(self, problem: RemovalProblem, count: int) -> Tensor:
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove what can best be made up for."""
         search = Search(problem, self.damping)
         block = max(1, problem.units.shape[1] // 128)
@@ -54,7 +54,7 @@ class OBS:
                 if at_a_time == 1:
                     break
                 at_a_time = (at_a_time + 1) // 2
-        return search.gone
+        return Choice(search.gone, search.raises)
 
 
 class Search:
@@ -68,12 +68,13 @@ class Search:
         gone: `(pools, units)`, bool.
         inverse: `M`, `(in, in)`: `A_SS⁻¹` on S, zero elsewhere.
         weight: `W`, `(out, in)`: optimal on S, zero elsewhere.
+        raises: how often the damping was raised tenfold.
     """
 
     def __init__(self, problem: RemovalProblem, damping: float) -> None:
         self.units, self.target = problem.units, problem.weight
         self.gone = torch.zeros(problem.units.shape[:2], dtype=torch.bool, device=problem.weight.device)
-        self.inverse, self.ridge = damped_inverse(problem.gram, damping)
+        self.inverse, self.ridge, self.raises = damped_inverse(problem.gram, damping)
         self.gram = problem.gram
         self.weight = problem.weight.clone()
 

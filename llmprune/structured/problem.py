@@ -9,6 +9,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """What a criterion found.
+
+    Args:
+        gone: the units that go, `(pools, units)`, bool, the same number in every pool.
+        raises: how often what is added to a diagonal was raised tenfold before the choice could be made.
+    """
+
+    gone: Tensor
+    raises: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RemovalProblem:
     """A layer `y = W x` some of whose inputs are to be removed.
 
@@ -27,15 +40,16 @@ class RemovalProblem:
     scale: Tensor | None = None
     quiet: Tensor | None = None
 
-    def lowest(self, score: Tensor, count: int) -> Tensor:
-        """The `count` units of every pool with the lowest score, `(pools, units)`, bool; ties by lower index first.
+    def lowest(self, score: Tensor, count: int, raises: int = 0) -> Choice:
+        """The `count` units of every pool with the lowest score go; ties by lower index first.
 
         Args:
             score: of every unit, `(pools, units)`.
             count: how many of every pool.
+            raises: of the diagonal that the score was made with.
         """
         going = score.sort(dim=1, stable=True).indices[:, :count]
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, going, True)
+        return Choice(torch.zeros_like(score, dtype=torch.bool).scatter_(1, going, True), raises)
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum over the inputs of every unit, `(pools, units)`, of `values (in,)`."""
