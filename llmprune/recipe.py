@@ -83,7 +83,7 @@ class Recipe:
 EFFORTS = {
     "fast": Recipe("sparsegpt"),
     "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3),
-    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, refine=4, own=1.0),
+    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, refine=2, own=3.0),
 }
 REMOVALS = {
     "fast": Recipe("", criterion="wanda"),
