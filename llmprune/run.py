@@ -34,7 +34,7 @@ from llmprune.progress import Progress
 from llmprune.ranks import Ranks
 from llmprune.recipe import EFFORTS
 from llmprune.report import BlockReport, PruneReport
-from llmprune.resume import Journal, workplace
+from llmprune.resume import Journal
 from llmprune.room import with_room
 from llmprune.shards import replace_folder
 from llmprune.skeleton import Skeleton
@@ -52,6 +52,7 @@ from llmprune.together import (
     with_own_text,
 )
 from llmprune.verify import check_layers, patterns_of
+from llmprune.workplace import workplace
 
 
 def prune(job: Job, progress: Progress | None = None) -> PruneReport:

@@ -78,6 +78,7 @@ FLOORS = [
         "resume",
         "stages",
         "verify",
+        "workplace",
     },
     {"allocate", "launch", "outcome", "packing", "together", "upload"},
     {"samples"},
