@@ -18,6 +18,7 @@ from llmprune import Job, PruneReport, prune
 from llmprune.errors import InputError
 from llmprune.hub import model_card
 from llmprune.report import FILE
+from llmprune.shares import unfitted
 
 DOCS = Path(__file__).parents[1] / "docs" / "report.md"
 FREE = ("versions", "method.options", "sparsity.config", "coverage.skipped", "layers[].stats")
@@ -130,8 +131,9 @@ def test_the_figures_agree_with_each_other(report: PruneReport) -> None:
     assert coverage["skipped"] == {"--skip": 2 * 16 * 32}
     assert all(2 * layer.pruned == layer.shape[0] * layer.shape[1] for layer in report.layers)
     assert all(0 < layer.error < 1 for layer in report.layers)
-    assert report.calibration["tokens"] == (4 + report.calibration["own"]) * 32
-    assert all(layer.tokens == report.calibration["tokens"] for layer in report.layers)
+    windows = 4 + report.calibration["own"]
+    assert report.calibration["tokens"] == windows * 32
+    assert all(layer.tokens == (windows - len(unfitted(windows))) * 32 for layer in report.layers)
     seconds = report.seconds
     parts = ("prepare", "dense_evaluation", "prune", "verify", "pruned_evaluation")
     assert sum(seconds[part] for part in parts) <= seconds["total"] + 0.01
