@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Lasso:
         products /= mean
         pools, units, _ = problem.units.shape
         score, raises = self._score(products, pools, pools * (units - count))
-        return problem.lowest(score.view(pools, units).to(problem.weight.device), count, raises)
+        return replace(problem.lowest(score.view(pools, units).to(problem.weight.device), count), raises=raises)
 
     def _score(self, products: Tensor, pools: int, kept: int) -> tuple[Tensor, int]:
         """A score of the units, `(pools · units,)`, with as little jitter as settles it; how often it was raised.

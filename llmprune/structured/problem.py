@@ -40,16 +40,15 @@ class RemovalProblem:
     scale: Tensor | None = None
     quiet: Tensor | None = None
 
-    def lowest(self, score: Tensor, count: int, raises: int = 0) -> Choice:
+    def lowest(self, score: Tensor, count: int) -> Choice:
         """The `count` units of every pool with the lowest score go; ties by lower index first.
 
         Args:
             score: of every unit, `(pools, units)`.
             count: how many of every pool.
-            raises: of the diagonal that the score was made with.
         """
         going = score.sort(dim=1, stable=True).indices[:, :count]
-        return Choice(torch.zeros_like(score, dtype=torch.bool).scatter_(1, going, True), raises)
+        return Choice(torch.zeros_like(score, dtype=torch.bool).scatter_(1, going, True))
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum over the inputs of every unit, `(pools, units)`, of `values (in,)`."""
