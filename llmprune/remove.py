@@ -102,7 +102,7 @@ class Remover:
         """The inputs that stay, in nested steps: each step's criterion sees the weights that the one before left.
 
         Returns:
-            `(k,)`, int64; and how often a diagonal was raised at most.
+            `(k,)`, int64; and how often a diagonal was raised at most, of a choice or of a fit between two.
         """
         target, gram = problem.weight, problem.gram
         kept = torch.arange(target.shape[1], device=target.device)
@@ -115,7 +115,8 @@ class Remover:
             kept, done = kept[problem.kept(choice.gone)], upto
             raises = max(raises, choice.raises)
             if step < self.steps:
-                weight = least_squares(target, gram, kept)[0] if self.reconstruct else target[:, kept]
+                weight, more = least_squares(target, gram, kept) if self.reconstruct else (target[:, kept], 0)
+                raises = max(raises, more)
                 problem = problem.without(choice.gone, weight)
         return kept, raises
 

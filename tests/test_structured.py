@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from itertools import combinations
 from typing import Any
@@ -268,6 +269,16 @@ def test_the_lasso_chooses_where_few_tokens_leave_its_gram_without_full_rank(
             assert (load_criterion("lasso").select(problem, count).gone.sum(1) == count).all()
 
 
+def fail_to_factor(monkeypatch: pytest.MonkeyPatch, failures: Iterator[bool]) -> None:
+    cholesky = torch.linalg.cholesky_ex
+
+    def cholesky_or_not(matrix: Tensor) -> Any:
+        lower, info = cholesky(matrix)
+        return lower, torch.ones_like(info) if next(failures, False) else info
+
+    monkeypatch.setattr("torch.linalg.cholesky_ex", cholesky_or_not)
+
+
 @pytest.mark.parametrize("name", ["lasso", "obs"])
 def test_a_choice_that_took_a_larger_diagonal_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the first two of them fail; the choice is that of the third."""
@@ -284,18 +295,21 @@ def test_a_choice_that_took_a_larger_diagonal_says_so(name: str, monkeypatch: py
 
         monkeypatch.setattr("llmprune.structured.lasso.at_count", at_count_or_not)
     else:
-        cholesky = torch.linalg.cholesky_ex
-
-        def cholesky_or_not(matrix: Tensor) -> Any:
-            lower, info = cholesky(matrix)
-            return lower, torch.ones_like(info) if next(failures, False) else info
-
-        monkeypatch.setattr("torch.linalg.cholesky_ex", cholesky_or_not)
+        fail_to_factor(monkeypatch, failures)
     (solution,), kept = Remover(load_criterion(name)).solve(problem, given.units, 5)
     assert torch.equal(kept, expected)
     assert (solution.status, solution.stats["choice_raises"]) == (Status.DAMPING_RAISED, 2.0)
     assert quiet.status is Status.OK
     assert "choice_raises" not in quiet.stats
+
+
+def test_a_fit_between_two_steps_that_took_a_larger_ridge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem_of()
+    problem = GroupProblem((LayerProblem("mlp.down", given.weight.float()),), InputStats(64, given.gram.float()))
+    fail_to_factor(monkeypatch, iter([True]))
+    (solution,), _ = Remover(load_criterion("wanda"), steps=2).solve(problem, given.units, 6)
+    assert solution.status is Status.DAMPING_RAISED
+    assert (solution.stats["choice_raises"], solution.stats["damping_raises"]) == (1.0, 0.0)
 
 
 def test_a_lasso_that_settles_with_no_jitter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
