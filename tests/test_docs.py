@@ -12,6 +12,7 @@ import llmprune
 from eval import sweep, tables
 from llmprune.flags import build_parser, pack_parser, report_parser, unpack_parser, verify_parser
 from llmprune.methods import METHODS
+from llmprune.recipe import EFFORTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("docs/*.md"))
@@ -65,6 +66,14 @@ def test_pictures_and_pages_of_the_readme_exist() -> None:
 
 def test_the_readme_names_every_method() -> None:
     assert all(f"| `{name}`" in README for name in METHODS)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_the_readme_tells_what_an_effort_stands_for(effort: str) -> None:
+    recipe = EFFORTS[effort]
+    permute = "yes" if recipe.permute else "no"
+    stages = f"{recipe.targets} | {permute} | {recipe.ridge:g} | {recipe.own:g} | {recipe.refine}"
+    assert f"| `{effort}` | `{recipe.method}` | {stages} |" in README
 
 
 def test_cells_may_be_named_one_by_one() -> None:
