@@ -18,8 +18,13 @@ from llmprune.coupling import Coupling, fold, scatter
 from llmprune.families import LayerRef
 from llmprune.float64 import Float64, random_copy
 from llmprune.probe import Probe, Run
+from llmprune.room import out_of_memory
 
 TOLERANCE = 1e-10
+
+
+class OpaqueBlockError(Exception):
+    """A block that cannot be run on its own, with random weights in float64."""
 
 
 def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[LayerRef]) -> list[Coupling]:
@@ -32,8 +37,7 @@ def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[
     for the others (query and key rows, value rows shared by heads) every input is differentiated.
 
     Nothing is trusted: the copy's rows and columns are permuted, at random within the classes, and all that the run
-    leaves behind must stay the same to `TOLERANCE`. A block that cannot run so (a kernel without float64, state that
-    an earlier block should have handed on) has no couplings.
+    leaves behind must stay the same to `TOLERANCE`.
 
     Args:
         block: the block; it is left alone. No hooks of the caller's may be on it.
@@ -45,15 +49,26 @@ def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[
 
     Returns:
         One coupling for every sink that has one.
+
+    Raises:
+        OpaqueBlockError: the block cannot run so (a kernel without float64, state that an earlier block should have
+            handed on).
     """
+    try:
+        return _found(block, run, hidden, layers)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise OpaqueBlockError(f"{type(error).__name__}: {reason}") from error
+
+
+def _found(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[LayerRef]) -> list[Coupling]:
     generator = torch.Generator().manual_seed(0)
     copy = random_copy(block, hidden.device, generator)
     noise = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.device)
     probe = Probe(copy, layers, generator)
-    try:
-        probe.watch(run, noise)
-    except (RuntimeError, KeyError):
-        return []
+    probe.watch(run, noise)
     guesses = [guess for layer in layers if (guess := probe.guess(layer)) is not None]
     if not guesses:
         return []

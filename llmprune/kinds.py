@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmprune.coupling import Coupling
 from llmprune.families import find_layers
-from llmprune.find_couplings import find_couplings
+from llmprune.find_couplings import OpaqueBlockError, find_couplings
 from llmprune.landing import find_landings
 from llmprune.rehearse import Batch, Wrap, leaves_behind, rehearse
 from llmprune.scales import find_scales
@@ -57,6 +57,7 @@ class Kinds:
         self._orders: dict[int, CallOrder] = {}
         self._landings: dict[int, dict[int, str]] = {}
         self._couplings: dict[int, list[Coupling]] = {}
+        self.opaque: dict[int, str] = {}
         self._scales: dict[int, dict[str, tuple[str, float]]] = {}
 
     def order(self, index: int, layers: list[str], run: Callable[[], Tensor]) -> CallOrder:
@@ -74,7 +75,10 @@ class Kinds:
         return self._landings[kind]
 
     def couplings(self, index: int) -> list[Coupling]:
-        """Which of its channels hang together; none where they are not wanted. They depend on the block's form only."""
+        """Which of its channels hang together; none where they are not wanted. They depend on the block's form only.
+
+        Why there are none in a block that cannot be run on its own stands in `opaque`.
+        """
         kind = self._first[index]
         if self.short is None:
             return []
@@ -82,7 +86,11 @@ class Kinds:
             module, name = self.skeleton.blocks[kind], self.skeleton.block_name(kind)
             run = partial(leaves_behind, self.short.calls[kind])
             layers = find_layers(module, name, self.skeleton.config)
-            self._couplings[kind] = find_couplings(module, run, self.short.hidden, layers)
+            hidden = self.short.hidden.to(self.skeleton.device)
+            try:
+                self._couplings[kind] = find_couplings(module, run, hidden, layers)
+            except OpaqueBlockError as error:
+                self._couplings[kind], self.opaque[kind] = [], str(error)
         return self._couplings[kind]
 
     def scales(self, index: int) -> dict[str, tuple[str, float]]:

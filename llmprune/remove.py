@@ -72,6 +72,7 @@ class Remover:
         (layer,) = problem.layers
         target = layer.weight.double()
         gram = problem.stats.gram
+        scale = None if scale is None else scale.to(gram.device)
         asked = RemovalProblem(target, gram, units.to(gram.device), scale, problem.stats.quiet)
         kept, raises = self._choose(asked, count)
         weight = torch.zeros_like(target)

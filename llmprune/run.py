@@ -176,6 +176,7 @@ def prune_blocks(
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
     writer.seal()
+    report.warnings += stream.unmoved
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
 
 

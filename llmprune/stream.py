@@ -117,6 +117,15 @@ class BlockStream:
                 stream.turn()
             give_back_memory()
 
+    @property
+    def unmoved(self) -> list[str]:
+        """Why inputs of blocks that were met could not change places at all."""
+        return [
+            f"no channels of {self.skeleton.block_name(kind)!r} and of blocks like it were reordered: "
+            f"it cannot be run on its own in float64: {reason}"
+            for kind, reason in self.kinds.opaque.items()
+        ]
+
     def groups(self, block: Block) -> Iterator[Group]:
         """The groups of a block; blocks of one kind share their call order."""
         order = self.kinds.order(block.index, list(block.layers), block.try_out)

@@ -78,6 +78,7 @@ class _Planner:
         self.skeleton, self.pattern, self.trust = skeleton, pattern, trust
         kinds = all_kinds(skeleton, tokens)
         self.couplings = [kinds.couplings(index) for index in range(len(skeleton.blocks))]
+        self.opaque = next(iter(kinds.opaque.values()), "")
         self.tensors = dict(skeleton.model.state_dict())
 
     def channels(self, removal: Removal, round_to: int | None) -> tuple[list[Cut], dict[str, int], str]:
@@ -161,6 +162,12 @@ class _Planner:
                 if _kind(coupling) == kind and coupling.sink not in inner:
                     found += 1
                     yield self.skeleton.block_name(index), coupling
+        if not found and self.opaque:
+            raise InputError(
+                f"no {WORDS[kind]} could be traced: {type(self.skeleton.blocks[0]).__name__} cannot be run on its own "
+                f"in float64: {self.opaque}",
+                "this model can lose weights only, e.g. --sparsity 2:4",
+            )
         if not found:
             raise InputError(
                 f"no {WORDS[kind]} could be traced: the inputs of {self._suspect()!r} do not each come from rows "

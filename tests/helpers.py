@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
+from llmprune.families import find_layers
 from llmprune.folder import SafetensorsFolder
 from llmprune.job import Job
 from llmprune.rehearse import logits
@@ -237,6 +238,16 @@ def job(model: Path, out: Path, calib: Path, sparsity: str = "2:4", **options: A
 
 def skeleton_of(folder: Path, **options: Any) -> Skeleton:
     return Skeleton(AutoConfig.from_pretrained(folder), SafetensorsFolder(folder), **options)
+
+
+def chosen(skeleton: Skeleton) -> frozenset[str]:
+    """All layers but the routers."""
+    return frozenset(
+        layer.name
+        for index, block in enumerate(skeleton.blocks)
+        for layer in find_layers(block, skeleton.block_name(index), skeleton.config)
+        if not layer.skip
+    )
 
 
 def reload(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

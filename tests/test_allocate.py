@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_tokens, save_tiny, skeleton_of
+from helpers import chosen, random_tokens, save_tiny, skeleton_of
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from test_methods import gram_of, group, weight_of
-from test_stream import chosen
 from torch import Tensor
 
 from llmprune.allocate import REACH, Curve, Survey, allocate, bounds, by_error, by_outliers, exact

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import TOY_BLOCKS, random_tokens, tiny_model, toy_block, whole_logits
+from helpers import TOY_BLOCKS, job, random_tokens, save_tiny, tiny_model, token_file, toy_block, whole_logits
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmprune import prune
 from llmprune.coupling import Coupling, Source, fold
+from llmprune.errors import InputError
 from llmprune.families import LayerRef, find_blocks, find_layers
-from llmprune.find_couplings import find_couplings
+from llmprune.find_couplings import OpaqueBlockError, find_couplings
 from llmprune.float64 import Float64
 from llmprune.rehearse import Call
 
@@ -340,10 +343,42 @@ def test_inputs_without_a_row_of_their_own_stay() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["Cumulated", "Reused", "ResidualGate", "Repeated", "TwoSinks", "Leaking", "Scaled", "Unlike", "Direct", "Broken"],
+    ["Cumulated", "Reused", "ResidualGate", "Repeated", "TwoSinks", "Leaking", "Scaled", "Unlike", "Direct"],
 )
 def test_what_is_no_coupling_is_not_taken_for_one(kind: str) -> None:
     assert toy_couplings(kind) == []
+
+
+def test_a_block_that_cannot_be_looked_into_says_so() -> None:
+    with pytest.raises(OpaqueBlockError, match="no kernel"):
+        toy_couplings("Broken")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel\nat all"), AssertionError(), ValueError("no kernel")])
+def test_a_run_tells_of_blocks_whose_channels_stay(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("llmprune.find_couplings._found", fail)
+    model, calib = save_tiny("llama", tmp_path / "m"), token_file(tmp_path / "calib.safetensors")
+    report = prune(job(model, tmp_path / "out", calib))
+    (warning,) = [text for text in report.warnings if "reordered" in text]
+    assert type(error).__name__ in warning
+    assert "\n" not in warning
+    assert not any("permuted" in layer.stats for layer in report.layers)
+    with pytest.raises(InputError, match=f"on its own in float64: {type(error).__name__}"):
+        prune(job(model, tmp_path / "smaller", calib, "channels:25%"))
+
+
+def test_a_want_of_memory_is_no_property_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("llmprune.find_couplings._found", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        toy_couplings("Half")
 
 
 class Mlp(nn.Module):

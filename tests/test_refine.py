@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BATCH, random_tokens, reload, save_tiny, whole_logits
-from test_stream import chosen, skeleton_of, solve
+from helpers import BATCH, chosen, random_tokens, reload, save_tiny, whole_logits
+from test_stream import skeleton_of, solve
 from torch import Tensor
 
 from llmprune import refine as module

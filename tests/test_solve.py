@@ -9,9 +9,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import random_tokens, reload, save_tiny, skeleton_of, whole_logits
+from helpers import chosen, random_tokens, reload, save_tiny, skeleton_of, whole_logits
 from test_methods import gram_of, group, weight_of
-from test_stream import chosen
 from torch import Tensor
 
 from llmprune.linalg import relative_error

@@ -15,6 +15,7 @@ from helpers import (
     LENGTH,
     TOY_BLOCKS,
     Plain,
+    chosen,
     edit_tensor,
     random_tokens,
     recorded_inputs,
@@ -29,27 +30,15 @@ from torch import Tensor, nn
 
 from llmprune.block import Group
 from llmprune.errors import InputError
-from llmprune.families import find_layers
 from llmprune.methods import load_method
 from llmprune.pattern import NM
 from llmprune.problem import InputStats, LayerSolution, Status
-from llmprune.skeleton import Skeleton
 from llmprune.stream import BlockStream
 
 PATTERN = NM(2, 4)
 MODES = {"pausing": 2**30, "repeating": 0}
 every_mode = pytest.mark.parametrize("memory", MODES.values(), ids=MODES)
 FAMILIES = ["llama", "gemma3_text", "gpt2", "cohere", "falcon", "bloom", "opt", "qwen2_moe", "gptj"]
-
-
-def chosen(skeleton: Skeleton) -> frozenset[str]:
-    """All layers but the routers."""
-    return frozenset(
-        layer.name
-        for index, block in enumerate(skeleton.blocks)
-        for layer in find_layers(block, skeleton.block_name(index), skeleton.config)
-        if not layer.skip
-    )
 
 
 def stream_of(folder: Path, tokens: Tensor, memory: int = 2**30, twin: bool = False) -> BlockStream:

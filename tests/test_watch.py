@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_tokens, recorded_inputs, reload, save_tiny, skeleton_of, whole_logits
-from test_stream import chosen, solve
+from helpers import chosen, random_tokens, recorded_inputs, reload, save_tiny, skeleton_of, whole_logits
+from test_stream import solve
 from torch import Tensor, nn
 
 from llmprune.linalg import relative_error
