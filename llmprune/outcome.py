@@ -114,6 +114,17 @@ def add_own_text(run: Prepared, report: PruneReport) -> dict[str, str]:
     return {"the model's own text": digest[:12]}
 
 
+def steps_left_out(report: PruneReport) -> list[str]:
+    """That steps of refinement were left out, if some were."""
+    blocks = [refinement for refinement in report.refinements if refinement.left_out]
+    if not blocks:
+        return []
+    return [
+        f"{sum(refinement.left_out for refinement in blocks)} steps of refinement were left out in {len(blocks)} of "
+        f"{len(report.refinements)} blocks: gradients were not finite in {report.machine['compute']}"
+    ]
+
+
 def add_evaluation(run: Prepared, report: PruneReport, dense: Perplexity | None, pruned: Perplexity | None) -> None:
     """Put the perplexities into the report, with what the user must know about them."""
     if dense is None or pruned is None or run.evaluation is None:

@@ -19,6 +19,8 @@ WHITENING = 0.5
 WARM_UP = 0.1
 BATCH_TOKENS = 1024
 LEAST_SAMPLES = 2
+SCALE = 2.0**16
+"""Of the loss that is differentiated: a token's part of a mean is less than float16 holds. No other dtype notices."""
 
 
 def batch_tokens(tokens: int) -> int:
@@ -32,7 +34,8 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     Adam on float32 masters, batch by batch, with a warm-up and a cosine decay. The step size is a fraction of each
     parameter's root mean square, so it needs no tuning by model. Masks hold exactly: a pruned weight has no gradient.
     One batch in sixteen (at least one) is held out, of the solves too where there are so many; the epoch that did best
-    there, with its weights as the file will hold them, is kept, or the block as it was.
+    there, with its weights as the file will hold them, is kept, or the block as it was. A step whose gradients are not
+    finite is left out.
 
     Args:
         block: a block of a stream with a twin, its groups all solved.
@@ -48,11 +51,15 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     if not values:
         return Refinement(block.name, before, after)
     best: dict[str, Tensor] = {}
+    left_out = 0
     schedule = Schedule(values, epochs * len(training))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs if training else 0):
         for index in torch.randperm(len(training), generator=generator).tolist():
             gradients = loss.gradients(training[index])
+            if not bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()):
+                left_out += 1
+                continue
             for (name, value), gradient in zip(values.items(), gradients, strict=True):
                 value.grad = gradient.mul_(masks[name]) if name in masks else gradient
             schedule.step()
@@ -62,7 +69,7 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     block.ranks.same(best.values())
     block.store(best)
     block.rewind()
-    return Refinement(block.name, before, after)
+    return Refinement(block.name, before, after, left_out)
 
 
 def gradients_of(loss: Tensor, values: list[nn.Parameter]) -> tuple[Tensor, ...]:
@@ -90,7 +97,7 @@ class BlockLoss:
     """Relative squared error of a block's output, token by token: `Σ_c v_c (h_c − t_c)² / Σ_c v_c t_c²`.
 
     t is the dense block's output. A few channels of the residual stream are hundreds of times larger than the others;
-    `v_c = (mean t_c²)^(−WHITENING)` keeps them from being all that counts.
+    `v_c = (mean t_c²)^(−WHITENING)` keeps them from being all that counts. A token with t = 0 does not count.
 
     Args:
         block: the block.
@@ -113,7 +120,8 @@ class BlockLoss:
         output = hidden_of(functional_call(self.block.module, values, arguments, call.kwargs))
         target = _dense(batch).to(skeleton.device)
         missed = ((output.float() - target).square() * self.weights).sum(-1)
-        mean = (missed / (target.square() * self.weights).sum(-1)).mean()
+        energy = (target.square() * self.weights).sum(-1)
+        mean = (missed / energy.masked_fill(energy == 0, torch.inf)).mean()
         assert isinstance(mean, Tensor)
         return mean
 
@@ -123,9 +131,9 @@ class BlockLoss:
         found = tuple(torch.zeros_like(value) for value in values)
         if batch is not None:
             with torch.enable_grad():
-                found = gradients_of(self(batch) * batch.part.share, values)
+                found = gradients_of(self(batch) * (batch.part.share * SCALE), values)
         self.block.ranks.add(found)
-        return found
+        return tuple(gradient.div_(SCALE) for gradient in found)
 
     @torch.no_grad()
     def mean(self, numbers: Sequence[int], values: Mapping[str, Tensor] | None = None) -> float:

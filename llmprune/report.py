@@ -42,6 +42,7 @@ class Refinement:
     block: str
     before: float
     after: float
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)

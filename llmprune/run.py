@@ -25,6 +25,7 @@ from llmprune.outcome import (
     finish_report,
     highest,
     new_report,
+    steps_left_out,
     write_companions,
 )
 from llmprune.perplexity import Perplexity, perplexity
@@ -176,7 +177,7 @@ def prune_blocks(
         progress.step(1, f"error {sum(errors) / max(len(errors), 1):.4f}")
     progress.finish()
     writer.seal()
-    report.warnings += stream.unmoved
+    report.warnings += [*stream.unmoved, *steps_left_out(report)]
     report.coverage = coverage(run.plan.without(stream.uncalled, "weight used without a call"))
 
 

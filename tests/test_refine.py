@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import BATCH, chosen, random_tokens, reload, save_tiny, whole_logits
+from safetensors.torch import load_file, save_file
 from test_stream import skeleton_of, solve
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmprune import refine as module
 from llmprune.block import Block
 from llmprune.problem import InputStats
 from llmprune.refine import batch_tokens, refine
-from llmprune.rehearse import hidden_of
+from llmprune.rehearse import Batch, hidden_of
 from llmprune.report import Refinement
 from llmprune.shares import judges, unfitted
 from llmprune.stream import BlockStream
@@ -138,6 +140,66 @@ def test_same_seed_same_bytes_another_seed_another_order(tmp_path: Path) -> None
     first, again, other = (refined(tmp_path, 1, seed)[1] for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def embedding_without(folder: Path, token: int) -> None:
+    """The embedding of a token becomes zero."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][token] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_token_whose_output_is_zero_does_no_harm(tmp_path: Path) -> None:
+    """First in its window, a token without an embedding stays zero through all blocks."""
+    save_tiny("llama", tmp_path, tokenizer=False, attention_bias=False)
+    _, _, plain, _ = refined(tmp_path, 2)
+    embedding_without(tmp_path, int(random_tokens(SAMPLES)[0, 0]))
+    _, _, gained, hidden = refined(tmp_path, 2)
+    assert bool((hidden[0, 0] == 0).all())
+    for gain, expected in zip(gained, plain, strict=True):
+        assert gain.after / gain.before == pytest.approx(expected.after / expected.before, rel=0.05)
+        assert gain.left_out == 0
+
+
+def test_steps_with_gradients_that_are_not_finite_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("llama", tmp_path, tokenizer=False)
+    steps = iter(range(1000))
+    find = module.gradients_of
+
+    def sometimes_nan(loss: Tensor, values: list[nn.Parameter]) -> tuple[Tensor, ...]:
+        found = find(loss, values)
+        if next(steps) % 3 == 0:
+            found[0][0] = torch.nan
+        return found
+
+    monkeypatch.setattr(module, "gradients_of", sometimes_nan)
+    *_, gained, _ = refined(tmp_path, 2)
+    assert all(gain.after < gain.before for gain in gained)
+    assert all(gain.left_out > 1 for gain in gained)
+
+
+class SmallPart(module.BlockLoss):
+    """As if a batch had so many more tokens, and these were done to perfection."""
+
+    def __call__(self, batch: Batch, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        return super().__call__(batch, values) * 2.0**-10
+
+
+@pytest.mark.parametrize("compute", [torch.float16, torch.bfloat16])
+def test_gradients_do_not_vanish_in_half_precision(compute: torch.dtype, tmp_path: Path) -> None:
+    """Of a block that is nearly right already: as a mean over many tokens, each has next to no part."""
+    save_tiny("llama", tmp_path, tokenizer=False)
+    found = []
+    for dtype in (torch.float32, compute):
+        skeleton = skeleton_of(tmp_path, compute=dtype)
+        stream = BlockStream(skeleton, random_tokens(SAMPLES), chosen=chosen(skeleton), twin=True, again=True)
+        blocks = iter(stream)
+        block = next(blocks)
+        block.finish()
+        values = {name: nn.Parameter(value.float() * 1.01) for name, value in block.module.named_parameters()}
+        gradients = SmallPart(block, values).gradients(0)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.98
 
 
 def test_no_epochs_change_nothing(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from llmprune import Job, PruneReport, prune
 from llmprune.errors import InputError
 from llmprune.hub import model_card
+from llmprune.outcome import steps_left_out
 from llmprune.report import FILE
 from llmprune.shares import unfitted
 
@@ -232,3 +233,10 @@ def test_a_source_without_a_proper_card_is_no_obstacle(report: PruneReport, tmp_
     made = ModelCard(model_card(report, tmp_path))
     assert made.data.base_model is None
     assert made.data.model_name == "tiny-pruned"
+
+
+def test_steps_of_refinement_that_were_left_out_are_told(report: PruneReport) -> None:
+    assert steps_left_out(report) == []
+    first, *others = report.refinements
+    (warning,) = steps_left_out(replace(report, refinements=[replace(first, left_out=3), *others]))
+    assert warning.startswith(f"3 steps of refinement were left out in 1 of {len(report.refinements)} blocks")
