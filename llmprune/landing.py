@@ -43,7 +43,8 @@ def find_landing(module: nn.Module, layer: str, run: Callable[[], Tensor]) -> st
     """Where a layer's output is added to the residual stream: the first module that is fed the sum, or the block's end.
 
     The layer's output is changed by noise; where exactly this noise is found again, everything else that is there did
-    not depend on the layer. It counts only if adding the noise there, in place, changes the block in the same way.
+    not depend on the layer. It counts only if adding the noise there, in place, changes the block in the same way. The
+    noise is as large as what it may be added to: less would be lost in the rounding of a sum in half precision.
 
     Args:
         module: the block.
@@ -55,16 +56,16 @@ def find_landing(module: nn.Module, layer: str, run: Callable[[], Tensor]) -> st
     """
     outputs: list[Tensor] = []
     noise = torch.empty(0)
+    plain = _streams(module, run)
 
     def disturb(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         nonlocal noise
         if noise.shape != output.shape:
-            generator = torch.Generator().manual_seed(0)
-            noise = torch.randn(output.shape, generator=generator).to(output) * output.float().std().to(output)
+            size = max(_rms(values) for values in (output, *plain.values()) if values.numel() == output.numel())
+            noise = (torch.randn(output.shape, generator=torch.Generator().manual_seed(0)) * size).to(output)
         outputs.append(output)
         return output + noise
 
-    plain = _streams(module, run)
     handle = module.get_submodule(layer).register_forward_hook(disturb)
     try:
         disturbed = _streams(module, run)
@@ -110,6 +111,10 @@ def _same_way(module: nn.Module, place: str, noise: Tensor, run: Callable[[], Te
         return _near(run(), expected)
     finally:
         handle.remove()
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.float().square().mean().sqrt())
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chosen, random_tokens, recorded_inputs, reload, save_tiny, skeleton_of, whole_logits
+from helpers import chosen, edit_tensor, random_tokens, recorded_inputs, reload, save_tiny, skeleton_of, whole_logits
 from test_stream import solve
 from torch import Tensor, nn
 
@@ -48,6 +48,20 @@ def test_landings(model_type: str, expected: dict[str, str], tmp_path: Path) -> 
             if number in block.landings:
                 found[group.refs[0].local] = block.landings[number]
         assert found == expected
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1, 10, 100])
+def test_landings_are_found_beside_a_much_larger_stream(compute: torch.dtype, factor: int, tmp_path: Path) -> None:
+    """Which is rounded by more than a layer adds to it."""
+    save_tiny("llama", tmp_path, tokenizer=False, dtype=torch.bfloat16)
+    edit_tensor(tmp_path, "model.embed_tokens.weight", lambda weight: weight.mul_(factor))
+    skeleton = skeleton_of(tmp_path, compute=compute)
+    stream = BlockStream(skeleton, random_tokens(), batch_tokens=48, chosen=chosen(skeleton), twin=True)
+    for block in stream:
+        for _ in stream.groups(block):
+            pass
+        assert block.landings == {1: "post_attention_layernorm", 3: BLOCK}
 
 
 @pytest.mark.parametrize("memory", [2**30, 0], ids=["pausing", "repeating"])
