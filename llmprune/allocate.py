@@ -13,7 +13,7 @@ from llmprune.block import Group
 from llmprune.errors import InputError
 from llmprune.linalg import relative_error
 from llmprune.methods import Method
-from llmprune.pattern import Scope, Unstructured
+from llmprune.pattern import Scope, Unstructured, percent
 from llmprune.problem import GroupProblem
 from llmprune.ranks import Ranks
 from llmprune.recipe import Allocate
@@ -68,14 +68,24 @@ def allocate(
         shapes.append([layer.shape for layer in block.layers.values()])
         step()
     shares = (by_error if kind == "error" else by_outliers)(found, pattern.share)
-    patterns = [Unstructured(share, pattern.scope) for share in exact(shares, found, pattern.share)]
-    for own, layers in zip(patterns, shapes, strict=True):
-        if problem := next(filter(None, (own.divides(*shape) for shape in layers)), ""):
-            raise InputError(
-                f"--allocate {kind} gives a block {own.name}, and {problem}",
-                "prune all blocks alike: --allocate uniform",
-            )
-    return patterns
+    own = exact(shares, found, pattern.share)
+    return [
+        _pattern(share, pattern.scope, layers, kind) if layers else pattern
+        for share, layers in zip(own, shapes, strict=True)
+    ]
+
+
+def _pattern(share: Fraction, scope: Scope, shapes: list[tuple[int, int]], kind: Allocate) -> Unstructured:
+    """The pattern of a block whose layers have these shapes."""
+    problem = "that is nothing, or all" if not 0 < share < 1 else ""
+    for shape in shapes if not problem else ():
+        problem = problem or Unstructured(share, scope).divides(*shape)
+    if problem:
+        raise InputError(
+            f"--allocate {kind} gives a block {percent(share)}, and {problem}",
+            "prune all blocks alike: --allocate uniform",
+        )
+    return Unstructured(share, scope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +159,14 @@ def by_error(found: Sequence[Survey], share: Fraction) -> list[float]:
 
 
 def by_outliers(found: Sequence[Survey], share: Fraction) -> list[float]:
-    """Densities in proportion to the outlier shares, `2λ` apart at most, shifted to the mean that is asked for."""
+    """Densities in proportion to the outlier shares, `2λ` apart at most, shifted to the mean that is asked for.
+
+    Blocks of which nothing is pruned have no part in it.
+    """
     low, high = map(float, bounds(share))
-    outliers = [survey.outliers for survey in found]
-    spread = max(outliers) - min(outliers)
-    denser = [(value - min(outliers)) / spread * (high - low) if spread else 0.0 for value in outliers]
+    outliers = [survey.outliers for survey in found if survey.weights] or [0.0]
+    least, spread = min(outliers), max(outliers) - min(outliers)
+    denser = [(s.outliers - least) / spread * (high - low) if spread and s.weights else 0.0 for s in found]
     mean = sum(survey.weights * d for survey, d in zip(found, denser, strict=True)) / _total(found)
     return [float(share) + mean - value for value in denser]
 

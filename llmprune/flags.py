@@ -215,7 +215,7 @@ def _add_destination(hub: argparse._ActionsContainer) -> None:
 
 def _add_machine(parser: Parser) -> None:
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     machine.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
     machine.add_argument(
         "--activation-memory", type=size, default="2GiB", metavar="SIZE",

@@ -98,8 +98,9 @@ class GroupStatistics:
         """
         with mapped_memory():
             stats = self._running.result()
-        known = [value for value in (stats.gram, stats.missed, stats.energy) if value is not None]
-        if not all(bool(torch.isfinite(value).all()) for value in known):
+        parts = [stats, *filter(None, [stats.held])]
+        known = [v for s in parts for v in (s.gram, s.cross, s.dense, s.missed, s.given, s.energy) if v is not None]
+        if not all(bool(torch.isfinite(value.sum(dtype=torch.float64))) for value in known):
             raise InputError(
                 f"the inputs of layer {self.names[0]!r} hold NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",

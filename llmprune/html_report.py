@@ -19,6 +19,8 @@ STATS = {
     "ridge": "ridge",
     "damping_raises": "dampings raised",
     "choice_raises": "raised to choose",
+    "target_raises": "raised for the target",
+    "order_raises": "raised to order",
     "directions": "input directions",
     "condition": "condition",
     "target_strength": "target strength",

@@ -37,7 +37,7 @@ class Job:
         restart: whether finished blocks that a stopped run left are dropped; else the run goes on from them.
         only, skip: globs over layer names.
         dtype: stored type (`float32`, `float16`, `bfloat16`); None for the source's.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`.
         threads: CPU threads; None for all.
         activation_memory: bytes of hidden states that may rest in memory; more than that rests in files.
         evaluate: whether perplexity is measured.

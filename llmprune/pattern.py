@@ -61,11 +61,6 @@ class SparsityPattern(ABC):
     def fraction(self) -> Fraction:
         """The exact share of weights that is pruned."""
 
-    @property
-    def density(self) -> float:
-        """The share of weights that is kept (fraction)."""
-        return float(1 - self.fraction)
-
     @abstractmethod
     def describe(self) -> str:
         """One phrase that leaves no doubt which weights go."""

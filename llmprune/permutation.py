@@ -19,7 +19,7 @@ CHUNK = 512
 DAMPING = 0.03
 
 
-def saliency(weight: Tensor, gram: Tensor) -> Tensor:
+def saliency(weight: Tensor, gram: Tensor) -> tuple[Tensor, int]:
     """What every weight is worth to an order of the inputs, `W_ij² · (H_jj / [(H + λI)⁻¹]_jj)^½`.
 
     `W_ij² H_jj` is the loss if nothing makes up for the weight (Wanda squared), `W_ij² / [H⁻¹]_jj` if all other weights
@@ -30,11 +30,14 @@ def saliency(weight: Tensor, gram: Tensor) -> Tensor:
         weight: W, `(out, in)`.
         gram: H, `(in, in)`.
 
+    Returns:
+        `(out, in)`, and how often λ was raised tenfold.
+
     Raises:
         NumericalError: H is not finite, or stays singular.
     """
-    inverse = inverse_factor(gram, DAMPING).upper.square().sum(0)
-    return weight.square() * (gram.diagonal() / inverse).sqrt()
+    factor = inverse_factor(gram, DAMPING)
+    return weight.square() * (gram.diagonal() / factor.upper.square().sum(0)).sqrt(), factor.raises
 
 
 def choose(
@@ -92,12 +95,6 @@ def classes_left(classes: Sequence[Tensor], kept: Tensor, width: int) -> list[tu
         stays = number[slots] >= 0
         left.append((number[slots][stays.any(1)][:, stays.any(0)], stays.any(0)))
     return left
-
-
-def retained(score: Tensor, pattern: NM) -> float:
-    """The sum of the scores that the pattern keeps in `score (out, in)`."""
-    grouped, pruned = pattern.groups(score)
-    return float(grouped.topk(pattern.m - pruned).values.sum(dtype=torch.float64))
 
 
 def _groups(slots: Tensor, m: int) -> Tensor | None:

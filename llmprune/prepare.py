@@ -234,9 +234,9 @@ def _tokens(job: Job, source: Source, cache: Path, progress: Progress) -> tuple[
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that blocks run on; `auto` takes cuda, then mps, then cpu."""
+    """The device that blocks run on; `auto` takes cuda, then cpu."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -245,6 +245,10 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name!r} cannot be used: {reason}", "use --device auto or cpu") from error
     if device.type == "meta":
         raise InputError("--device meta holds no data", "use --device auto or cpu")
+    try:
+        torch.empty(1, device=device, dtype=torch.float64)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"--device {name!r} has no float64, which sums and checks need", "use --device cpu") from error
     return device
 
 

@@ -90,10 +90,10 @@ class LayerSolution:
     stats: dict[str, float] = field(default_factory=dict)
 
 
-def masked(weight: Tensor, mask: Tensor, status: Status = Status.OK, **stats: float) -> LayerSolution:
+def masked(weight: Tensor, mask: Tensor, status: Status = Status.OK) -> LayerSolution:
     """The solution that keeps `weight` on `mask` (and never revives a zero), with +0 elsewhere."""
     mask = mask & (weight != 0)
-    return LayerSolution(torch.where(mask, weight, 0.0), mask, status, dict(stats))
+    return LayerSolution(torch.where(mask, weight, 0.0), mask, status)
 
 
 def zeros_first(score: Tensor, weight: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor
 from llmprune.methods import Method
 from llmprune.pattern import NM, SparsityPattern
 from llmprune.permutation import choose, saliency
-from llmprune.problem import GroupProblem, InputStats, LayerSolution
+from llmprune.problem import GroupProblem, InputStats, LayerSolution, Status
 from llmprune.ranks import ALONE, Ranks
 from llmprune.recipe import Recipe
 from llmprune.refit import refit
-from llmprune.targets import toward_dense
+from llmprune.targets import Goal, toward_dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Solver:
             the solutions, and the order of the inputs in which they hold the pattern; None for the order as it is.
         """
         dense = self.recipe.targets == "dense"
-        goal, strengths = toward_dense(problem, ranks=self.ranks) if dense else (problem, [])
-        goal = with_ridge(goal, self.recipe.ridge)
-        order = self._order(goal, pattern, classes)
+        wanted = toward_dense(problem, ranks=self.ranks) if dense else Goal(problem)
+        goal = with_ridge(wanted.problem, self.recipe.ridge)
+        order, raises = self._order(goal, pattern, classes)
         if order is not None:
             goal = permuted(goal, order)
             solutions = [reordered(s, order.argsort()) for s in self._stages(goal, pattern)]
@@ -55,18 +55,22 @@ class Solver:
                 solution.stats["permuted"] = 1.0
         else:
             solutions = self._stages(goal, pattern)
-        for solution, strength in zip(solutions, strengths, strict=False):
+        for solution, strength in zip(solutions, wanted.strengths, strict=False):
             solution.stats["target_strength"] = strength
-        return solutions, order
+        return [told(s, target_raises=wanted.raises, order_raises=raises) for s in solutions], order
 
-    def _order(self, goal: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...]) -> Tensor | None:
+    def _order(
+        self, goal: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, int]:
+        """An order that keeps more, None for the one that is; and how often the damping of its scores was raised."""
         if not classes or not self.recipe.permute or not isinstance(pattern, NM):
-            return None
+            return None, 0
         (layer,) = goal.layers
-        order = self.ranks.same_order(choose(saliency(layer.weight, goal.stats.gram), pattern, classes))
+        score, raises = saliency(layer.weight, goal.stats.gram)
+        order = self.ranks.same_order(choose(score, pattern, classes))
         if order is None or bool((order == torch.arange(len(order), device=order.device)).all()):
-            return None
-        return order
+            return None, raises
+        return order, raises
 
     def _stages(self, goal: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Reach the pattern in nested steps: zeros stay zero, so each step's mask lies within the one before.
@@ -102,6 +106,15 @@ def with_ridge(problem: GroupProblem, ridge: float) -> GroupProblem:
     gram = problem.stats.gram.clone()
     gram.diagonal().mul_(1 + ridge)
     return replace(problem, stats=replace(problem.stats, gram=gram))
+
+
+def told(solution: LayerSolution, **raises: int) -> LayerSolution:
+    """The solution with the dampings that other stages had to raise, if they had to."""
+    more = {name: float(count) for name, count in raises.items() if count}
+    if not more:
+        return solution
+    status = Status.DAMPING_RAISED if solution.status is Status.OK else solution.status
+    return replace(solution, status=status, stats=solution.stats | more)
 
 
 def permuted(problem: GroupProblem, order: Tensor) -> GroupProblem:

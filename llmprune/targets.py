@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,22 @@ from llmprune.ranks import ALONE, Ranks
 DAMPING = 0.1
 
 
-def toward_dense(
-    problem: GroupProblem, damping: float = DAMPING, ranks: Ranks = ALONE
-) -> tuple[GroupProblem, list[float]]:
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What the layers of a group should give.
+
+    Args:
+        problem: the group, with the weights that would give it.
+        strengths: α of every layer; empty where the dense weights are the goal.
+        raises: how often the damping λ was raised tenfold at most.
+    """
+
+    problem: GroupProblem
+    strengths: tuple[float, ...] = ()
+    raises: int = 0
+
+
+def toward_dense(problem: GroupProblem, damping: float = DAMPING, ranks: Ranks = ALONE) -> Goal:
     """Replace every weight by that of the regression on dense outputs, `W* = W + α Δ`, `Δ = M (H + λI)⁻¹`.
 
     M is what the outputs lack, times the inputs: `M = W (C − H)ᵀ` makes a layer give what it gives in the dense model.
@@ -32,32 +45,44 @@ def toward_dense(
         damping: λ as a fraction of the mean diagonal of H.
         ranks: the processes that share the rows.
 
-    Returns:
-        the problem with the new weights, and every layer's α.
+    Raises:
+        NumericalError: H stays singular.
     """
     stats, held = problem.stats, problem.stats.held
     if held is None or (stats.cross is None and stats.missed is None):
-        return problem, [0.0] * len(problem.layers)
+        return Goal(problem, (0.0,) * len(problem.layers))
     weights = torch.cat([layer.weight for layer in problem.layers])
-    sums = ranks.by_rows(lambda rows: _gain_and_cost(weights, rows, stats, held, damping), len(weights))
+    sums, raises = _gains_and_costs(weights, without(stats, held), held, damping, ranks)
     pairs = [part.sum(0) for part in problem.split(sums)]
-    strengths = [min(max(float(gain / cost.clamp(min=1e-30)), 0.0), 1.0) for gain, cost in pairs]
+    strengths = tuple(min(max(float(gain / cost.clamp(min=1e-30)), 0.0), 1.0) for gain, cost in pairs)
     if not any(strengths):
-        return problem, strengths
-    parts = problem.split(ranks.by_rows(lambda rows: _correction(weights, rows, stats, damping), len(weights)))
+        return Goal(problem, strengths, raises)
+    factor = inverse_factor(stats.gram, damping)
+    parts = problem.split(ranks.by_rows(lambda rows: _correction(weights, rows, stats, factor.upper), len(weights)))
     layers = tuple(
         replace(layer, weight=(layer.weight + strength * delta).mul_(layer.weight != 0))
         for layer, strength, delta in zip(problem.layers, strengths, parts, strict=True)
     )
-    return replace(problem, layers=layers), strengths
+    return Goal(replace(problem, layers=layers), strengths, max(raises, factor.raises))
 
 
-def _gain_and_cost(weights: Tensor, rows: slice, stats: InputStats, held: InputStats, damping: float) -> Tensor:
-    """How the error on the held-out tokens falls and rises with α, row by row: `‖E‖² − 2 gain α + cost α²`."""
-    trial = _correction(weights, rows, without(stats, held), damping)
-    gain = (trial * lacking(weights, held, rows)).sum(1, dtype=torch.float64)
-    cost = (trial * (trial @ held.gram)).sum(1, dtype=torch.float64)
-    return torch.stack([gain, cost], 1)
+def _gains_and_costs(
+    weights: Tensor, rest: InputStats, held: InputStats, damping: float, ranks: Ranks
+) -> tuple[Tensor, int]:
+    """How the error on the held-out tokens falls and rises with α, row by row: `‖E‖² − 2 gain α + cost α²`.
+
+    Returns:
+        `(out, 2)`, float64, and how often the damping of the trial's fit was raised.
+    """
+    factor = inverse_factor(rest.gram, damping)
+
+    def of(rows: slice) -> Tensor:
+        trial = _correction(weights, rows, rest, factor.upper)
+        gain = (trial * lacking(weights, held, rows)).sum(1, dtype=torch.float64)
+        cost = (trial * (trial @ held.gram)).sum(1, dtype=torch.float64)
+        return torch.stack([gain, cost], 1)
+
+    return ranks.by_rows(of, len(weights)), factor.raises
 
 
 def lacking(weights: Tensor, stats: InputStats, rows: slice = ALL) -> Tensor:
@@ -69,9 +94,8 @@ def lacking(weights: Tensor, stats: InputStats, rows: slice = ALL) -> Tensor:
     return weights[rows] @ (stats.cross - stats.gram).T
 
 
-def _correction(weights: Tensor, rows: slice, stats: InputStats, damping: float) -> Tensor:
-    """`Δ = M (H + λI)⁻¹`, some of its rows."""
-    upper = inverse_factor(stats.gram, damping).upper
+def _correction(weights: Tensor, rows: slice, stats: InputStats, upper: Tensor) -> Tensor:
+    """`Δ = M (H + λI)⁻¹`, some of its rows, with `(H + λI)⁻¹ = Uᵀ U`."""
     return (lacking(weights, stats, rows) @ upper.T) @ upper
 
 

@@ -116,3 +116,19 @@ def test_a_share_that_prunes_nothing_is_refused(tmp_path: Path) -> None:
     stream = BlockStream(skeleton, random_tokens(16), chosen=chosen(skeleton))
     with pytest.raises(InputError, match="rounds to 0"):
         allocate(stream, Unstructured(Fraction(1, 200), "row"), "owl", load_method("admm"), lambda: None)
+
+
+def test_a_block_that_stays_dense_has_no_part_in_the_range() -> None:
+    blocks = [Survey(100, outliers=0.01 + 0.002 * number) for number in range(4)]
+    alone, beside = (by_outliers(found, Fraction(7, 10)) for found in (blocks, [Survey(0), *blocks]))
+    assert beside[1:] == pytest.approx(alone)
+    assert max(alone) - min(alone) == pytest.approx(2 * float(REACH))
+
+
+def test_a_share_of_nothing_is_refused_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("llama", tmp_path, tokenizer=False)
+    skeleton = skeleton_of(tmp_path)
+    monkeypatch.setattr("llmprune.allocate.exact", lambda shares, *_: [Fraction(0)] * len(shares))
+    stream = BlockStream(skeleton, random_tokens(16), chosen=chosen(skeleton))
+    with pytest.raises(InputError, match="--allocate owl gives a block 0 %, and that is nothing"):
+        allocate(stream, Unstructured(Fraction(1, 2)), "owl", load_method("admm"), lambda: None)

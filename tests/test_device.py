@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from pretend import FAR, pretended_device
 from torch import Tensor
 
 from llmprune.allocate import allocate
+from llmprune.errors import InputError
 from llmprune.methods import METHODS, load_method
 from llmprune.pattern import NM, Unstructured, parse_pattern
+from llmprune.prepare import pick_device
 from llmprune.problem import GroupProblem, LayerProblem
 from llmprune.recipe import Recipe
 from llmprune.refine import refine
@@ -41,6 +44,22 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses() -> None:
                 meet()
         with pytest.raises(TypeError, match="numpy"):
             far.numpy()
+
+
+def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def without(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+        if dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return empty(*shape, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "empty", without)
+    with pytest.raises(InputError, match="no float64") as caught:
+        pick_device("cpu")
+    assert "--device cpu" in caught.value.hint
 
 
 def pruned_blocks(folder: Path, device: torch.device) -> list[dict[str, Tensor]]:

@@ -104,7 +104,6 @@ def test_parse_gives_a_pattern_or_an_input_error(text: str) -> None:
     except InputError:
         return
     assert 0 < pattern.fraction < 1
-    assert 0 < pattern.density < 1
 
 
 @given(nm_patterns | st.builds(lambda k: Unstructured(Fraction(k, 10**6)), st.integers(1, 10**6 - 1)))
@@ -120,12 +119,6 @@ def test_description_leaves_no_doubt() -> None:
     assert "37.5 %" in Unstructured(Fraction(3, 8)).describe()
     assert "row" in Unstructured(HALF, "row").describe()
     assert "layer" in Unstructured(HALF, "layer").describe()
-
-
-def test_density_is_the_share_kept() -> None:
-    assert NM(1, 4).density == 0.75
-    assert NM(3, 5).density == 0.4
-    assert Unstructured(Fraction(9, 10)).density == 0.1
 
 
 @pytest.mark.parametrize("text", ["0.00001%", "0.000000001", "33.333333333%", "99.999999999%"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmprune.linalg import relative_error
 from llmprune.methods import load_method
 from llmprune.pattern import NM
-from llmprune.permutation import DAMPING, SWEEPS, choose, retained, saliency
+from llmprune.permutation import DAMPING, SWEEPS, choose, saliency
 from llmprune.problem import GroupProblem, InputStats, LayerProblem
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(4, 8), NM(1, 2), NM(2, 3)]
@@ -50,18 +50,13 @@ def assert_lawful(order: Tensor, score: Tensor, classes: list[Tensor], pattern: 
     assert retained(score[:, order].float(), pattern) >= retained(score.float(), pattern) * (1 - 1e-12)
 
 
-def slow_retained(score: Tensor, pattern: NM) -> float:
+def retained(score: Tensor, pattern: NM) -> float:
+    """What the pattern keeps of the scores, group by group."""
     total = 0.0
     for row in score.double().tolist():
         for start in range(0, len(row), pattern.m):
             total += sum(sorted(row[start : start + pattern.m])[pattern.n :])
     return total
-
-
-@every_pattern
-def test_retained_is_the_sum_of_the_largest(pattern: NM) -> None:
-    score = score_of(5, 24)
-    assert retained(score, pattern) == pytest.approx(slow_retained(score, pattern), rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -169,9 +164,9 @@ def test_an_order_comes_close_to_the_best_partition(
         score = score_of(6, width, seed)
         kept = score[:, ways].double().view(6, len(ways), -1, pattern.m)
         best = float(kept.sort(-1).values[..., pattern.n :].sum((0, 2, 3)).max())
-        start = slow_retained(score, pattern)
+        start = retained(score, pattern)
         orders = [choose(score, pattern, free(width), sweeps=sweeps) for sweeps in (SWEEPS, 16)]
-        reached = [slow_retained(score[:, order], pattern) for order in orders]
+        reached = [retained(score[:, order], pattern) for order in orders]
         assert start * (1 - 1e-12) <= reached[0] <= reached[1] * (1 + 1e-12) <= best * (1 + 2e-12)
         gains.append([(total - start) / max(best - start, 1e-12) for total in reached])
         hit.append(reached[1] >= best * (1 - 1e-9))
@@ -193,16 +188,16 @@ def test_saliency_lies_between_wanda_and_obs() -> None:
     H = gram.numpy()
     inverse = np.linalg.inv(H + DAMPING * np.diag(H).mean() * np.eye(12)).diagonal()
     wanda, obs = weight.numpy() ** 2 * H.diagonal(), weight.numpy() ** 2 / inverse
-    np.testing.assert_allclose(saliency(weight, gram), np.sqrt(wanda * obs), rtol=1e-9)
+    np.testing.assert_allclose(saliency(weight, gram)[0], np.sqrt(wanda * obs), rtol=1e-9)
 
 
 def test_inputs_that_are_always_zero_are_worth_nothing() -> None:
     gram = gram_of(8, 0)
     gram[3], gram[:, 3] = 0, 0
-    worth = saliency(torch.ones(2, 8, dtype=torch.float64), gram)
+    worth = saliency(torch.ones(2, 8, dtype=torch.float64), gram)[0]
     assert not worth[:, 3].any()
     assert (worth[:, [0, 1, 2, 4, 5, 6, 7]] > 0).all()
-    assert torch.equal(choose(saliency(torch.ones(2, 8), torch.zeros(8, 8)), NM(2, 4), free(8)), torch.arange(8))
+    assert torch.equal(choose(saliency(torch.ones(2, 8), torch.zeros(8, 8))[0], NM(2, 4), free(8)), torch.arange(8))
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -211,7 +206,7 @@ def test_layers_lose_less_in_the_order_that_is_chosen(method: str) -> None:
     for seed in range(8):
         gram = gram_of(64, seed).float()
         weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed))
-        order = choose(saliency(weight, gram), NM(2, 4), free(64))
+        order = choose(saliency(weight, gram)[0], NM(2, 4), free(64))
         error = []
         for at in (torch.arange(64), order):
             problem = GroupProblem((LayerProblem("layer", weight[:, at]),), InputStats(100, gram[at][:, at]))

@@ -17,7 +17,7 @@ from llmprune.linalg import relative_error
 from llmprune.methods import load_method
 from llmprune.methods.magnitude import Magnitude
 from llmprune.pattern import NM, Scope, SparsityPattern, parse_pattern
-from llmprune.problem import GroupProblem, InputStats, LayerSolution
+from llmprune.problem import GroupProblem, InputStats, LayerProblem, LayerSolution, Status
 from llmprune.recipe import Recipe
 from llmprune.solve import Solver, with_ridge
 from llmprune.stream import BlockStream
@@ -204,3 +204,22 @@ def test_early_steps_that_would_prune_nothing_are_left_out() -> None:
     assert pattern.check(solutions[0].weight).violations == 0
     plain, _ = Solver(load_method("admm"), Recipe("admm", steps=5)).solve(given, pattern)
     assert pattern.check(plain[0].weight).violations == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "figure"), [({"targets": "dense"}, "target_raises"), ({"permute": True}, "order_raises")]
+)
+def test_dampings_that_stages_around_a_method_had_to_raise_are_told(recipe: dict[str, object], figure: str) -> None:
+    """A Gram that is not positive definite, as only rounding can make it; wanda alone needs no factor of it."""
+    gram = torch.eye(16)
+    gram[3, 9] = gram[9, 3] = 1.5
+    held = InputStats(20, gram, cross=torch.eye(16))
+    stats = InputStats(80, gram, cross=torch.eye(16), dense=torch.eye(16), held=held)
+    problem = GroupProblem((LayerProblem("layer", weight_of(4, 16).float()),), stats)
+    solver = Solver(load_method("wanda"), Recipe("wanda", **recipe))  # type: ignore[arg-type]
+    (solution,), _ = solver.solve(problem, NM(2, 4), (torch.arange(16)[None],))
+    assert solution.stats[figure] >= 1
+    assert solution.status is Status.DAMPING_RAISED
+    (plain,), _ = Solver(load_method("wanda"), Recipe("wanda")).solve(problem, NM(2, 4))
+    assert plain.status is Status.OK
+    assert figure not in plain.stats

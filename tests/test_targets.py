@@ -10,7 +10,7 @@ from torch import Tensor
 from llmprune.linalg import relative_error
 from llmprune.problem import GroupProblem, LayerProblem
 from llmprune.stats import RunningPair
-from llmprune.targets import DAMPING, toward_dense
+from llmprune.targets import DAMPING, Goal, toward_dense
 
 WIDTH = 12
 
@@ -43,7 +43,8 @@ def correction(dense: Tensor, pruned: Tensor, weight: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("noise", [0.1, 1.0, 3.0])
 def test_the_correction_is_ridge_regression_with_the_best_strength_on_held_out_tokens(noise: float) -> None:
     dense, pruned, weight = pair(80, noise)
-    goal, (strength,) = toward_dense(problem_of(dense, pruned, weight))
+    goal = toward_dense(problem_of(dense, pruned, weight))
+    (strength,) = goal.strengths
     trial = correction(dense[:60], pruned[:60], weight)
     X, Y = pruned[60:].double().numpy(), dense[60:].double().numpy()
 
@@ -53,14 +54,14 @@ def test_the_correction_is_ridge_regression_with_the_best_strength_on_held_out_t
     best = min(np.linspace(0, 1, 2001), key=missed)
     assert strength == pytest.approx(best, abs=2e-3)
     expected = weight.numpy() + strength * correction(dense, pruned, weight)
-    np.testing.assert_allclose(goal.layers[0].weight, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(goal.problem.layers[0].weight, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_correction_lowers_the_error_on_new_tokens() -> None:
     dense, pruned, weight = pair(400, 0.3)
-    goal, _ = toward_dense(problem_of(dense[:200], pruned[:200], weight))
+    goal = toward_dense(problem_of(dense[:200], pruned[:200], weight))
     unseen = problem_of(dense[200:], pruned[200:], weight).stats
-    assert relative_error(weight, goal.layers[0].weight, unseen) < 0.5 * relative_error(weight, weight, unseen)
+    assert relative_error(weight, goal.problem.layers[0].weight, unseen) < 0.5 * relative_error(weight, weight, unseen)
 
 
 def test_what_cannot_be_learnt_is_left_alone() -> None:
@@ -69,27 +70,29 @@ def test_what_cannot_be_learnt_is_left_alone() -> None:
     for seed in range(20):
         dense, _, weight = pair(400, 0.0, seed)
         noisy = dense + 2 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(seed))
-        goal, _ = toward_dense(problem_of(dense[:16], noisy[:16], weight))
+        goal = toward_dense(problem_of(dense[:16], noisy[:16], weight))
         unseen = problem_of(dense[16:], noisy[16:], weight).stats
-        worse.append(relative_error(weight, goal.layers[0].weight, unseen) / relative_error(weight, weight, unseen))
+        worse.append(
+            relative_error(weight, goal.problem.layers[0].weight, unseen) / relative_error(weight, weight, unseen)
+        )
     assert np.mean(worse) < 1.02
 
 
 def test_each_layer_has_its_own_strength() -> None:
     dense, pruned, weight = pair(80, 1.0)
     other = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(5))
-    goal, strengths = toward_dense(problem_of(dense, pruned, weight, other))
-    for layer, strength, alone in zip(goal.layers, strengths, (weight, other), strict=True):
-        single, (expected,) = toward_dense(problem_of(dense, pruned, alone))
-        assert strength == pytest.approx(expected, rel=1e-4)
-        assert torch.allclose(layer.weight, single.layers[0].weight, rtol=1e-4, atol=1e-5)
+    goal = toward_dense(problem_of(dense, pruned, weight, other))
+    for layer, strength, alone in zip(goal.problem.layers, goal.strengths, (weight, other), strict=True):
+        single = toward_dense(problem_of(dense, pruned, alone))
+        assert strength == pytest.approx(single.strengths[0], rel=1e-4)
+        assert torch.allclose(layer.weight, single.problem.layers[0].weight, rtol=1e-4, atol=1e-5)
 
 
 def test_zeros_of_the_source_stay_zero() -> None:
     dense, pruned, weight = pair(80, 0.3)
     weight[:, 3] = 0
-    goal, _ = toward_dense(problem_of(dense, pruned, weight))
-    assert bool((goal.layers[0].weight[:, 3] == 0).all())
+    goal = toward_dense(problem_of(dense, pruned, weight))
+    assert bool((goal.problem.layers[0].weight[:, 3] == 0).all())
 
 
 def test_without_a_pair_nothing_changes() -> None:
@@ -97,6 +100,6 @@ def test_without_a_pair_nothing_changes() -> None:
     running = RunningPair(WIDTH, torch.device("cpu"))
     running.add(pruned, None)
     problem = GroupProblem((LayerProblem("l", weight),), running.result())
-    assert toward_dense(problem) == (problem, [0.0])
+    assert toward_dense(problem) == Goal(problem, (0.0,))
     equal = problem_of(dense, dense, weight)
-    assert toward_dense(equal)[1] == [0.0]
+    assert toward_dense(equal).strengths == (0.0,)

@@ -149,7 +149,9 @@ def _judged(weight: Tensor, stats: InputStats, kept: Tensor) -> tuple[float, flo
     missed = lacking(weight.float(), held)[some].double()
     best = (torch.inf, RIDGE, 0.0)
     for ridge in RIDGES:
-        solve, _ = solver(rest.gram, kept, ridge)
+        solve, raises = solver(rest.gram, kept, ridge)
+        if raises:
+            continue  # another ridge than this was tried
         change = -rows
         change[:, kept] += solve(products(rows, rest.gram, kept, ridge))
         # ‖change X − E‖² per token, less that of E; then of change + α delta.
