@@ -19,6 +19,7 @@ STATS = {
     "ridge": "ridge",
     "damping_raises": "dampings raised",
     "choice_raises": "raised to choose",
+    "refit_raises": "raised to refit",
     "target_raises": "raised for the target",
     "order_raises": "raised to order",
     "directions": "input directions",

@@ -84,7 +84,7 @@ class Remover:
         if self.reconstruct:
             fit = reconstruct(target, problem.stats, kept)
             weight[:, kept] = fit.weight
-            stats |= {"relative_ridge": fit.ridge, "damping_raises": float(fit.raises)}
+            stats |= {"relative_ridge": fit.ridge} | ({"refit_raises": float(fit.raises)} if fit.raises else {})
             stats |= {"target_strength": fit.strength} if self.dense else {}
             raises += fit.raises
             # Zeros of the source stay zero, so rows that have some have a support of their own.
