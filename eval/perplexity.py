@@ -36,7 +36,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--context", type=window, nargs="+", default=[1024], metavar="N", help="tokens per window (default: 1024)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps, auto (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, auto (default: cpu)")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

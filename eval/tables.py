@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import peers, processes, scale, solvers, speed, structured_scale, sweep, zero_shot
+from llmprune.shell import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
@@ -67,6 +68,7 @@ def rewrite(page: str) -> str:
 
 def main() -> int:
     """Rewrite the pages."""
+    Parser(prog="python -m eval.tables", description=__doc__, allow_abbrev=False).parse_args()
     for path in PAGES:
         path.write_text(rewrite(path.read_text(encoding="utf-8")), encoding="utf-8")
         sys.stderr.write(f"rewrote {path.relative_to(ROOT)}\n")

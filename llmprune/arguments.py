@@ -31,7 +31,9 @@ def pair(text: str) -> tuple[str, str]:
 
 def epochs(text: str) -> int:
     """A whole number of at least 0."""
-    return 0 if text == "0" else positive(text)
+    if not text.isdecimal() or not text.isascii() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 def size(text: str) -> int:

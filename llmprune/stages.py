@@ -68,7 +68,9 @@ def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
                 f"--allocate {job.allocate} does not apply to {goal.name}",
                 "leave it out: N:M prunes the same in every group of every layer",
             )
-        return replace(recipe, allocate="uniform")
+        # A group of M loses one more in every step at least.
+        steps = recipe.steps if goal.removals else min(recipe.steps, goal.pattern.n)
+        return replace(recipe, allocate="uniform", steps=steps)
     if job.permute:
         raise InputError(f"--permute does not apply to {goal.name}", "leave it out: it is for N:M patterns")
     if goal.pattern is None and job.allocate not in {None, "uniform"}:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from llmprune.job import Job
 from llmprune.methods import METHODS
 from llmprune.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe, make_recipe
+from llmprune.stages import stages
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -37,3 +39,17 @@ def test_a_recipe_says_all_its_stages() -> None:
     everything = Recipe("admm", targets="dense", permute=True, steps=3, ridge=0.3, refit=True, refine=2, own=0.5)
     stages = ["admm", "dense targets", "permuted channels", "3 steps", "ridge 0.3", "refit", "2 epochs of refinement"]
     assert everything.describe() == " + ".join([*stages, "own text x0.5"])
+
+
+@pytest.mark.parametrize(("sparsity", "asked", "done"), [("2:4", 100, 2), ("4:8", 3, 3), ("50%", 3, 3)])
+def test_steps_are_those_that_the_pattern_has(sparsity: str, asked: int, done: int) -> None:
+    job = Job("model", sparsity, steps=asked)
+    _, recipe, _, _ = stages(job)
+    assert recipe.steps == done
+
+
+def test_steps_of_a_removal_are_not_those_of_the_pattern_behind_it() -> None:
+    _, recipe, _, remover = stages(Job("model", "channels:25%+2:4", steps=3))
+    assert recipe.steps == 3
+    assert remover is not None
+    assert remover.steps == 3
