@@ -22,7 +22,7 @@ class Job:
         model: folder, Hub id, `.gguf` file or `demo`.
         sparsity: `2:4`, `50%`, `0.5`, `channels:25%`, `heads:33%`, or several with `+` between.
         method: a name of the METHODS or the CRITERIA table, or `auto` for what `effort` stands for.
-        effort: `fast`, `balanced` or `best`; counts with `auto` only.
+        effort: `fast`, `balanced` or `best`; counts where `method` leaves stages to it, see `effective_effort`.
         options: the method's own options, as pairs of text such as `("damping", "0.03")`.
         targets, permute, steps, ridge, refit, refine, own, allocate: fields of a `Recipe`; None for the effort's,
             or for those of a plain method.
@@ -103,9 +103,20 @@ class Job:
         return replace(self, method=AUTO, effort=effort)
 
     @property
+    def effective_effort(self) -> str | None:
+        """The effort, where it sets stages; None where a method by name stands in their place.
+
+        Of a removal with a pattern behind it, a criterion by name leaves the stages of the pattern to the effort.
+        """
+        goal = parse_sparsity(self.sparsity)
+        left = bool(goal.removals) and goal.pattern is not None and self.method not in METHODS
+        return self.effort if self.method == AUTO or left else None
+
+    @property
     def label(self) -> str:
-        """The method, or the effort where that sets it."""
-        return self.effort if self.method == AUTO else self.method
+        """The method, the effort where that sets stages, or both."""
+        named = None if self.method == AUTO else self.method
+        return "-".join(filter(None, (named, self.effective_effort)))
 
     @property
     def calibration_source(self) -> str:

@@ -55,7 +55,7 @@ def new_report(run: Prepared) -> PruneReport:
             "config": run.structure.changes if run.structure else {},
         },
         method={"name": run.recipe.label, "options": run.options},
-        recipe={"effort": job.effort if job.method == AUTO else None, **asdict(run.recipe)},
+        recipe={"effort": job.effective_effort, **asdict(run.recipe)},
         calibration={**asdict(run.calibration.provenance), "tokens": math.prod(run.shape), "own": run.own_windows},
         evaluation=None,
         coverage=coverage(plan),

@@ -53,3 +53,22 @@ def test_steps_of_a_removal_are_not_those_of_the_pattern_behind_it() -> None:
     assert recipe.steps == 3
     assert remover is not None
     assert remover.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "method", "effort", "label"),
+    [
+        ("2:4", "auto", "best", "best"),
+        ("2:4", "wanda", None, "wanda"),
+        ("channels:25%", "obs", None, "obs"),
+        ("channels:25%+2:4", "auto", "best", "best"),
+        ("channels:25%+2:4", "obs", "best", "obs-best"),
+        ("channels:25%+2:4", "sparsegpt", None, "sparsegpt"),
+        ("channels:25%+2:4", "wanda", None, "wanda"),
+    ],
+)
+def test_an_effort_is_named_where_it_sets_stages(sparsity: str, method: str, effort: str | None, label: str) -> None:
+    job = Job("model", sparsity, method=method, effort="best")
+    assert (job.effective_effort, job.label) == (effort, label)
+    changes = Job("model", sparsity, method=method, effort="fast").recipe != job.recipe
+    assert changes == (effort is not None)
