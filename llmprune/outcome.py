@@ -47,7 +47,7 @@ def new_report(run: Prepared) -> PruneReport:
         },
         sparsity={
             "pattern": run.goal.name,
-            "meaning": run.goal.describe(),
+            "meaning": run.goal.describe(run.recipe.allocate != "uniform"),
             "scope": run.goal.scope,
             "fraction": float(run.pattern.fraction) if run.pattern else 0.0,
             "note": run.goal.speed_note(),

@@ -68,10 +68,17 @@ class Sparsity:
         """Where the count is exact: `group`, `row`, `layer`, or `model` where nothing but removal is asked for."""
         return "model" if self.pattern is None else getattr(self.pattern, "scope", "group")
 
-    def describe(self) -> str:
-        """One phrase that leaves no doubt what goes."""
+    def describe(self, shared_out: bool = False) -> str:
+        """One phrase that leaves no doubt what goes.
+
+        Args:
+            shared_out: whether every block has a share of its own.
+        """
         removed = " and ".join(removal.describe() for removal in self.removals)
-        return ", then ".join(filter(None, (removed, self.pattern.describe() if self.pattern is not None else "")))
+        pattern = self.pattern.describe() if self.pattern is not None else ""
+        if self.pattern is not None and shared_out:
+            pattern = f"{percent(self.pattern.fraction)} unstructured on average, every block with a share of its own"
+        return ", then ".join(filter(None, (removed, pattern)))
 
     def speed_note(self) -> str:
         """What it does to file size and speed, said honestly."""

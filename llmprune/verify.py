@@ -76,6 +76,7 @@ class FolderCheck:
     pattern: Sparsity
     layers: list[LayerCheck]
     sizes: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    shared_out: bool = False
 
     @property
     def violations(self) -> int:
@@ -101,7 +102,7 @@ class FolderCheck:
 
     def text(self) -> str:
         """A few lines for people."""
-        lines = [f"{self.folder}: {self.pattern.describe()}"]
+        lines = [f"{self.folder}: {self.pattern.describe(self.shared_out)}"]
         if self.pattern.removals:
             sizes = ", ".join(f"{key} {found}" for key, (_, found) in self.sizes.items())
             lines.append(f"every tensor has the shape that the config says{f' ({sizes})' if sizes else ''}")
@@ -134,7 +135,8 @@ def verify_folder(
     skeleton, goal, layers = open_pruned(folder, sparsity, scope, only, skip, trust_remote_code)
     sizes = PruneReport.read(folder).sparsity.get("config", {}) if sparsity is None else {}
     found = {key: (said, getattr(skeleton.config, key, None)) for key, said in sizes.items()}
-    return FolderCheck(str(folder), goal, check_layers(skeleton.checkpoint, layers), found)
+    shared_out = len({pattern for _, pattern in layers}) > 1
+    return FolderCheck(str(folder), goal, check_layers(skeleton.checkpoint, layers), found, shared_out)
 
 
 def open_pruned(
