@@ -77,15 +77,14 @@ def allocate(
 
 def _pattern(share: Fraction, scope: Scope, shapes: list[tuple[int, int]], kind: Allocate) -> Unstructured:
     """The pattern of a block whose layers have these shapes."""
-    problem = "that is nothing, or all" if not 0 < share < 1 else ""
-    for shape in shapes if not problem else ():
-        problem = problem or Unstructured(share, scope).divides(*shape)
-    if problem:
+    pattern = Unstructured(share, scope) if 0 < share < 1 else None
+    problems = [pattern.divides(*shape) for shape in shapes] if pattern else ["that is nothing, or all"]
+    if pattern is None or any(problems):
         raise InputError(
-            f"--allocate {kind} gives a block {percent(share)}, and {problem}",
+            f"--allocate {kind} gives a block {percent(share)}, and {next(filter(None, problems))}",
             "prune all blocks alike: --allocate uniform",
         )
-    return Unstructured(share, scope)
+    return pattern
 
 
 @dataclass(frozen=True, slots=True)

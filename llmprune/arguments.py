@@ -7,11 +7,16 @@ import math
 import re
 
 
+def whole(text: str, least: int, limit: int = 2**31) -> int:
+    """A whole number of at least `least`, below `limit`."""
+    if not text.isdecimal() or not text.isascii() or not least <= int(text) < limit:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    if not text.isdecimal() or not text.isascii() or not 0 < int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    return whole(text, 1)
 
 
 def window(text: str) -> int:
@@ -31,9 +36,7 @@ def pair(text: str) -> tuple[str, str]:
 
 def epochs(text: str) -> int:
     """A whole number of at least 0."""
-    if not text.isdecimal() or not text.isascii() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
+    return whole(text, 0)
 
 
 def size(text: str) -> int:
@@ -57,6 +60,4 @@ def share(text: str) -> float:
 
 def seed(text: str) -> int:
     """A whole number of at least 0."""
-    if not text.isdecimal() or not text.isascii() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
+    return whole(text, 0, 2**63)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in a line; its name where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else repr(error)
+
+
 class PruneError(Exception):
     """A run cannot go on; `exit_code` is what the process returns.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.coupling import Coupling, fold, scatter
+from llmprune.errors import first_line
 from llmprune.families import LayerRef
 from llmprune.float64 import Float64, random_copy
 from llmprune.probe import Probe, Run
@@ -57,10 +58,10 @@ def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[
     try:
         return _found(block, run, hidden, layers)
     except Exception as error:
-        if isinstance(error, RuntimeError) and out_of_memory(error):
+        if out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise OpaqueBlockError(f"{type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise OpaqueBlockError(f"cannot be run on its own in float64: {reason}") from error
 
 
 def _found(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[LayerRef]) -> list[Coupling]:

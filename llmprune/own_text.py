@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError, PruneError
+from llmprune.errors import InputError, PruneError, first_line
 from llmprune.room import out_of_memory
 from llmprune.skeleton import Skeleton
 
@@ -100,10 +100,11 @@ def _more(skeleton: Skeleton, given: Tensor, settings: GenerationConfig) -> Tens
     try:
         found = skeleton.model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)
     except Exception as error:
-        if isinstance(error, RuntimeError) and out_of_memory(error):
+        if out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise PruneError(f"{type(skeleton.model).__name__} fails to write text: {reason}", WITHOUT) from error
+        raise PruneError(
+            f"{type(skeleton.model).__name__} fails to write text: {first_line(error)}", WITHOUT
+        ) from error
     assert isinstance(found, Tensor)
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmprune.cuts import check_channel_scales
 from llmprune.demo import default_cache
-from llmprune.errors import InputError
+from llmprune.errors import InputError, first_line
 from llmprune.folder import SafetensorsFolder
 from llmprune.job import Job
 from llmprune.kinds import all_kinds
@@ -241,7 +241,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"--device {name!r} cannot be used: {reason}", "use --device auto or cpu") from error
     if device.type == "meta":
         raise InputError("--device meta holds no data", "use --device auto or cpu")

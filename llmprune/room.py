@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from llmprune.errors import PruneError
+from llmprune.errors import PruneError, first_line
 from llmprune.memory import give_back_memory
 from llmprune.progress import Progress
 from llmprune.ranks import ALONE, NoRoomError, Ranks
@@ -35,7 +35,7 @@ def with_room(attempt: Callable[[int], T], windows: int, progress: Progress, ran
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             ranks.out_of_room()
         if windows == 1:
             raise PruneError(
@@ -55,6 +55,8 @@ def half(windows: int) -> int:
     return max(part for part in range(1, windows // 2 + 1) if windows % part == 0)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether a device's memory ran out; not all backends have an exception of their own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    )

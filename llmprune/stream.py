@@ -121,8 +121,7 @@ class BlockStream:
     def unmoved(self) -> list[str]:
         """Why inputs of blocks that were met could not change places at all."""
         return [
-            f"no channels of {self.skeleton.block_name(kind)!r} and of blocks like it were reordered: "
-            f"it cannot be run on its own in float64: {reason}"
+            f"no channels of {self.skeleton.block_name(kind)!r} and of blocks like it were reordered: it {reason}"
             for kind, reason in self.kinds.opaque.items()
         ]
 

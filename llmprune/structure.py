@@ -162,16 +162,11 @@ class _Planner:
                 if _kind(coupling) == kind and coupling.sink not in inner:
                     found += 1
                     yield self.skeleton.block_name(index), coupling
-        if not found and self.opaque:
-            raise InputError(
-                f"no {WORDS[kind]} could be traced: {type(self.skeleton.blocks[0]).__name__} cannot be run on its own "
-                f"in float64: {self.opaque}",
-                "this model can lose weights only, e.g. --sparsity 2:4",
-            )
         if not found:
+            opaque = f"{type(self.skeleton.blocks[0]).__name__} {self.opaque}" if self.opaque else ""
+            mixed = f"the inputs of {self._suspect()!r} do not each come from rows of other layers"
             raise InputError(
-                f"no {WORDS[kind]} could be traced: the inputs of {self._suspect()!r} do not each come from rows "
-                "of other layers",
+                f"no {WORDS[kind]} could be traced: {opaque or mixed}",
                 "this model can lose weights only, e.g. --sparsity 2:4",
             )
 

@@ -103,7 +103,7 @@ def test_shares_are_found_on_another_device(kind: str, tmp_path: Path) -> None:
         assert len(allocate(stream, pattern, kind, load_method("admm"), lambda: None)) == len(skeleton.blocks)  # type: ignore[arg-type]
 
 
-def problem_on(device: torch.device, landing: bool = False) -> GroupProblem:
+def problem_on(device: torch.device) -> GroupProblem:
     generator = torch.Generator().manual_seed(0)
     inputs, noise, weight = (torch.randn(*shape, generator=generator) for shape in ((300, 16), (300, 16), (8, 16)))
     weight[0, :3] = 0

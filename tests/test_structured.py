@@ -24,7 +24,7 @@ from llmprune.structured import CRITERIA, load_criterion
 from llmprune.structured.lasso import RAISES, Lasso, _path, _solve, at_count, design_gram
 from llmprune.structured.obs import OBS, Search
 from llmprune.structured.problem import RemovalProblem
-from llmprune.structured.reconstruct import FLOOR, RIDGE, least_squares
+from llmprune.structured.reconstruct import FLOOR, RIDGE, RIDGES, least_squares, reconstruct
 
 DAMPING = OBS().damping
 GRAM_ONLY = [name for name in CRITERIA if name not in {"scaling", "apoz"}]
@@ -468,3 +468,15 @@ def test_a_singular_gram_raises_the_damping_and_says_so() -> None:
     assert bool(torch.isfinite(found).all())
     with pytest.raises(NumericalError, match="stay singular"):
         least_squares(weight, 5 * torch.ones_like(gram) - 4 * torch.eye(8), torch.arange(6), ridge=1e-9)
+
+
+def test_a_ridge_that_had_to_be_raised_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What held-out tokens would judge is not the ridge that it is said to be."""
+    given = problem_of()
+    gram = given.gram.float()
+    stats = InputStats(64, gram, held=InputStats(16, gram))  # all alike: the least ridge fits best
+    kept = torch.arange(given.weight.shape[1] - 5)
+    assert reconstruct(given.weight, stats, kept).ridge == RIDGES[0]
+    fail_to_factor(monkeypatch, iter([True]))
+    fit = reconstruct(given.weight, stats, kept)
+    assert (fit.ridge, fit.raises) == (RIDGES[1], 0)
