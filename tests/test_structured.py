@@ -471,7 +471,7 @@ def test_a_singular_gram_raises_the_damping_and_says_so() -> None:
 
 
 def test_a_ridge_that_had_to_be_raised_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What held-out tokens would judge is not the ridge that it is said to be; with none left, the usual one is taken."""
+    """Held-out tokens would judge another ridge than it is said to be; with none left, the usual one is taken."""
     given = problem_of()
     gram = given.gram.float()
     stats = InputStats(64, gram, held=InputStats(16, gram))  # all alike: the least ridge fits best
