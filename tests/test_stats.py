@@ -7,9 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmprune.activations import Activations
+from llmprune.errors import InputError
+from llmprune.families import LayerRef
+from llmprune.gathering import GroupStatistics, Sampling
 from llmprune.linalg import error_terms, relative_error
+from llmprune.problem import InputStats
+from llmprune.rehearse import Batch
+from llmprune.shares import parts
 from llmprune.stats import Landing, RunningGram, RunningPair
 from llmprune.targets import lacking
+from llmprune.watch import Seen
 
 CPU = torch.device("cpu")
 
@@ -126,3 +134,29 @@ def test_products_with_dense_outputs_judge_as_dense_inputs_do() -> None:
         assert other is not None
         expected = lacking(weight, one)
         assert torch.allclose(lacking(weight, other), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("landing", [False, True])
+@pytest.mark.parametrize("where", ["inputs", "dense", "landed"])
+def test_statistics_that_are_not_finite_are_refused(where: str, landing: bool) -> None:
+    """Whichever of them it is: of the dense model's activations, too."""
+    tokens, (part,) = torch.zeros(2, 8, dtype=torch.int64), parts(2, 2)
+    batch = Batch(tokens, [], [], 0, (Activations(), None), part)
+    values = {name: torch.randn(2, 8, 4) for name in ("inputs", "dense", "landed", "made")}
+
+    def result() -> InputStats:
+        layer = LayerRef("block.down", "down", (4, 4), False)
+        running = GroupStatistics(Sampling(paired=True), [layer], torch.device("cpu"))
+        landed = values["landed"] if landing else None
+        seen = Seen(values["inputs"], None if landed is None else torch.zeros(2, 8, 4))
+        running.add(batch, seen, Seen(values["dense"], landed, values["made"]))
+        return running.result()
+
+    assert result().tokens == 16
+    values[where][1, 7, 2] = torch.inf
+    used = {"inputs", "landed"} if landing else {"inputs", "dense"}
+    if where not in used:
+        assert result().tokens == 16
+        return
+    with pytest.raises(InputError, match=r"'block\.down' hold NaN or Inf"):
+        result()
