@@ -241,7 +241,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error)
+        reason = first_line(error).partition(". ")[0]  # torch goes on to list all its backends
         raise InputError(f"--device {name!r} cannot be used: {reason}", "use --device auto or cpu") from error
     if device.type == "meta":
         raise InputError("--device meta holds no data", "use --device auto or cpu")
