@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.arguments import positive, seed, window
-from llmprune.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.values import positive, seed, window
 
 if TYPE_CHECKING:
-    from llmprune.source import Source
-    from llmprune.terminal import TerminalProgress
-    from llmprune.tokens import TokenBatch
+    from llmprune.cli.terminal import TerminalProgress
+    from llmprune.sources.models import Source
+    from llmprune.sources.tokens import TokenBatch
 
 
 def build_parser() -> Parser:
@@ -44,11 +44,11 @@ def build_parser() -> Parser:
 def freeze(options: argparse.Namespace) -> int:
     """Make the file."""
     hush_libraries(options.debug)
-    from llmprune.demo import default_cache
+    from llmprune.cli.terminal import TerminalProgress
     from llmprune.errors import InputError
-    from llmprune.source import open_source
-    from llmprune.terminal import TerminalProgress
-    from llmprune.tokens import save_tokens
+    from llmprune.sources.demo import default_cache
+    from llmprune.sources.models import open_source
+    from llmprune.sources.tokens import save_tokens
 
     if options.out.suffix != ".safetensors":
         raise InputError(f"--out {options.out} must end in .safetensors", "llmprune knows token files by that ending")
@@ -74,8 +74,8 @@ def make(
     """The windows, and the recipe ({} for a plain text, which is cut as `llmprune --calib` would cut it)."""
     from calib.build import build
     from calib.recipe import known_recipes, read_recipe
-    from llmprune.source import load_tokenizer
-    from llmprune.tokens import calibration_tokens
+    from llmprune.sources.models import load_tokenizer
+    from llmprune.sources.tokens import calibration_tokens
 
     named = options.recipe in known_recipes() and not Path(options.recipe).exists()
     settings = {name: getattr(options, name) for name in ("samples", "seq_len", "seed")}

@@ -16,8 +16,8 @@ from calib.documents import documents
 from calib.recipe import Part, Recipe
 from llmprune.errors import InputError
 from llmprune.progress import Progress
-from llmprune.texts import read_text
-from llmprune.tokens import OVERLAP_RUN, TokenBatch, run_hashes, token_batch
+from llmprune.sources.texts import read_text
+from llmprune.sources.tokens import OVERLAP_RUN, TokenBatch, run_hashes, token_batch
 
 AVOIDED_TOKENS = 400_000
 

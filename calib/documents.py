@@ -12,8 +12,8 @@ from typing import Any
 from calib.recipe import Part
 from llmprune.errors import InputError
 from llmprune.progress import Progress
-from llmprune.reach import is_unreachable
-from llmprune.texts import read_file
+from llmprune.sources.network import is_unreachable
+from llmprune.sources.texts import read_file
 
 RETRIES = 5
 BUFFER = 10_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmprune.linalg import add_ridge, ridge_of
-from llmprune.pattern import SparsityPattern
-from llmprune.refit import polish
+from llmprune.pruning.least_squares import polish
+from llmprune.pruning.linalg import add_ridge, ridge_of
+from llmprune.pruning.pattern import SparsityPattern
 
 LONGEST, EVERY, POLISH = 300, 3, 10
 

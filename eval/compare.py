@@ -11,11 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from llmprune import chart
+from llmprune.cli.shell import Parser, run_command
 from llmprune.errors import InputError
-from llmprune.html_report import by_kind, page, table
-from llmprune.report import FILE
-from llmprune.shell import Parser, run_command
+from llmprune.reporting import charts as chart
+from llmprune.reporting.html_report import by_kind, page, table
+from llmprune.reporting.report import FILE
 
 COLUMNS = ("run", "pattern", "perplexity, dense", "perplexity, pruned", "layer error", "pruning, s", "peak, MiB")
 

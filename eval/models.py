@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmprune.source import Source
+    from llmprune.sources.models import Source
 
 
 def find_model(name: str) -> Source:
@@ -17,8 +17,8 @@ def find_model(name: str) -> Source:
     Raises:
         InputError: there is no such model.
     """
-    from llmprune.demo import default_cache
     from llmprune.progress import Progress
-    from llmprune.source import open_source
+    from llmprune.sources.demo import default_cache
+    from llmprune.sources.models import open_source
 
     return open_source(name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress())

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.sweep import ROOT, commit
-from llmprune.arguments import positive, seed, window
+from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError, PruneError
-from llmprune.shell import Parser, hush_libraries, run_command
 
 OURS = "llmprune"
 OUR_PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "numpy")
@@ -216,7 +216,7 @@ def describe_tokens(path: Path) -> dict[str, Any]:
 
 def peer_python(peer: Peer, given: Path | None) -> Path:
     """The Python that has the peer: the one given, or that of an environment made once in the user's cache folder."""
-    from llmprune.demo import default_cache
+    from llmprune.sources.demo import default_cache
 
     folder = default_cache() / peer.packages[0].replace("==", "-")
     python, ready = given or folder / "bin" / "python", folder / "ready"
@@ -306,7 +306,7 @@ def study(options: argparse.Namespace, given: Sequence[str], work: Path) -> dict
 
 def spelling(sparsity: str) -> str:
     """The pattern as both tools and the judge read it: `2:4`, or a share such as `0.5`."""
-    from llmprune.pattern import parse_pattern
+    from llmprune.pruning.pattern import parse_pattern
 
     pattern = parse_pattern(sparsity)
     return pattern.name if ":" in pattern.name else str(float(pattern.fraction))

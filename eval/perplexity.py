@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.models import find_model
-from llmprune.arguments import positive, window
-from llmprune.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.values import positive, window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmprune.skeleton import Skeleton
-    from llmprune.stream import BlockStream
+    from llmprune.model.skeleton import Skeleton
+    from llmprune.streaming.stream import BlockStream
 
 FIGURES = (("perplexity", "value"), ("dense", "dense"), ("KL, nats", "kl"), ("same top token", "top1"))
 
@@ -44,10 +44,10 @@ def build_parser() -> Parser:
 
 def open_model(name: str, device: str = "cpu") -> tuple[Skeleton, Any]:
     """A model without its weights in memory, and its tokenizer."""
-    from llmprune.folder import SafetensorsFolder
-    from llmprune.prepare import pick_device
-    from llmprune.skeleton import Skeleton
-    from llmprune.source import load_tokenizer
+    from llmprune.model.reader import SafetensorsFolder
+    from llmprune.model.skeleton import Skeleton
+    from llmprune.pipeline.prepare import pick_device
+    from llmprune.sources.models import load_tokenizer
 
     source = find_model(name)
     skeleton = Skeleton(source.config, SafetensorsFolder(source.folder), device=pick_device(device))
@@ -58,10 +58,10 @@ def measure(
     model: str, texts: list[str], windows: int, context: int, dense: str | None = None, device: str = "cpu"
 ) -> dict[str, dict[str, Any]]:
     """The perplexity of a model on each text, with its standard error; with a dense model also `distance` from it."""
-    from llmprune.demo import default_cache
-    from llmprune.perplexity import perplexity
     from llmprune.progress import Progress
-    from llmprune.tokens import evaluation_tokens
+    from llmprune.sources.demo import default_cache
+    from llmprune.sources.tokens import evaluation_tokens
+    from llmprune.streaming.perplexity import perplexity
 
     skeleton, tokenizer = open_model(model, device)
     reference = open_model(dense, device)[0] if dense else None
@@ -88,7 +88,7 @@ def distance(model: Skeleton, dense: Skeleton, tokens: Tensor) -> dict[str, Any]
     import torch
 
     from llmprune.errors import InputError
-    from llmprune.perplexity import from_losses, window_losses
+    from llmprune.streaming.perplexity import from_losses, window_losses
 
     sizes = [skeleton.config.get_text_config().vocab_size for skeleton in (model, dense)]
     if sizes[0] != sizes[1]:
@@ -121,7 +121,7 @@ def run_through(skeleton: Skeleton, tokens: Tensor) -> BlockStream:
     """The stream behind its last block."""
     import torch
 
-    from llmprune.stream import BlockStream
+    from llmprune.streaming.stream import BlockStream
 
     with torch.no_grad():
         stream = BlockStream(skeleton, tokens)
@@ -134,8 +134,8 @@ def window_gaps(models: tuple[Skeleton, Skeleton], streams: list[BlockStream], p
     """Mean divergence and agreement of every window, `(batch, 2)`; logits are formed for a few positions at a time."""
     import torch
 
-    from llmprune.perplexity import CHUNK_ELEMENTS
-    from llmprune.rehearse import logits
+    from llmprune.streaming.capture import logits
+    from llmprune.streaming.perplexity import CHUNK_ELEMENTS
 
     tokens = pair[0].tokens
     batch, context = tokens.shape

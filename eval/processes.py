@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from eval.sweep import commit
-from llmprune.arguments import positive
-from llmprune.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.values import positive
 
 
 def serve(folder: Path, arguments: list[str]) -> int:
     """One process of a run: our own command, and then what it took from the moment when its libraries were loaded."""
     import torch
 
-    from llmprune import cli
+    from llmprune.cli import main as cli
 
     import_module("llmprune.run")
     began, spent = time.perf_counter(), time.process_time()

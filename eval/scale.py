@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.sweep import commit
-from llmprune.arguments import positive, size
-from llmprune.methods import METHODS
-from llmprune.recipe import AUTO, DEFAULT_EFFORT
-from llmprune.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.values import positive, size
+from llmprune.pruning.methods import METHODS
+from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT
 
 IO = ("rchar", "wchar", "read_bytes", "write_bytes")
 
@@ -154,13 +154,13 @@ def foretell(model: Path, options: argparse.Namespace) -> dict[str, float]:
     """What a dry run says of a model: seconds, and bytes above the libraries' own."""
     from transformers import AutoConfig
 
-    from llmprune.estimate import Task, memory, product_rate, seconds
-    from llmprune.folder import SafetensorsFolder
-    from llmprune.methods import load_method
-    from llmprune.pattern import parse_pattern
-    from llmprune.plan import make_plan
-    from llmprune.recipe import make_recipe
-    from llmprune.skeleton import Skeleton
+    from llmprune.model.reader import SafetensorsFolder
+    from llmprune.model.selection import make_plan
+    from llmprune.model.skeleton import Skeleton
+    from llmprune.pipeline.estimate import Task, memory, product_rate, seconds
+    from llmprune.pruning.methods import load_method
+    from llmprune.pruning.pattern import parse_pattern
+    from llmprune.pruning.recipe import make_recipe
 
     skeleton = Skeleton(AutoConfig.from_pretrained(model), SafetensorsFolder(model))
     recipe = make_recipe(options.method, DEFAULT_EFFORT, {})
@@ -192,7 +192,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The runs, and what follows from them."""
     import torch
 
-    from llmprune.tokens import save_tokens, token_batch
+    from llmprune.sources.tokens import save_tokens, token_batch
 
     shape, larger = SHAPES[options.shape], SHAPES[options.larger]
     ids = torch.randint(

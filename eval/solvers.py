@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from eval.models import find_model
 from eval.sweep import commit
-from llmprune.arguments import positive, seed, window
+from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError
-from llmprune.shell import Parser, hush_libraries, run_command
 
 if TYPE_CHECKING:
-    from llmprune.pattern import SparsityPattern
-    from llmprune.problem import GroupProblem
+    from llmprune.pruning.pattern import SparsityPattern
+    from llmprune.pruning.problem import GroupProblem
 
 DAMPING = 0.01
 """ALPS's; the paper's, and our ADMM's."""
@@ -52,12 +52,12 @@ def gather(options: argparse.Namespace) -> tuple[list[GroupProblem], str]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llmprune.demo import default_cache
-    from llmprune.problem import GroupProblem, LayerProblem
     from llmprune.progress import Progress
-    from llmprune.source import load_tokenizer
-    from llmprune.stats import RunningGram
-    from llmprune.tokens import calibration_tokens
+    from llmprune.pruning.problem import GroupProblem, LayerProblem
+    from llmprune.pruning.statistics import RunningGram
+    from llmprune.sources.demo import default_cache
+    from llmprune.sources.models import load_tokenizer
+    from llmprune.sources.tokens import calibration_tokens
 
     source = find_model(options.model)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
@@ -101,9 +101,9 @@ def gather(options: argparse.Namespace) -> tuple[list[GroupProblem], str]:
 def compare(problem: GroupProblem, pattern: SparsityPattern) -> list[dict[str, Any]]:
     """Relative errors of the layers of one group by every solver, and the solvers' seconds for the whole group."""
     from eval.alps import alps
-    from llmprune.linalg import relative_error
-    from llmprune.methods import load_method
-    from llmprune.problem import InputStats
+    from llmprune.pruning.linalg import relative_error
+    from llmprune.pruning.methods import load_method
+    from llmprune.pruning.problem import InputStats
 
     seconds, weights = {}, {}
     for name in ("sparsegpt", "admm", "alps"):
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
     """Solve every layer by every solver for every pattern."""
     import torch
 
-    from llmprune.sparsity import parse_sparsity
+    from llmprune.pruning.sparsity import parse_sparsity
 
     hush_libraries(options.debug)
     torch.set_num_threads(options.threads)

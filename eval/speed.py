@@ -24,9 +24,9 @@ from typing import Any
 
 from eval.models import find_model
 from eval.sweep import commit
-from llmprune.arguments import positive
+from llmprune.cli.shell import Parser, run_command
+from llmprune.cli.values import positive
 from llmprune.errors import PruneError
-from llmprune.shell import Parser, run_command
 
 MEASURES = {"prefill": "tokens/s", "decode": "tokens/s"}
 SETTINGS = ("prompt", "new", "batch", "threads", "device", "dtype")
@@ -116,7 +116,7 @@ def has_kernels(device: str) -> bool:
         return False
     import torch
 
-    from llmprune.semistructured import device_obstacle
+    from llmprune.export.semistructured import device_obstacle
 
     return not device_obstacle(torch.device(device))
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.sweep import commit
-from llmprune.arguments import positive
-from llmprune.shell import Parser, hush_libraries, run_command
-from llmprune.structured import CRITERIA
+from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.values import positive
+from llmprune.pruning.criteria import CRITERIA
 
 TOKENS, SHARED = 4096, 64
 SMALL = 4096
@@ -44,10 +44,10 @@ def solve(method: str, inputs: int, outputs: int, percent: int, threads: int) ->
     """Remove inputs of one random layer; seconds by the clock and of the processor, bytes beyond the problem's."""
     import torch
 
-    from llmprune.memory import mapped_memory, peak_memory, resident_memory
-    from llmprune.problem import GroupProblem, InputStats, LayerProblem
-    from llmprune.remove import Remover
-    from llmprune.structured import load_criterion
+    from llmprune.pruning.criteria import load_criterion
+    from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem
+    from llmprune.pruning.structured_solver import Remover
+    from llmprune.runtime.memory import mapped_memory, peak_memory, resident_memory
 
     torch.set_num_threads(threads)
     with mapped_memory(), torch.no_grad():
@@ -70,7 +70,7 @@ def _gram(inputs: int) -> Any:
     """`XᵀX / tokens` of random inputs, each with as much noise of its own, as if there were any number of tokens."""
     import torch
 
-    from llmprune.stats import RunningGram
+    from llmprune.pruning.statistics import RunningGram
 
     generator = torch.Generator().manual_seed(0)
     running = RunningGram(inputs, torch.device("cpu"))

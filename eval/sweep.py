@@ -40,9 +40,9 @@ from typing import Any
 
 from eval.perplexity import measure
 from eval.plot import draw
+from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.errors import InputError
-from llmprune.recipe import EFFORTS
-from llmprune.shell import Parser, hush_libraries, run_command
+from llmprune.pruning.recipe import EFFORTS
 
 ROOT = Path(__file__).resolve().parent.parent
 Cells = list[tuple[dict[str, Any], dict[str, Any]]]

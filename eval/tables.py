@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import peers, processes, scale, solvers, speed, structured_scale, sweep, zero_shot
-from llmprune.shell import Parser
+from llmprune.cli.shell import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from eval.perplexity import open_model
-from llmprune.arguments import positive, seed, window
-from llmprune.durable import replacing
+from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError
-from llmprune.shell import Parser, hush_libraries, run_command
+from llmprune.runtime.files import replacing
 
 
 def build_parser() -> Parser:
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     """Let the model write, and keep it."""
     import torch
 
-    from llmprune.own_text import check_room, go_on
+    from llmprune.sources.generated import check_room, go_on
 
     hush_libraries(options.debug)
     skeleton, tokenizer = open_model(options.model)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.models import find_model
-from llmprune.arguments import positive
-from llmprune.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.values import positive
 
 ANSWER = "\nAnswer:"
 UP = {"aggregation": "mean", "higher_is_better": True}
@@ -79,7 +79,7 @@ def read_task(path: Path, limit: int | None) -> list[dict[str, Any]]:
         InputError: no such file, or lines that are no questions.
     """
     from llmprune.errors import InputError
-    from llmprune.texts import read_file
+    from llmprune.sources.texts import read_file
 
     try:
         questions = [json.loads(line) for line in read_file(path).splitlines() if line.strip()][:limit]
@@ -177,8 +177,8 @@ def score_files(options: argparse.Namespace, model_name: str, paths: list[Path])
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llmprune.prepare import pick_device
-    from llmprune.source import load_tokenizer
+    from llmprune.pipeline.prepare import pick_device
+    from llmprune.sources.models import load_tokenizer
 
     tasks = {path.stem: read_task(path, options.limit) for path in paths}
     device = pick_device(options.device)

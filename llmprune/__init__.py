@@ -6,33 +6,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmprune.bars import ProgressBars
+    from llmprune.cli.notebook import ProgressBars
     from llmprune.errors import InputError, PruneError
-    from llmprune.finetune import KeepZeros, add_lora, merge_lora
+    from llmprune.export.pack import load, pack, unpack
+    from llmprune.export.semistructured import accelerate
+    from llmprune.export.upload import push
     from llmprune.job import Job
-    from llmprune.packing import load, pack, unpack
     from llmprune.progress import Progress
-    from llmprune.report import PruneReport
+    from llmprune.reporting.report import PruneReport
     from llmprune.run import prune
-    from llmprune.semistructured import accelerate
-    from llmprune.upload import push
+    from llmprune.training.finetune import KeepZeros, add_lora, merge_lora
 
 _WHERE = {
     "InputError": "errors",
     "Job": "job",
-    "KeepZeros": "finetune",
+    "KeepZeros": "training.finetune",
     "Progress": "progress",
-    "ProgressBars": "bars",
+    "ProgressBars": "cli.notebook",
     "PruneError": "errors",
-    "PruneReport": "report",
-    "accelerate": "semistructured",
-    "add_lora": "finetune",
-    "load": "packing",
-    "merge_lora": "finetune",
-    "pack": "packing",
+    "PruneReport": "reporting.report",
+    "accelerate": "export.semistructured",
+    "add_lora": "training.finetune",
+    "load": "export.pack",
+    "merge_lora": "training.finetune",
+    "pack": "export.pack",
     "prune": "run",
-    "push": "upload",
-    "unpack": "packing",
+    "push": "export.upload",
+    "unpack": "export.pack",
 }
 __all__ = [
     "InputError",

@@ -1,5 +1,5 @@
 """`python -m llmprune`."""
 
-from llmprune.cli import entry
+from llmprune.cli.main import entry
 
 raise SystemExit(entry())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmprune.methods import METHODS
-from llmprune.pattern import Scope
-from llmprune.recipe import AUTO, DEFAULT_EFFORT, Allocate, Recipe, Targets, make_recipe
-from llmprune.sparsity import parse_sparsity
-from llmprune.structured import CRITERIA
+from llmprune.pruning.criteria import CRITERIA
+from llmprune.pruning.methods import METHODS
+from llmprune.pruning.pattern import Scope
+from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT, Allocate, Recipe, Targets, make_recipe
+from llmprune.pruning.sparsity import parse_sparsity
 
 STAGES = ("targets", "permute", "steps", "ridge", "refit", "refine", "own", "allocate")
 

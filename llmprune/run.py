@@ -10,14 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from llmprune.clock import Clock
 from llmprune.errors import CheckError
-from llmprune.estimate import Task, memory, product_rate, seconds
-from llmprune.folder import SafetensorsFolder
+from llmprune.export.verify import check_layers, patterns_of
 from llmprune.job import Job
-from llmprune.launch import join
-from llmprune.memory import mapped_memory, resident_memory
-from llmprune.outcome import (
+from llmprune.model.reader import SafetensorsFolder
+from llmprune.model.skeleton import Skeleton
+from llmprune.model.writer import replace_folder
+from llmprune.pipeline.context import Prepared
+from llmprune.pipeline.estimate import Task, memory, product_rate, seconds
+from llmprune.pipeline.prepare import prepare, with_room_to_write
+from llmprune.pipeline.report_builder import (
     add_evaluation,
     add_own_text,
     coverage,
@@ -28,19 +30,8 @@ from llmprune.outcome import (
     steps_left_out,
     write_companions,
 )
-from llmprune.perplexity import Perplexity, perplexity
-from llmprune.prepare import prepare, with_room_to_write
-from llmprune.prepared import Prepared
-from llmprune.progress import Progress
-from llmprune.ranks import Ranks
-from llmprune.recipe import EFFORTS
-from llmprune.report import BlockReport, PruneReport
-from llmprune.resume import Journal
-from llmprune.room import with_room
-from llmprune.shards import replace_folder
-from llmprune.skeleton import Skeleton
-from llmprune.stream import BATCH_TOKENS
-from llmprune.together import (
+from llmprune.pipeline.state import Journal
+from llmprune.pipeline.steps import (
     block_patterns,
     errors_of,
     follow,
@@ -52,8 +43,17 @@ from llmprune.together import (
     windows_of,
     with_own_text,
 )
-from llmprune.verify import check_layers, patterns_of
-from llmprune.workplace import workplace
+from llmprune.pipeline.timing import Clock
+from llmprune.pipeline.workdir import workplace
+from llmprune.progress import Progress
+from llmprune.pruning.recipe import EFFORTS
+from llmprune.reporting.report import BlockReport, PruneReport
+from llmprune.runtime.launch import join
+from llmprune.runtime.memory import mapped_memory, resident_memory
+from llmprune.runtime.oom import with_room
+from llmprune.runtime.process_group import Ranks
+from llmprune.streaming.perplexity import Perplexity, perplexity
+from llmprune.streaming.stream import BATCH_TOKENS
 
 
 def prune(job: Job, progress: Progress | None = None) -> PruneReport:

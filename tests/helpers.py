@@ -18,13 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from llmprune.families import find_layers
-from llmprune.folder import SafetensorsFolder
 from llmprune.job import Job
-from llmprune.rehearse import logits
-from llmprune.skeleton import Skeleton
-from llmprune.stream import BlockStream
-from llmprune.tokens import save_tokens, token_batch
+from llmprune.model.blocks import find_layers
+from llmprune.model.reader import SafetensorsFolder
+from llmprune.model.skeleton import Skeleton
+from llmprune.sources.tokens import save_tokens, token_batch
+from llmprune.streaming.capture import logits
+from llmprune.streaming.stream import BlockStream
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout."""
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

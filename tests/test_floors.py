@@ -1,106 +1,58 @@
-"""The package is built in floors: a module imports only from its own floor or below, and never in a circle."""
+"""The package is built in floors: a package imports only from the floors below it."""
 
 from __future__ import annotations
 
 import ast
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llmprune"
 FLOORS = [
-    {
-        "chart",
-        "clock",
-        "durable",
-        "errors",
-        "memory",
-        "pattern",
-        "problem",
-        "progress",
-        "reach",
-        "recipe",
-        "report",
-        "sparsity",
-    },
-    {"linalg", "permutation", "positions", "ranks", "refit", "room", "shares", "spectrum", "stats", "targets"},
-    {"methods", *(f"methods.{path.stem}" for path in PACKAGE.glob("methods/[!_]*.py"))},
-    {"structured", *(f"structured.{path.stem}" for path in PACKAGE.glob("structured/[!_]*.py"))},
-    {"remove", "solve"},
-    {
-        "checkpoint",
-        "demo",
-        "families",
-        "finetune",
-        "folder",
-        "gguf",
-        "html_report",
-        "job",
-        "packed",
-        "semistructured",
-        "shards",
-        "source",
-        "texts",
-        "tokens",
-    },
-    {
-        "activations",
-        "block",
-        "carried",
-        "coupling",
-        "cuts",
-        "find_couplings",
-        "float64",
-        "gathering",
-        "heads",
-        "kinds",
-        "landing",
-        "pausing",
-        "probe",
-        "rehearse",
-        "scales",
-        "skeleton",
-        "stream",
-        "structure",
-        "surgery",
-        "watch",
-    },
-    {
-        "estimate",
-        "hub",
-        "own_text",
-        "perplexity",
-        "plan",
-        "prepare",
-        "prepared",
-        "refine",
-        "resume",
-        "stages",
-        "verify",
-        "workplace",
-    },
-    {"allocate", "launch", "outcome", "packing", "together", "upload"},
-    {"samples"},
+    {"__init__", "__main__"},
+    {"cli"},
     {"run"},
-    {"__main__", "arguments", "bars", "cli", "flags", "shell", "terminal"},
+    {"pipeline"},
+    {"streaming", "export"},
+    {"reporting"},
+    {"structure", "sources"},
+    {"model", "job"},
+    {"pruning"},
+    {"runtime", "training"},
+    {"errors", "progress"},
 ]
-FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
+FLOOR = {name: -number for number, names in enumerate(FLOORS) for name in names}
+KNOWN = {
+    ("export.generations", "pipeline"),
+    ("runtime.process_group", "pruning"),
+    ("runtime.process_group", "streaming"),
+    ("structure.cut", "streaming"),
+    ("structure.gradient_probe", "streaming"),
+    ("structure.plan", "streaming"),
+}
+"""Imports that run upwards today, to be removed."""
+SPEAKS = {"cli", "__main__"}
 
 
 def module_name(path: Path) -> str:
-    """`llmprune/methods/__init__.py` -> `methods`."""
+    """`llmprune/pruning/methods/__init__.py` -> `pruning.methods`."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
+def room(module: str) -> str:
+    """`pruning.methods.admm` -> `pruning`."""
+    return module.partition(".")[0]
+
+
 TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
-MODULES = sorted(TREES.keys() - {"__init__"})
+MODULES = sorted(TREES)
+MATHEMATICS = [module for module in MODULES if room(module) == "pruning"]
 
 
-def imports(module: str) -> set[str]:
-    """Full names of all that a module imports, wherever in its text: `torch.nn`, `llmprune.errors.InputError`."""
+def imports(module: str, top: bool = False) -> set[str]:
+    """Full names of all that a module imports, anywhere or at its top: `torch.nn`, `llmprune.errors.InputError`."""
     found = set()
-    for node in ast.walk(TREES[module]):
+    for node in TREES[module].body if top else ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -109,60 +61,60 @@ def imports(module: str) -> set[str]:
     return found
 
 
-def own_imports(module: str) -> set[str]:
-    """The modules of the package that a module imports."""
-    names = {name.removeprefix("llmprune.") for name in imports(module) if name.startswith("llmprune.")}
-    return {name if name in TREES else name.rpartition(".")[0] for name in names}
-
-
 def uses(module: str, *dotted: str) -> set[str]:
     """Which of the dotted names (`torch.load`, `print`) stand in a module's code."""
     text = {ast.unparse(node) for node in ast.walk(TREES[module]) if isinstance(node, ast.Attribute | ast.Name)}
     return text & set(dotted) | {name for name in imports(module) if name in dotted}
 
 
-def test_every_module_has_a_floor() -> None:
-    assert set(MODULES) == FLOOR.keys()
+def libraries(module: str, top: bool = False) -> set[str]:
+    """The distributions that a module imports."""
+    return {name.partition(".")[0] for name in imports(module, top)}
+
+
+def test_every_package_has_a_floor_and_at_most_eight_modules_stand_beside_them() -> None:
+    assert {room(module) for module in MODULES} == FLOOR.keys()
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_nothing_from_above(module: str) -> None:
-    above = {name for name in own_imports(module) if FLOOR[name] > FLOOR[module]}
-    assert not above
+def test_imports_run_downwards_between_packages(module: str) -> None:
+    rooms = {room(name.removeprefix("llmprune.")) for name in imports(module) if name.startswith("llmprune.")}
+    above = {name for name in rooms - {room(module)} if FLOOR[name] >= FLOOR[room(module)]}
+    assert above == {name for known, name in KNOWN if known == module}
 
 
-def test_no_module_imports_itself_through_others() -> None:
-    TopologicalSorter({module: own_imports(module) for module in MODULES}).prepare()
+@pytest.mark.parametrize("package", [path.parent for path in PACKAGE.glob("*/__init__.py")], ids=lambda p: p.name)
+def test_a_package_says_in_a_few_lines_what_it_holds(package: Path) -> None:
+    text = ast.get_docstring(TREES[package.name])
+    assert text
+    assert len(text.splitlines()) <= 15
 
 
-@pytest.mark.parametrize("module", sorted(FLOORS[0] | FLOORS[1] | FLOORS[2] | FLOORS[3]))
+@pytest.mark.parametrize("module", MATHEMATICS)
 def test_the_mathematics_knows_no_transformers_and_no_modules(module: str) -> None:
-    foreign = {"transformers", "accelerate", "datasets", "huggingface_hub", "safetensors"}
-    assert not {name for name in imports(module) if name.split(".")[0] in foreign}
+    assert not libraries(module) & {"transformers", "accelerate", "datasets", "huggingface_hub", "safetensors"}
     assert not {name for name in imports(module) if name.startswith("torch.nn")}
     assert not uses(module, "torch.nn", "nn.Module")
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - FLOORS[1] - FLOORS[3]))
-def test_scipy_stays_on_its_floor(module: str) -> None:
-    assert not {name for name in imports(module) if name.split(".")[0] in {"scipy", "sklearn"}}
+@pytest.mark.parametrize("module", sorted(set(MODULES) - set(MATHEMATICS)))
+def test_scipy_stays_with_the_mathematics(module: str) -> None:
+    assert not libraries(module) & {"scipy", "sklearn"}
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"arguments", "bars", "cli", "flags", "shell", "terminal"}))
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) not in SPEAKS])
 def test_only_the_command_line_speaks(module: str) -> None:
     assert not uses(module, "print", "sys.stdout", "sys.stderr", "input")
-    assert not {name for name in imports(module) if name.split(".")[0] in {"logging", "tqdm", "argparse"}}
+    assert not libraries(module) & {"logging", "tqdm", "argparse"}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_pickled(module: str) -> None:
-    assert not {name for name in imports(module) if name.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib"}}
+    assert not libraries(module) & {"pickle", "cloudpickle", "dill", "joblib"}
     assert not uses(module, "torch.load", "torch.save", "torch.serialization", "eval", "exec")
 
 
-def test_the_command_line_imports_only_the_standard_library_at_its_top() -> None:
-    for module in ("arguments", "cli", "flags", "shell", "__main__", "methods", "structured", "errors", "__init__"):
-        for node in TREES[module].body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {"torch", "numpy", "transformers", "tqdm"}
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) in {"cli", "__init__", "__main__", "errors", "job"}])
+def test_help_needs_no_torch(module: str) -> None:
+    assert not libraries(module, top=True) & {"torch", "numpy", "transformers"}

@@ -1,0 +1,5 @@
+"""The command line: flags to a `Job`, results to text; the only package that prints.
+
+May import everything; its modules import torch only inside functions, so that `--help` is fast.
+A new command: a parser in `flags`, a function in `main`, a line in the table there.
+"""

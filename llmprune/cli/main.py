@@ -1,0 +1,277 @@
+"""The command line: flags to a `Job`, a run to words; torch is imported inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmprune.cli.flags import build_parser, pack_parser, push_parser, report_parser, unpack_parser, verify_parser
+from llmprune.cli.shell import INTERRUPTED, hush_libraries, run_command
+from llmprune.errors import InputError, PruneError
+from llmprune.sources.network import start_probe
+
+if TYPE_CHECKING:
+    from llmprune.cli.terminal import TerminalProgress
+    from llmprune.export.upload import Destination
+    from llmprune.job import Job
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {
+        "verify": (verify_parser, run_verify),
+        "push": (push_parser, run_push),
+        "pack": (pack_parser, run_pack),
+        "unpack": (unpack_parser, run_unpack),
+        "report": (report_parser, run_report),
+    }
+    if arguments and arguments[0] in commands:
+        parser, command = commands[arguments[0]]
+        return run_command(parser(), command, arguments[1:])
+    return run_command(build_parser(), lambda options: run_prune(options, arguments), arguments)
+
+
+def entry() -> int:
+    """The process's way in: `main`, but an interruption keeps its exit code.
+
+    Python remembers a KeyboardInterrupt that passed through a C extension's import, handled or not, and would end the
+    process by the signal instead.
+    """
+    code = main()
+    if code == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
+    """The job that the flags describe."""
+    from llmprune.job import Job
+
+    return Job(
+        model=options.model,
+        sparsity=options.sparsity,
+        method=options.method,
+        effort=options.effort,
+        targets=options.targets,
+        permute=options.permute,
+        steps=options.steps,
+        refit=options.refit,
+        refine=options.refine,
+        ridge=options.ridge,
+        own=options.own,
+        allocate=options.allocate,
+        options=tuple(options.option),
+        round_to=options.round_to,
+        scope=options.scope,
+        calib=options.calib,
+        samples=options.samples,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        out=options.out,
+        overwrite=options.overwrite,
+        restart=options.restart,
+        only=tuple(options.only),
+        skip=tuple(options.skip),
+        dtype=options.dtype,
+        device=options.device,
+        threads=options.threads,
+        activation_memory=options.activation_memory,
+        evaluate=not options.no_eval,
+        eval_text=options.eval,
+        eval_windows=options.eval_windows,
+        eval_context=options.eval_context,
+        revision=options.revision,
+        cache_dir=options.cache_dir,
+        trust_remote_code=options.trust_remote_code,
+        command=shlex.join(["llmprune", *arguments]),
+    )
+
+
+def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """The main command."""
+    from llmprune.cli import terminal
+
+    job = make_job(options, arguments)
+    where = destination(options)
+    words = sys.stderr if options.json else sys.stdout
+    progress = terminal.TerminalProgress(quiet=options.quiet or is_follower())
+    if not (options.model == "demo" or options.model.endswith(".gguf") or Path(options.model).expanduser().exists()):
+        start_probe()
+    progress.note("loading libraries")
+    hush_libraries(options.debug)
+    if where:
+        from llmprune.export.upload import check_destination
+
+        check_destination(where, job.model)
+    if is_follower():
+        return run_follower(options, job)
+    if options.dry_run:
+        from llmprune.run import dry_run
+
+        facts = dry_run(job, progress)
+        text = terminal.plan_text(facts)
+    else:
+        from llmprune.run import prune
+
+        report = prune(job, progress)
+        for text in report.warnings:
+            progress.warn(text)
+        facts = report.to_json()
+        text = terminal.summary(report)
+    if not options.quiet:
+        words.write(text)
+    if options.json:
+        print(json.dumps(facts, indent=2), flush=True)
+    if where and not options.dry_run:
+        words.write(f"pushed to    {send(Path(facts['out']), where, progress)}\n")
+    return 0
+
+
+def is_follower() -> bool:
+    """Whether this is one of several processes, but not the first, which speaks for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
+def run_follower(options: argparse.Namespace, job: Job) -> int:
+    """The main command in all processes but the first; it leaves it to one that failed to say so."""
+    from llmprune.run import prune
+    from llmprune.runtime.process_group import DesertedError
+
+    try:
+        if not options.dry_run:
+            prune(job)
+    except DesertedError:
+        return 1
+    return 0
+
+
+def destination(options: argparse.Namespace) -> Destination | None:
+    """Where the result is to be uploaded, if anywhere.
+
+    Raises:
+        InputError: a flag that means nothing without `--push-to-hub`.
+    """
+    if options.push_to_hub is None:
+        flag = "--private" if options.private else "--hub-revision" if options.hub_revision else ""
+        if flag:
+            raise InputError(f"{flag} means nothing without --push-to-hub", "add --push-to-hub ORG/NAME")
+        return None
+    from llmprune.export.upload import Destination
+
+    return Destination(options.push_to_hub, options.private, options.hub_revision)
+
+
+def send(folder: Path, where: Destination, progress: TerminalProgress) -> str:
+    """Upload a finished folder; even an interruption says how to repeat that."""
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
+
+    from llmprune.export.upload import upload
+
+    if not progress.quiet:
+        enable_progress_bars()
+    try:
+        return upload(folder, where, progress)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(
+            "interrupted while uploading", f"nothing is lost; to repeat it: {where.command(folder)}"
+        ) from stop
+
+
+class Interrupted(PruneError):
+    """The user stopped what can be repeated."""
+
+    exit_code = INTERRUPTED
+
+
+def run_push(options: argparse.Namespace) -> int:
+    """`llmprune push`."""
+    from llmprune.cli.terminal import TerminalProgress
+    from llmprune.export.upload import Destination, check_destination, check_folder
+
+    start_probe()
+    hush_libraries(options.debug)
+    where = Destination(options.repo, options.private, options.hub_revision)
+    check_destination(where, check_folder(options.dir).model["name"])
+    address = send(options.dir, where, TerminalProgress(quiet=options.quiet))
+    if options.json:
+        print(json.dumps({"repo": where.repo, "revision": where.revision or "main", "commit": address}, indent=2))
+    elif not options.quiet:
+        print(f"pushed to    {address}")
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """`llmprune verify`."""
+    hush_libraries(options.debug)
+    from llmprune.export.verify import verify_folder
+
+    result = verify_folder(
+        options.dir,
+        options.sparsity,
+        options.scope,
+        tuple(options.only),
+        tuple(options.skip),
+        options.trust_remote_code,
+    )
+    if options.json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        print(textwrap.dedent(result.text()).strip())
+    return 1 if result.violations else 0
+
+
+def run_pack(options: argparse.Namespace) -> int:
+    """`llmprune pack`."""
+    hush_libraries(options.debug)
+    from llmprune.cli import terminal
+    from llmprune.export.pack import pack
+
+    report = pack(
+        options.dir,
+        options.out,
+        sparsity=options.sparsity,
+        only=tuple(options.only),
+        skip=tuple(options.skip),
+        trust_remote_code=options.trust_remote_code,
+        progress=terminal.TerminalProgress(),
+    )
+    print(json.dumps(report.to_json(), indent=2) if options.json else report.text())
+    return 0
+
+
+def run_unpack(options: argparse.Namespace) -> int:
+    """`llmprune unpack`."""
+    hush_libraries(options.debug)
+    from llmprune.cli import terminal
+    from llmprune.export.pack import unpack
+
+    out = unpack(options.dir, options.out, progress=terminal.TerminalProgress())
+    print(json.dumps({"out": str(out)}, indent=2) if options.json else f"saved to {out}")
+    return 0
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """`llmprune report`."""
+    hush_libraries(options.debug)
+    from llmprune.cli import terminal
+    from llmprune.export.generations import PROMPTS, add_samples
+    from llmprune.reporting.html_report import PAGE, write_report
+    from llmprune.reporting.report import PruneReport
+
+    report = PruneReport.read(options.dir)
+    if options.generate:
+        progress = terminal.TerminalProgress()
+        add_samples(report, options.dir, options.generate, options.prompt or PROMPTS, options.dense, progress)
+    write_report(report, options.dir)
+    print(f"saved to {options.dir / PAGE}")
+    return 0

@@ -1,0 +1,197 @@
+"""How a run looks in a terminal: one line of progress, and a short table at the end."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from llmprune.progress import Progress
+from llmprune.pruning.recipe import Recipe
+from llmprune.reporting.report import PruneReport, calibration_text
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+PLAIN_SECONDS = 5.0
+
+
+class TerminalProgress(Progress):
+    """A bar where stderr is a terminal, a plain line now and then where it is not.
+
+    Args:
+        quiet: show warnings only.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.fancy = sys.stderr.isatty()
+        self._bar: tqdm[Any] | None = None
+        self._label, self._unit, self._total, self._done = "", "", 0.0, 0.0
+        self._started = self._said = 0.0
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self._write(text)
+
+    def warn(self, text: str) -> None:
+        self._write(f"warning: {text}")
+
+    def start(self, label: str, total: float, unit: str = "") -> None:
+        self._label, self._unit, self._total, self._done = label, unit, total, 0
+        self._started = self._said = time.monotonic()
+        if self.fancy and not self.quiet:
+            from tqdm import tqdm
+
+            count = "{n_fmt}/{total_fmt}" + ("B" if unit else "")
+            layout = "{desc} {bar:24} " + count + "{postfix}  {remaining} left"
+            self._bar = tqdm(
+                total=total,
+                desc=f"{label:<18}",
+                leave=False,
+                file=sys.stderr,
+                unit=unit or "it",
+                unit_scale=bool(unit),
+                bar_format=layout,
+                ncols=min(shutil.get_terminal_size().columns, 100),
+            )
+
+    def step(self, amount: float = 1, text: str = "") -> None:
+        self._done += amount
+        if self._bar is not None:
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(amount)
+        elif not self.quiet and (text or time.monotonic() - self._said > PLAIN_SECONDS):
+            self._said = time.monotonic()
+            self._write(self._plain(text))
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        elif not self.quiet:
+            self._write(f"{self._label}: done in {duration(time.monotonic() - self._started)}")
+
+    def _plain(self, text: str) -> str:
+        scale = 2**20 if self._unit else 1
+        left = (time.monotonic() - self._started) * (self._total / max(self._done, 1e-9) - 1)
+        count = f"{self._done / scale:.0f}/{self._total / scale:.0f}{' MiB' if self._unit else ''}"
+        return f"{self._label} {count}  {text + '  ' if text else ''}{duration(left)} left"
+
+    def _write(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+def duration(seconds: float) -> str:
+    """`75.2` -> `1 min 15 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def summary(report: PruneReport) -> str:
+    """What the user reads at the end."""
+    return "\n".join(["", *_table(_result_rows(report)), report.sparsity["note"]]) + "\n"
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    return [f"{key:<12} {value}" for key, value in rows] + [""]
+
+
+def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
+    layers, seconds = report.layers, report.seconds
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    share = sum(layer.pruned for layer in layers) / weights
+    solves = f"{duration(seconds['solve'])} of it in {len(layers)} layer solves"
+    raised = sum(layer.status != "ok" for layer in layers)
+    rows = _perplexity_rows(report.evaluation) if report.evaluation is not None else []
+    rows += [
+        ("sparsity", report.sparsity["meaning"]),
+        ("reached", f"{share:.2%} of {weights / 1e6:.1f} M weights in {len(layers)} layers"),
+        *[("gives", text) for text in report.sparsity["done"]],
+        ("coverage", coverage_text(report.coverage)),
+        ("method", f"{recipe_text(report.recipe)}, mean relative layer error {_errors(report)}"),
+        *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
+        ("calibration", calibration_text(report.calibration)),
+        ("size", f"{size(report.size['dense'])} dense, {size(report.size['pruned'])} pruned"),
+        ("time", f"{duration(seconds['total'])}; pruning {duration(seconds['prune'])}, {solves}{_shared(report)}"),
+        ("memory", f"peak {size(report.peak_memory)}"),
+        ("saved to", report.out),
+        ("load with", f'AutoModelForCausalLM.from_pretrained("{report.out}")'),
+    ]
+    return rows
+
+
+def _shared(report: PruneReport) -> str:
+    return f"; shared by {report.processes['size']} processes" if report.processes else ""
+
+
+def _errors(report: PruneReport) -> str:
+    """The mean error; of layers that lost inputs also what it was before and after their reconstruction."""
+    key, mean = "error_unfitted", f"{report.mean_error:.4f}"
+    found = [
+        (layer.stats[key], layer.stats.get("error_refitted", layer.error), layer.error)
+        for layer in report.layers
+        if key in layer.stats
+    ]
+    if not found or not report.recipe["reconstruct"]:
+        return mean
+    unfitted, refitted, now = (sum(errors) / len(found) for errors in zip(*found, strict=True))
+    text = f"{mean}; of layers that lost inputs {unfitted:.4f} before the refit, {refitted:.4f} after"
+    return text + (f", {now:.4f} with the weights pruned" if now != refitted else "")
+
+
+def _perplexity_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    dense, pruned = (f"{evaluation[key]['value']:.2f} ± {evaluation[key]['error']:.2f}" for key in ("dense", "pruned"))
+    text = f"{evaluation['source']}, {evaluation['samples']} windows of {evaluation['seq_len']} tokens"
+    return [("perplexity", f"dense {dense}, pruned {pruned}"), ("measured on", text)]
+
+
+def recipe_text(settings: dict[str, Any]) -> str:
+    """What is done to every layer and block."""
+    effort = f" (effort {settings['effort']})" if settings["effort"] else ""
+    return Recipe(**{key: value for key, value in settings.items() if key != "effort"}).describe() + effort
+
+
+def coverage_text(coverage: dict[str, Any]) -> str:
+    """How much of the blocks is pruned, and what is not."""
+    text = (
+        f"pruned layers hold {coverage['fraction']:.1%} of {coverage['block_parameters'] / 1e6:.1f} M block parameters"
+    )
+    skipped = [
+        f"{reason} {weights / coverage['block_parameters']:.1%}" for reason, weights in coverage["skipped"].items()
+    ]
+    return text + (f"; left dense: {', '.join(skipped)}" if skipped else "")
+
+
+def plan_text(facts: dict[str, Any]) -> str:
+    """What `--dry-run` shows."""
+    model, cost = facts["model"], facts["estimate"]
+    rows = [
+        ("model", f"{model['name']}: {model['class']}, {model['parameters'] / 1e6:.1f} M parameters"),
+        ("blocks", f"{model['blocks']}, with {len(facts['layers'])} layers to prune"),
+        ("sparsity", facts["sparsity"]["meaning"]),
+        *[("gives", text) for text in facts["sparsity"]["done"]],
+        ("method", recipe_text(facts["recipe"])),
+        ("coverage", coverage_text(facts["coverage"])),
+        ("calibration", calibration_text(facts["calibration"])),
+        ("estimate", f"about {duration(cost['seconds'])}, {size(cost['memory'])} of memory above the libraries' own"),
+        ("efforts", ", ".join(f"{name} {duration(seconds)}" for name, seconds in facts["efforts"].items())),
+        ("size", f"{size(facts['size']['pruned'])} (dense {size(facts['size']['dense'])})"),
+        ("would save", facts["out"]),
+    ]
+    return "\n".join(["", *_table(rows), "dry run: nothing was written\n"])

@@ -1,0 +1,87 @@
+"""How the dense and the pruned model continue the same texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmprune.export.pack import load
+from llmprune.pipeline.prepare import pick_device
+from llmprune.progress import Progress
+from llmprune.reporting.report import PruneReport, Sample
+from llmprune.sources.demo import default_cache
+from llmprune.sources.models import load_tokenizer, open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, there was a little girl who",
+    "Water boils when",
+)
+
+
+def add_samples(
+    report: PruneReport,
+    folder: Path,
+    tokens: int,
+    prompts: Sequence[str] = PROMPTS,
+    dense: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Put greedy continuations of texts into a report.
+
+    The models are loaded whole, one after the other: this is the only step that needs a whole model in memory, and
+    therefore no part of a run.
+
+    Args:
+        report: of the run that wrote `folder`.
+        folder: plain or packed.
+        tokens: how many to generate.
+        prompts: the texts.
+        dense: the dense model; None for what the report names.
+        progress: told what happens.
+
+    Raises:
+        InputError: a model cannot be found.
+    """
+    progress = progress or Progress()
+    source = open_source(
+        dense or report.model["name"],
+        revision=None if dense else report.model["revision"] or None,
+        cache=default_cache(),
+        trust_remote_code=False,
+        progress=progress,
+    )
+    tokenizer = load_tokenizer(source, trust_remote_code=False)
+    progress.start("generating", 2 * len(prompts))
+    texts = [continuations(place, tokenizer, prompts, tokens, progress) for place in (source.folder, folder)]
+    progress.finish()
+    report.samples = [Sample(*sample) for sample in zip(prompts, *texts, strict=True)]
+
+
+@torch.no_grad()
+def continuations(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int, progress: Progress
+) -> list[str]:
+    """What the model in `folder` writes behind each text, `tokens` tokens or up to its end."""
+    device = pick_device("auto")
+    model = load(folder).to(device)
+    written = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt").to(device)
+        start = inputs["input_ids"].shape[1]
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
+        written.append(tokenizer.decode(output[0, start:], skip_special_tokens=True))
+        progress.step()
+    return written

@@ -1,0 +1,241 @@
+"""A folder of N:M weights in fewer bytes, and back: `llmprune pack`, `llmprune unpack`, `load`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmprune.errors import InputError, PruneError
+from llmprune.export.packed import Layout, PackedFile, pack_file
+from llmprune.export.verify import open_pruned
+from llmprune.model.reader import INDEX, PACKED, SINGLE, read_index
+from llmprune.model.skeleton import build_on_meta
+from llmprune.model.writer import replace_folder
+from llmprune.progress import Progress
+from llmprune.pruning.pattern import NM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SUFFIX = "-packed"
+
+
+@dataclass(slots=True)
+class PackReport:
+    """What `llmprune pack` did.
+
+    Args:
+        out: the folder that was written.
+        pattern: what the packed layers hold.
+        packed: number of packed layers.
+        plainly: layers that were to be packed but are stored as they were, and why.
+        layer_bytes: size of the packed layers, before and after.
+        total_bytes: size of all tensors, before and after.
+    """
+
+    out: str
+    pattern: str
+    packed: int = 0
+    plainly: dict[str, str] = field(default_factory=dict)
+    layer_bytes: list[int] = field(default_factory=lambda: [0, 0])
+    total_bytes: list[int] = field(default_factory=lambda: [0, 0])
+
+    def add(self, layout: Layout, plainly: Mapping[str, str]) -> None:
+        """Count a file."""
+        self.packed += len(layout.transposed)
+        self.plainly.update(plainly)
+        for name in layout.plain:
+            sizes = layout.plain[name].nbytes, sum(nbytes for *_, nbytes in layout.parts(name).values())
+            for totals in (self.total_bytes, self.layer_bytes)[: 1 + (name in layout.transposed)]:
+                totals[:] = (total + size for total, size in zip(totals, sizes, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """A few lines for people."""
+        lines = [f"{self.packed} layers of {self.pattern} packed: {_share(self.layer_bytes)}"]
+        lines += [f"stored plainly: {name}, {reason}" for name, reason in self.plainly.items()]
+        return "\n".join([*lines, f"all tensors: {_share(self.total_bytes)}", f"saved to {self.out}"])
+
+
+def _share(sizes: list[int]) -> str:
+    before, after = sizes
+    return f"{before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB ({after / max(before, 1):.1%})"
+
+
+def pack(
+    folder: Path,
+    out: Path | None = None,
+    *,
+    sparsity: str | None = None,
+    only: tuple[str, ...] = (),
+    skip: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Write a compact copy of a pruned folder: of its N:M layers the kept values and where they stand.
+
+    A weight of b bytes takes `(M − N)/M · (b + ⌈log2 M⌉/8)` bytes: 56.25 % for 2:4 in bfloat16. One tensor at a time is
+    in memory. See docs/packed.md for the format.
+
+    Args:
+        folder: what `prune` wrote, or any model folder together with `sparsity`.
+        out: folder to make; None for the name of `folder` with `-packed` behind it.
+        sparsity: the pattern; None for what the folder's report says.
+        only, skip: globs over layer names.
+        trust_remote_code: whether code that comes with the model may run.
+        progress: told what happens.
+
+    Raises:
+        InputError: no such folder, no N:M pattern, `out` exists.
+        PruneError: it cannot be written; nothing is left at `out`.
+    """
+    skeleton, goal, layers = open_pruned(folder, sparsity, None, only, skip, trust_remote_code)
+    pattern = goal.pattern
+    if not isinstance(pattern, NM):
+        raise InputError(f"{goal.name} cannot be packed", "only N:M patterns keep the same number in every group")
+    checkpoint = skeleton.checkpoint
+    weights = {checkpoint.disk_names([f"{ref.name}.weight"])[0]: ref.transposed for ref, _ in layers}
+    files = sorted({entry.file for entry in checkpoint.folder.entries.values()})
+    out = out or beside(folder, folder.resolve().name + SUFFIX)
+    report = PackReport(str(out), pattern.name)
+    progress = progress or Progress()
+    with new_folder(out, folder) as partial:
+        copy_others(folder, partial, {file.name for file in files})
+        progress.start("packing", len(files))
+        for file in files:
+            report.add(*pack_file(file, partial / packed_name(file.name), pattern, weights))
+            progress.step()
+        progress.finish()
+    return report
+
+
+def unpack(folder: Path, out: Path | None = None, *, progress: Progress | None = None) -> Path:
+    """Write the plain folder that was packed, byte for byte.
+
+    Args:
+        folder: what `pack` wrote.
+        out: folder to make; None for the name of `folder` without `-packed`.
+        progress: told what happens.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        InputError: `folder` is not packed or damaged, `out` exists.
+        PruneError: a file is not what was packed, or cannot be written; nothing is left at `out`.
+    """
+    files = packed_files(folder)
+    name = folder.resolve().name
+    out = out or beside(folder, name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else f"{name}-plain")
+    progress = progress or Progress()
+    with new_folder(out, folder) as partial:
+        copy_others(folder, partial, {packed_name(name) for name in files})
+        progress.start("unpacking", len(files))
+        for name, file in files.items():
+            file.unpack(partial / name)
+            progress.step()
+        progress.finish()
+    return out
+
+
+def load(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """Open a plain or a packed folder as a transformers model; never unpickles, runs no code of the model's.
+
+    Args:
+        folder: of a causal language model.
+        options: for `from_pretrained`, such as `dtype` or `device_map`.
+
+    Raises:
+        InputError: no folder, or damaged.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    folder = Path(folder)
+    if not is_packed(folder):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+        return model
+    files = packed_files(folder)
+    config = options.pop("config", None) or AutoConfig.from_pretrained(folder)
+    # The automatic class asks for a folder of plain files; the class it stands for does not.
+    kind = type(build_on_meta(deepcopy(config), torch.float32))
+    tensors = {name: file.tensor(name) for file in files.values() for name in file.layout.plain}
+    model = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+    model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds packed files."""
+    return next(folder.glob(f"*{PACKED}"), None) is not None
+
+
+def packed_name(plain: str) -> str:
+    """`model.safetensors` -> `model.packed.safetensors`, so that no stock loader takes it for a plain file."""
+    return plain.removesuffix(".safetensors") + PACKED
+
+
+def packed_files(folder: Path) -> dict[str, PackedFile]:
+    """The packed files of a folder by the names of the plain ones.
+
+    Raises:
+        InputError: there are none, one is missing or damaged.
+    """
+    if not is_packed(folder):
+        raise InputError(f"{folder} holds no packed model", "name a folder that `llmprune pack` wrote")
+    index = folder / INDEX
+    wanted = {file.name for file in read_index(index).values()} if index.exists() else {SINGLE}
+    if missing := sorted(name for name in wanted if not (folder / packed_name(name)).exists()):
+        raise InputError(f"{folder} lacks {packed_name(missing[0])}", "copy the whole folder again")
+    return {name: PackedFile(folder / packed_name(name)) for name in sorted(wanted)}
+
+
+def copy_others(folder: Path, target: Path, left: set[str]) -> None:
+    """Copy a folder, all but the files `left`."""
+    shutil.copytree(
+        folder, target, ignore=lambda where, _: left if Path(where) == folder else set(), dirs_exist_ok=True
+    )
+
+
+def beside(folder: Path, name: str) -> Path:
+    """A folder of another name beside `folder`."""
+    return folder.resolve().with_name(name)
+
+
+@contextmanager
+def new_folder(out: Path, source: Path) -> Iterator[Path]:
+    """A folder to work in, which takes its name `out` only when the work is done, and is gone if it fails.
+
+    Raises:
+        InputError: `out` exists, or lies in `source`.
+        PruneError: it cannot be written.
+    """
+    out = Path(os.path.realpath(out.expanduser()))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already", "choose another --out, or remove it")
+    if source.resolve() in out.parents:
+        raise InputError(f"{out} lies inside {source}", "choose another --out")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, out)
+    except OSError as error:
+        raise PruneError(
+            f"cannot write {partial}: {error.strerror or error}", "free disk space or choose another --out"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

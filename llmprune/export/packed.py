@@ -1,0 +1,301 @@
+"""Packed shards: safetensors files in which N:M weights are kept values and positions; see docs/packed.md.
+
+A packed file knows the header of the plain one as it stood, and its hash, so that the plain file comes back byte for
+byte. Tensors are handled as bytes, one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llmprune.errors import InputError, PruneError
+from llmprune.export.positions import BITS, decode, encode, fits, shapes
+from llmprune.model.reader import read_header
+from llmprune.pruning.pattern import NM, parse_pattern
+
+FORMAT = "llmprune-packed"
+VERSION = "1"
+VALUES, POSITIONS = ".values", ".positions"
+Part = tuple[str, tuple[int, ...], int]
+"""Dtype, shape and size in bytes of a tensor that is to be written."""
+_ORDERS = {"out,in": False, "in,out": True}
+_COPY_AGAIN = "the file is damaged; copy it again, or pack the plain folder again"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """What a header says of one tensor: its dtype in safetensors' spelling, its shape, and where its bytes lie."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.stop - self.start
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element; 0 where it is no whole number of them."""
+        count = prod(self.shape)
+        return self.nbytes // count if count and self.nbytes % count == 0 else 0
+
+
+def parse_fields(header: str) -> tuple[dict[str, str], dict[str, Field]]:
+    """Metadata and tensors of a header; the tensors in the order of their bytes.
+
+    Raises:
+        ValueError: it is no header, or the tensors do not lie one behind the other.
+    """
+    try:
+        items = json.loads(header)
+        metadata = items.pop("__metadata__", None) or {}
+        found = {name: Field(i["dtype"], tuple(i["shape"]), *i["data_offsets"]) for name, i in items.items()}
+        fields = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"its header has the wrong form: {error!r}") from error
+    end = 0
+    for name, field in fields.items():
+        if field.start != end or field.stop < end:
+            raise ValueError(f"tensor {name!r} begins at byte {field.start}, the one before it ends at {end}")
+        end = field.stop
+    return metadata, fields
+
+
+class TensorFile:
+    """A safetensors file as bytes.
+
+    Raises:
+        InputError: it is not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        read_header(path)
+        self.path = path
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            self.header = stream.read(length)
+        try:
+            self.metadata, self.fields = parse_fields(self.header.decode())
+        except ValueError as error:
+            raise InputError(f"{path} is not a whole safetensors file: {error}", _COPY_AGAIN) from error
+
+    def read(self, name: str) -> Tensor:
+        """The bytes of a tensor, uint8, in memory of their own."""
+        field = self.fields[name]
+        data = np.fromfile(self.path, np.uint8, field.nbytes, offset=8 + len(self.header) + field.start)
+        return torch.from_numpy(data)
+
+
+def write_file(path: Path, header: bytes, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file tensor by tensor, in any order."""
+    _, fields = parse_fields(header.decode())
+    with path.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for name, tensor in tensors:
+            stream.seek(8 + len(header) + fields[name].start)
+            stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which tensors of a plain file are packed, and what stands for them.
+
+    Args:
+        pattern: what the packed ones hold.
+        plain: the header of the plain file.
+        transposed: the packed ones by name; whether the weight is stored as `(in, out)`.
+    """
+
+    pattern: NM
+    plain: dict[str, Field]
+    transposed: dict[str, bool]
+
+    def obstacle(self, name: str) -> str:
+        """Why a tensor cannot be packed, whatever its values, or ''."""
+        field = self.plain[name]
+        if field.itemsize not in BITS or len(field.shape) != 2:
+            return f"{field.dtype} of shape {field.shape} has no whole bytes to store"
+        if taken := {name + VALUES, name + POSITIONS} & self.plain.keys():
+            return f"the file has another tensor {taken.pop()!r}"
+        return self.pattern.divides(*self.shape(name))
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """A weight's `(out, in)`."""
+        rows, width = self.plain[name].shape
+        return (width, rows) if self.transposed[name] else (rows, width)
+
+    def bits(self, name: str, data: Tensor) -> Tensor:
+        """A weight's bytes as integers `(out, in)`."""
+        field = self.plain[name]
+        bits = data.view(BITS[field.itemsize]).view(field.shape)
+        return bits.T.contiguous() if self.transposed[name] else bits
+
+    def parts(self, name: str) -> dict[str, Part]:
+        """The tensors that stand for one of the plain file."""
+        field = self.plain[name]
+        if name not in self.transposed:
+            return {name: (field.dtype, field.shape, field.nbytes)}
+        values, positions = shapes(self.pattern, *self.shape(name))
+        return {
+            name + VALUES: (field.dtype, values, prod(values) * field.itemsize),
+            name + POSITIONS: ("U8", positions, prod(positions)),
+        }
+
+    def all_parts(self) -> dict[str, Part]:
+        """All tensors of the packed file; those of wide elements first, so that every one is aligned."""
+        parts = {key: part for name in self.plain for key, part in self.parts(name).items()}
+        return dict(sorted(parts.items(), key=lambda item: -(item[1][2] // max(prod(item[1][1]), 1))))
+
+    def header(self, file: TensorFile) -> bytes:
+        """The header of the packed file."""
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "pattern": self.pattern.name,
+            "packed": json.dumps({name: "in,out" if flag else "out,in" for name, flag in self.transposed.items()}),
+            "header": file.header.decode(),
+            "sha256": file_hash(file.path),
+        }
+        made: dict[str, Any] = {"__metadata__": metadata}
+        at = 0
+        for name, (dtype, shape, nbytes) in self.all_parts().items():
+            made[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
+            at += nbytes
+        text = json.dumps(made, separators=(",", ":")).encode()
+        return text + b" " * (-len(text) % 8)
+
+
+def pack_file(source: Path, target: Path, pattern: NM, transposed: Mapping[str, bool]) -> tuple[Layout, dict[str, str]]:
+    """Write the packed form of a safetensors file.
+
+    Args:
+        source: the plain file.
+        target: the packed one.
+        pattern: what the weights should hold.
+        transposed: the weights to pack, by name; whether they are stored as `(in, out)`.
+
+    Returns:
+        What was packed, and why the others of `transposed` are stored plainly.
+    """
+    file = TensorFile(source)
+    asked = Layout(pattern, file.fields, {name: flag for name, flag in transposed.items() if name in file.fields})
+    plainly = {}
+    for name in asked.transposed:
+        reason = asked.obstacle(name)
+        if not reason and not fits(asked.bits(name, file.read(name)), pattern):
+            reason = f"its zeros do not fit {pattern.name}"
+        if reason:
+            plainly[name] = reason
+    layout = Layout(pattern, file.fields, {n: flag for n, flag in asked.transposed.items() if n not in plainly})
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in layout.plain:
+            data = file.read(name)
+            if name in layout.transposed:
+                yield from zip(layout.parts(name), encode(layout.bits(name, data), pattern), strict=True)
+            else:
+                yield name, data
+
+    write_file(target, layout.header(file), tensors())
+    return layout, plainly
+
+
+class PackedFile:
+    """A packed file, read one tensor at a time.
+
+    Raises:
+        InputError: it is damaged, or not packed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = TensorFile(path)
+        metadata = self.file.metadata
+        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+            raise InputError(
+                f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, "
+                f"this llmprune reads {FORMAT!r} version {VERSION!r}",
+                "use the version of llmprune that packed it",
+            )
+        try:
+            self.header, self.sha256 = metadata["header"], metadata["sha256"]
+            pattern = parse_pattern(metadata["pattern"])
+            transposed = {name: _ORDERS[order] for name, order in json.loads(metadata["packed"]).items()}
+            _, plain = parse_fields(self.header)
+            if not isinstance(pattern, NM):
+                raise ValueError(f"the pattern {pattern.name} is not N:M")
+            self.layout = Layout(pattern, plain, transposed)
+            self._check()
+        except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
+            raise InputError(f"{path} is not a whole packed file: {error}", _COPY_AGAIN) from error
+
+    def _check(self) -> None:
+        """What the header announces must be what the file holds."""
+        layout = self.layout
+        for name in layout.transposed:
+            if obstacle := layout.obstacle(name):
+                raise ValueError(f"{name!r}: {obstacle}")
+        found = {name: (f.dtype, f.shape, f.nbytes) for name, f in self.file.fields.items()}
+        if found != (wanted := layout.all_parts()):
+            name = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+            raise ValueError(f"tensor {name!r} is {found.get(name)}, but should be {wanted.get(name)}")
+
+    def read(self, name: str) -> Tensor:
+        """The bytes of a tensor of the plain file, uint8.
+
+        Raises:
+            InputError: its positions are damaged.
+        """
+        if name not in self.layout.transposed:
+            return self.file.read(name)
+        values, positions = (self.file.read(part) for part in self.layout.parts(name))
+        (_, shape, _), (_, packed_shape, _) = self.layout.parts(name).values()
+        values = values.view(BITS[self.layout.plain[name].itemsize]).view(shape)
+        try:
+            bits = decode(values, positions.view(packed_shape), self.layout.pattern)
+        except ValueError as error:
+            raise InputError(f"tensor {name!r} of {self.file.path} holds {error}", _COPY_AGAIN) from error
+        return (bits.T if self.layout.transposed[name] else bits).contiguous().view(torch.uint8).flatten()
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the plain file.
+
+        Raises:
+            InputError: its positions are damaged.
+        """
+        with safe_open(self.file.path, framework="pt") as file:
+            if name not in self.layout.transposed:
+                return cast("Tensor", file.get_tensor(name)).clone()
+            dtype = file.get_slice(name + VALUES)[:0].dtype
+        return self.read(name).view(dtype).view(self.layout.plain[name].shape)
+
+    def unpack(self, target: Path) -> None:
+        """Write the plain file.
+
+        Raises:
+            PruneError: it is not, byte for byte, what was packed.
+        """
+        write_file(target, self.header.encode(), ((name, self.read(name)) for name in self.layout.plain))
+        if (found := file_hash(target)) != self.sha256:
+            raise PruneError(
+                f"{self.file.path} unpacks to sha256 {found[:12]}, but {self.sha256[:12]} was packed", _COPY_AGAIN
+            )

@@ -1,0 +1,188 @@
+"""A model's parameters in the files of a folder, by the names that the model has for them.
+
+Names on disk are not always the module's: a checkpoint of the base model lacks the prefix, old ones use legacy names,
+experts may be fused on load. `Checkpoint` maps them with transformers' own rules; what is written keeps the names of
+the source, so that whatever loaded the source loads the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import InputError
+from llmprune.model.reader import SafetensorsFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """How the tensors of one or more parameters come from the disk: the names there, and the conversion if any."""
+
+    names: tuple[str, ...]
+    patterns: tuple[str, ...] = ()
+    converter: Any = None
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The parameters of a model by module name, read lazily from a folder.
+
+    Args:
+        folder: the tensors on disk.
+        model: the model on the meta device; tells names and shapes.
+        dtype: what floating tensors are stored as in the result, or None for the dtype of the source.
+
+    Raises:
+        InputError: the checkpoint does not cover the model, or a shape differs.
+    """
+
+    def __init__(self, folder: SafetensorsFolder, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+        self.folder = folder
+        self.dtype = dtype
+        self._model = model
+        state = dict(model.state_dict(keep_vars=True))
+        self._sources: dict[str, _Source] = {}
+        self.unused: list[str] = []
+        self._map_names(state)
+        self._alias_tied(state)
+        self._check(state)
+        self._users: dict[str, list[str]] = defaultdict(list)
+        for name, source in self._sources.items():
+            for disk in source.names:
+                self._users[disk].append(name)
+
+    def _map_names(self, state: Mapping[str, Tensor]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+        prefix = self._model.base_model_prefix
+        converted: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for name in sorted(self.folder, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+            if target not in state and name in state:
+                target, pattern = name, None
+            if target not in state:
+                target, pattern = rename_source_key(name, [], [], prefix, state)
+            if target not in state:
+                self.unused.append(name)
+            elif pattern is None:
+                self._sources[target] = _Source((name,))
+            else:
+                converted[target].append((name, pattern))
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        for target, pairs in converted.items():
+            names, patterns = zip(*pairs, strict=True)
+            source = _Source(tuple(names), tuple(patterns), by_pattern[patterns[0]])
+            for made in self._convert(source, target, meta=True):
+                self._sources[made] = source
+
+    def _convert(self, source: _Source, target: str, meta: bool = False) -> dict[str, Tensor]:
+        """Run transformers' own conversion (experts stacked, fused layers split) for one parameter."""
+        rule = deepcopy(source.converter)
+        for name, pattern in zip(source.names, source.patterns, strict=True):
+            tensor = self.folder.meta(name) if meta else self.folder[name]
+            rule.add_tensor(target, name, pattern, lambda tensor=tensor: tensor)
+        made = rule.convert(target, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _alias_tied(self, state: Mapping[str, Tensor]) -> None:
+        """A tied parameter that is not stored is read from the one it is tied to, whichever of the two is there."""
+        tied = self._model.all_tied_weights_keys
+        for target, source in [*tied.items(), *((source, target) for target, source in tied.items())]:
+            if target in state and target not in self._sources and source in self._sources:
+                self._sources[target] = self._sources[source]
+
+    def _check(self, state: Mapping[str, Tensor]) -> None:
+        missing = [name for name in state if name not in self._sources]
+        if missing:
+            raise InputError(
+                f"the checkpoint lacks {len(missing)} of {len(state)} tensors of {type(self._model).__name__}, "
+                f"first {missing[0]!r}",
+                "use a checkpoint saved from a causal language model, of the class its config names",
+            )
+        for name, source in self._sources.items():
+            if source.converter is None and (found := self.folder.entries[source.names[0]].shape) != state[name].shape:
+                raise InputError(
+                    f"{name!r} is {tuple(found)} on disk but {tuple(state[name].shape)} in the config",
+                    "the config does not belong to these weights",
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of a parameter or persistent buffer, in the dtype it will be stored in."""
+        source = self._sources[name]
+        if source.converter is None:
+            return self.stored(self.folder[source.names[0]])
+        return self.stored(self._convert(source, name)[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """`tensor` rounded to the dtype it will be stored in; non-floating tensors as they are."""
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+    def writable(self, name: str) -> bool:
+        """Whether a parameter is stored as it is, so that new values can be written under the name on disk."""
+        return self._sources[name].converter is None
+
+    def disk_names(self, names: Iterable[str]) -> list[str]:
+        """The names on disk that the parameters `names` are made of, each once."""
+        return list(dict.fromkeys(disk for name in names for disk in self._sources[name].names))
+
+    def users(self, disk: str) -> list[str]:
+        """The parameters that the tensor `disk` is read for; several where they are tied."""
+        return self._users.get(disk, [])
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype a parameter will be stored in."""
+        own = self.folder.entries[self._sources[name].names[0]].dtype
+        return self.dtype if self.dtype is not None and own.is_floating_point else own
+
+    def export(self, names: Iterable[str], changed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What to write for the parameters `names`: disk name and tensor; `changed` (by module name) has new values."""
+        new = {self._sources[name].names[0]: tensor for name, tensor in changed.items()}
+        for disk in self.disk_names(names):
+            tensor = new[disk] if disk in new else self.folder[disk]
+            yield disk, self.stored(tensor).contiguous()
+
+    def out_bytes(self) -> int:
+        """Size of all tensors as they will be stored."""
+        size = 0
+        for entry in self.folder.entries.values():
+            stored = self.dtype if self.dtype is not None and entry.dtype.is_floating_point else entry.dtype
+            size += entry.nbytes * stored.itemsize // entry.dtype.itemsize
+        return size
+
+    def check_finite(self, step: Any = None) -> str:
+        """Read every tensor once; returns the SHA-256 of names and contents.
+
+        Raises:
+            InputError: naming the first tensor that holds NaN or Inf, or cannot be read.
+        """
+        digest = hashlib.sha256()
+        for name in self.folder:
+            if step is not None:
+                step(self.folder.entries[name].nbytes)
+            tensor = self.folder[name]
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+            if tensor.is_floating_point() and tensor.numel():
+                low, high = torch.aminmax(tensor)
+                if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                    raise InputError(f"the weights of {name!r} hold NaN or Inf", "use an undamaged checkpoint")
+        return digest.hexdigest()

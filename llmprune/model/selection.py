@@ -1,0 +1,130 @@
+"""What a run will do, worked out on shapes alone before anything expensive happens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from llmprune.errors import InputError
+from llmprune.model.blocks import LayerRef, Skipped, find_layers, find_other_weights, select
+from llmprune.model.skeleton import Skeleton
+from llmprune.pruning.pattern import SparsityPattern
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which layers are pruned, and what the run takes.
+
+    Args:
+        layers: the layers to be pruned.
+        skipped: block weights that stay dense, and why.
+        block_parameters: number of parameters in all blocks.
+        parameters: number of parameters of the model, tied ones once.
+        out_bytes: size of the folder to be written.
+    """
+
+    layers: tuple[LayerRef, ...]
+    skipped: tuple[Skipped, ...]
+    block_parameters: int
+    parameters: int
+    out_bytes: int
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Full names of the layers to be pruned."""
+        return frozenset(layer.name for layer in self.layers)
+
+    @property
+    def covered(self) -> int:
+        """Number of weights in the layers to be pruned."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the block parameters that lie in pruned layers (fraction)."""
+        return self.covered / max(self.block_parameters, 1)
+
+    def without(self, names: Collection[str], reason: str) -> Plan:
+        """The plan with some layers left dense after all."""
+        skipped = tuple(Skipped(layer.name, layer.weights, reason) for layer in self.layers if layer.name in names)
+        kept = tuple(layer for layer in self.layers if layer.name not in names)
+        return replace(self, layers=kept, skipped=self.skipped + skipped)
+
+    def smaller(self, touched: frozenset[str] | None, saved: int) -> Plan:
+        """The plan of a run that makes the model smaller.
+
+        Args:
+            touched: full names of the layers that get smaller; the others are left as they are. None to keep them all.
+            saved: bytes that go.
+        """
+        left = [] if touched is None else [layer.name for layer in self.layers if layer.name not in touched]
+        return replace(self.without(left, "no channels or heads to lose"), out_bytes=self.out_bytes - saved)
+
+    def skipped_by_reason(self) -> dict[str, int]:
+        """Number of weights that stay dense, by reason."""
+        total: dict[str, int] = {}
+        for item in self.skipped:
+            total[item.reason] = total.get(item.reason, 0) + item.weights
+        return total
+
+
+def make_plan(
+    skeleton: Skeleton, pattern: SparsityPattern | None, only: tuple[str, ...], skip: tuple[str, ...]
+) -> Plan:
+    """Choose the layers, and check that the pattern (if there is one) fits every one.
+
+    Raises:
+        InputError: a glob that matches nothing, a width that the pattern does not divide, nothing left to prune.
+    """
+    found = [
+        layer
+        for index, block in enumerate(skeleton.blocks)
+        for layer in find_layers(block, skeleton.block_name(index), skeleton.config)
+    ]
+    _check_globs(found, only, skip)
+    layers: list[LayerRef] = []
+    skipped: list[Skipped] = []
+    for layer in found:
+        reason = layer.skip or select(layer.name, only, skip)
+        if not reason:
+            reason = _storage_obstacle(skeleton, f"{layer.name}.weight")
+        if reason:
+            skipped.append(Skipped(layer.name, layer.weights, reason))
+        elif pattern is not None and (problem := pattern.divides(*layer.shape)):
+            raise InputError(
+                f"{pattern.name} does not fit layer {layer.name!r}: {problem}",
+                "choose another pattern, or leave such layers dense with --skip GLOB",
+            )
+        else:
+            layers.append(layer)
+    for index, block in enumerate(skeleton.blocks):
+        skipped += find_other_weights(block, skeleton.block_name(index))
+    if not layers:
+        raise InputError("there is no layer left to prune", "loosen --only and --skip")
+    tied = skeleton.model.all_tied_weights_keys
+    parameters = [p.numel() for name, p in skeleton.model.named_parameters() if name not in tied]
+    return Plan(
+        tuple(layers),
+        tuple(skipped),
+        sum(parameter.numel() for parameter in skeleton.blocks.parameters()),
+        sum(parameters),
+        skeleton.checkpoint.out_bytes(),
+    )
+
+
+def _storage_obstacle(skeleton: Skeleton, weight: str) -> str:
+    """Why new values of a parameter cannot be written, or ''."""
+    if not skeleton.checkpoint.writable(weight):
+        return "stored in another form on disk"
+    shared = skeleton.checkpoint.users(skeleton.checkpoint.disk_names([weight])[0])
+    return "shared between blocks" if len(shared) > 1 else ""
+
+
+def _check_globs(layers: list[LayerRef], only: tuple[str, ...], skip: tuple[str, ...]) -> None:
+    for flag, globs in (("--only", only), ("--skip", skip)):
+        for glob in globs:
+            if all(select(layer.name, (glob,), ()) for layer in layers):
+                example = layers[0].name if layers else "none"
+                raise InputError(
+                    f"{flag} {glob!r} matches none of {len(layers)} layers", f"a layer is called {example!r}"
+                )

@@ -1,0 +1,155 @@
+"""A model without weights: modules on the meta device, parts of it filled from the checkpoint while they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.errors import InputError
+from llmprune.model.blocks import find_blocks
+from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.reader import SafetensorsFolder
+from llmprune.runtime.memory import mapped_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Skeleton:
+    """A causal language model whose parameters are on the meta device (its rotary buffers are real).
+
+    Args:
+        config: the model's configuration.
+        folder: its weights.
+        dtype: what floating tensors are stored as in the result, None for the dtype of the source.
+        compute: dtype of activations and of weights in use.
+        device: where blocks run.
+        trust_remote_code: whether code that comes with the model may run.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        folder: SafetensorsFolder,
+        *,
+        dtype: torch.dtype | None = None,
+        compute: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.config = config
+        self.compute = compute
+        self.device = device or torch.device("cpu")
+        self.model = build_on_meta(config, compute, trust_remote_code)
+        self.checkpoint = Checkpoint(folder, self.model, dtype)
+        self.block_path, self.blocks = find_blocks(self.model)
+        for owner in self.model.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is not None and buffer.device.type != "meta":
+                    owner._buffers[name] = buffer.to(self.device)
+
+    def block_name(self, index: int) -> str:
+        """Module name of a block."""
+        return f"{self.block_path}.{index}"
+
+    def block_parameters(self, index: int) -> list[str]:
+        """Names of the parameters and persistent buffers of a block."""
+        prefix = self.block_name(index) + "."
+        return [name for name in self.checkpoint if name.startswith(prefix)]
+
+    def outside(self) -> list[str]:
+        """Names of the parameters and persistent buffers outside the blocks: embeddings, last norm, head."""
+        return [name for name in self.checkpoint if not name.startswith(self.block_path + ".")]
+
+    def before_blocks(self) -> list[str]:
+        """Those of them that a forward needs up to the last block: all but a head of its own."""
+        head = self.model.get_output_embeddings()
+        own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        slots = {name: self._slot(name)[2] for name in self.outside()}
+        return [name for name, tensor in slots.items() if id(tensor) not in own or self._is_tied(name)]
+
+    def _is_tied(self, name: str) -> bool:
+        return len(self.checkpoint.users(self.checkpoint.disk_names([name])[0])) > 1
+
+    def export_outside(self) -> Iterator[tuple[str, Tensor]]:
+        """What lies outside the blocks, by its names on disk, with what the model does not use."""
+        yield from self.checkpoint.export(self.outside(), {})
+        for name in self.checkpoint.unused:
+            yield name, self.checkpoint.stored(self.checkpoint.folder[name])
+
+    @contextmanager
+    def loaded(self, names: list[str]) -> Iterator[None]:
+        """Hold the named tensors in memory, and give them back to the meta device at the end."""
+        previous = {name: self._slot(name) for name in names}
+        with mapped_memory():
+            self._load(names)
+        memory = {name: self._slot(name)[2].data_ptr() for name in names}
+        try:
+            yield
+            if moved := [name for name in names if self._slot(name)[2].data_ptr() != memory[name]]:
+                raise InputError(
+                    f"{type(self.model).__name__} replaces its own parameter {moved[0]!r} while it runs",
+                    "such a model cannot be streamed",
+                )
+        finally:
+            for owner, attribute, tensor in previous.values():
+                self._restore(owner, attribute, tensor)
+
+    def _load(self, names: list[str]) -> None:
+        shared: dict[str, Tensor] = {}
+        for name in names:
+            # Tied parameters are one tensor on disk: read once, held once. A converted one has a value of its own.
+            key = self.checkpoint.disk_names([name])[0] if self.checkpoint.writable(name) else f"converted {name}"
+            if key not in shared:
+                shared[key] = self._to_compute(self.checkpoint[name])
+            self._fill(name, shared[key])
+
+    def _to_compute(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.compute if tensor.is_floating_point() else tensor.dtype)
+
+    def _slot(self, name: str) -> tuple[nn.Module, str, Tensor]:
+        path, _, attribute = name.rpartition(".")
+        owner = self.model.get_submodule(path)
+        return owner, attribute, getattr(owner, attribute)
+
+    def _fill(self, name: str, tensor: Tensor) -> None:
+        owner, attribute, _ = self._slot(name)
+        if attribute in owner._parameters:
+            owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[attribute] = tensor
+
+    @staticmethod
+    def _restore(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
+        if attribute in owner._parameters:
+            assert isinstance(tensor, nn.Parameter)
+            owner._parameters[attribute] = tensor
+        else:
+            owner._buffers[attribute] = tensor
+
+
+def build_on_meta(config: PreTrainedConfig, compute: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build the causal language model of `config` without allocating its weights.
+
+    Raises:
+        InputError: the architecture is no causal language model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=compute, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else repr(error)
+        raise InputError(
+            f"model type {config.model_type!r} cannot be built as a causal language model: {reason}",
+            "llmprune prunes decoder-only language models; remote code needs --trust-remote-code",
+        ) from error
+    return model.eval().requires_grad_(False)

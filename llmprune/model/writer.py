@@ -1,0 +1,135 @@
+"""Folders larger than memory, written shard by shard: no file has its name before it is whole and durable."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmprune.errors import PruneError
+from llmprune.model.reader import INDEX, SINGLE
+from llmprune.runtime.files import replacing, sha256, sync
+
+SHARD_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file that was written: its name in the folder, what it holds, the bytes of that, the file's hash."""
+
+    file: str
+    tensors: list[str]
+    nbytes: int
+    sha256: str
+
+
+class ShardWriter:
+    """Writes a HF folder shard by shard; every file appears under its name only when it is whole and durable.
+
+    Args:
+        folder: an existing folder.
+        shards: those that it holds already.
+    """
+
+    def __init__(self, folder: Path, shards: Iterable[Shard] = ()) -> None:
+        self.folder = folder
+        self.shards = list(shards)
+        self._written = {name for shard in self.shards for name in shard.tensors}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> None:
+        """Write tensors as one shard, or as several where they exceed `limit` bytes; a name only the first time."""
+        shard: dict[str, Tensor] = {}
+        size = 0
+        for name, tensor in tensors:
+            if name in self._written:
+                continue
+            self._written.add(name)
+            if shard and size + tensor.nbytes > limit:
+                self._save(shard)
+                shard, size = {}, 0
+            shard[name] = tensor
+            size += tensor.nbytes
+        if shard:
+            self._save(shard)
+
+    def _save(self, shard: dict[str, Tensor]) -> None:
+        path = self.folder / f"shard-{len(self.shards) + 1:05d}.safetensors"
+        try:
+            with replacing(path) as temporary:
+                save_file(shard, temporary, metadata={"format": "pt"})
+            nbytes = sum(tensor.nbytes for tensor in shard.values())
+            self.shards.append(Shard(path.name, list(shard), nbytes, sha256(path)))
+        except (OSError, SafetensorError) as error:
+            raise PruneError(
+                f"cannot write {path}: {error}",
+                "free disk space and run the same command again, or choose another --out",
+            ) from error
+
+    def final_names(self) -> list[str]:
+        """What the shards are called in a complete folder."""
+        total = len(self.shards)
+        return [SINGLE] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+
+    def seal(self) -> None:
+        """Give the shards their final names and write the index."""
+        weight_map, total = {}, len(self.shards)
+        for shard, final in zip(self.shards, self.final_names(), strict=True):
+            os.replace(self.folder / shard.file, self.folder / final)
+            weight_map.update(dict.fromkeys(shard.tensors, final))
+        if total > 1:
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self.folder / INDEX, index)
+
+    def unseal(self) -> None:
+        """Take back a seal that may have been broken off; what is no shard goes."""
+        for shard, final in zip(self.shards, self.final_names(), strict=True):
+            if (self.folder / final).exists():
+                os.replace(self.folder / final, self.folder / shard.file)
+        for path in self.folder.iterdir():
+            if path.name not in {shard.file for shard in self.shards}:
+                path.unlink()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON under a temporary name, then rename."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put the finished folder `new` in the place of `target`."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+        os.replace(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(new, target)
+    sync(target.parent)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy everything stock loaders need beside the weights: tokenizer, generation config, remote code, licence."""
+    wanted = re.compile(
+        r"tokenizer.*|.*tokens.*\.json|vocab.*|merges\.txt|.*\.model|chat_template.*|generation_config\.json"
+        r"|preprocessor_config\.json|.*\.py|.*\.jinja|(LICENSE|NOTICE|USE_POLICY).*",
+        re.IGNORECASE,
+    )
+    for path in sorted(source.iterdir()):
+        if path.is_file() and wanted.fullmatch(path.name):
+            shutil.copyfile(path, target / path.name)

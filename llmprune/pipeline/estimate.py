@@ -1,0 +1,260 @@
+"""What a run will take: time from counted operations, memory from counted bytes."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from llmprune.model.blocks import LayerRef
+from llmprune.model.reader import Entry
+from llmprune.model.selection import Plan
+from llmprune.model.skeleton import Skeleton
+from llmprune.model.writer import SHARD_BYTES
+from llmprune.pruning.criteria import CRITERIA
+from llmprune.pruning.methods import METHODS, MethodEntry
+from llmprune.pruning.recipe import Recipe
+from llmprune.sources.generated import check_room, whole_bytes, window_bytes
+from llmprune.streaming.perplexity import CHUNK_ELEMENTS
+from llmprune.streaming.stream import BATCH_TOKENS, MEMORY
+
+WRITING = 3  # a token alone takes so many times what it takes among others
+LATE = 24 * 2**20  # of the libraries, what is paged in only when it is used
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What the cost of a run depends on.
+
+    Args:
+        skeleton: the model.
+        plan: the layers.
+        recipe: what is done to them.
+        text: tokens of the calibration text.
+        seq_len: tokens per window.
+        evaluation: evaluation tokens, each used twice; 0 for none.
+        budget: bytes of hidden states that may rest in memory.
+    """
+
+    skeleton: Skeleton
+    plan: Plan
+    recipe: Recipe
+    text: int
+    seq_len: int
+    evaluation: int
+    budget: int
+
+    @property
+    def own(self) -> int:
+        """Tokens that the dense model writes."""
+        return self.recipe.own_windows(self.text // self.seq_len) * self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """All calibration tokens."""
+        return self.text + self.own
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return int(self.skeleton.config.get_text_config().hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return int(self.skeleton.config.get_text_config().vocab_size)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return max(len(self.skeleton.blocks), 1)
+
+    @property
+    def groups(self) -> set[tuple[str, int]]:
+        """Layers that are likely fed by the same inputs: the module that holds them, and their width."""
+        return {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in self.plan.layers}
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in a forward."""
+        return self.skeleton.compute.itemsize
+
+
+def seconds(task: Task, rate: float) -> float:
+    """Wall time.
+
+    Args:
+        task: the run.
+        rate: operations per second, from `product_rate`.
+    """
+    plan, recipe, tokens = task.plan, task.recipe, task.tokens
+    forward = 2 * plan.block_parameters + 4 * task.seq_len * task.hidden * task.blocks
+    gram = sum(width**2 for _, width in task.groups)
+    product = sum(2 * rows * width**2 for rows, width in (layer.shape for layer in plan.layers))
+    factor = sum(4 * width**3 / 3 for _, width in task.groups)
+    evaluate = 2 * task.evaluation * (forward + 2 * task.hidden * task.vocabulary)
+    # With a twin: two forwards, three Grams and a full cross Gram, or products with outputs; a gradient costs about two
+    # forwards more.
+    alone = [layer.shape for layer in plan.layers if _lands(task, layer)]
+    cross = 4 * gram + sum(4 * width * (rows - width) for rows, width in alone)
+    stream = tokens * ((2 * forward + gram + cross) if recipe.twin else forward + gram)
+    train = recipe.refine * tokens * 3 * forward
+    write = WRITING * task.own * (forward + 2 * task.hidden * task.vocabulary)
+    refits = recipe.steps - (0 if recipe.refit else 1)
+    products = recipe.steps * sum(stage.products for stage in _entries(recipe)) + 10 * refits
+    factors = 1
+    if recipe.targets == "dense":
+        products, factors = products + 8, 3
+    if recipe.allocate != "uniform":
+        stream += tokens * (forward + gram)
+        products, factors = products + 2 * METHODS[recipe.method].products, factors + 2
+    return (stream + train + write + (products + 2) * product + factors * factor + evaluate) / rate
+
+
+def memory(task: Task) -> int:
+    """Peak bytes above what the libraries take: the largest of what the stages of a run need."""
+    stages = [_reading(task), _pruning(task)]
+    if task.own:
+        stages.append(_writing(task))
+    if task.evaluation:
+        stages.append(_evaluating(task))
+    if task.recipe.allocate != "uniform":
+        stages.append(_pruning(replace(task, recipe=Recipe(task.recipe.method))))
+    return LATE + max(stages)
+
+
+def _reading(task: Task) -> int:
+    """Up to the first block: any tensor as it is checked, the embeddings, and what is written of what is no block."""
+    largest = max(entry.nbytes for entry in task.skeleton.checkpoint.folder.entries.values())
+    outside = [entry.nbytes for entry in _entries_of(task, task.skeleton.outside())]
+    written = min(SHARD_BYTES, sum(outside)) + max(outside, default=0)
+    loaded = _loaded(task, task.skeleton.before_blocks())
+    return max(2 * largest, max(loaded, written) + _resting(task, task.tokens, _streams(task)))
+
+
+def _writing(task: Task) -> int:
+    """The whole model, and what it needs of all windows that are written together."""
+    at_once = min(check_room(task.skeleton, task.seq_len), task.own // task.seq_len)
+    return whole_bytes(task.skeleton) + at_once * window_bytes(task.skeleton, task.seq_len)
+
+
+def _evaluating(task: Task) -> int:
+    """Embeddings and head, logits and their softmax, hidden states; or a block."""
+    logits = 3 * 4 * min(CHUNK_ELEMENTS, task.evaluation * task.vocabulary)
+    head = _loaded(task, task.skeleton.outside()) + logits
+    block = _block(task) * task.element + _window(task)
+    return max(head, block) + _resting(task, task.evaluation, 1)
+
+
+def _pruning(task: Task) -> int:
+    """A block, its dense and its stored weights, and the most of: solving a group, taking statistics, training."""
+    recipe, share = task.recipe, task.plan.covered // task.blocks
+    held = _block(task) * task.element + share * (task.element if recipe.twin else 0)
+    new = share * task.skeleton.checkpoint.stored_dtype(f"{task.plan.layers[0].name}.weight").itemsize
+    solve = max(_solving(recipe, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers)
+    pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
+    passing = pausing if pausing <= MEMORY else repeating
+    window = _window(task)
+    train = 4 * 6 * share + window if recipe.refine else 0
+    return held + new + max(solve + passing, window + passing, train + repeating)
+
+
+def _solving(recipe: Recipe, width: int, rows: int, lands: bool) -> int:
+    """A group of so many inputs and stacked rows: statistics, weights, and what the stages around the method need."""
+    square, stack = width**2, rows * width
+    paired = recipe.targets == "dense"
+    stages = [(entry.squares, entry.stacks + (1 if paired else 0)) for entry in _entries(recipe)]
+    if paired:
+        stages.append((3.5, 3.2 if lands else 5.5))
+    if recipe.refit:
+        stages.append((4.8, 3.5))
+    if recipe.permute or recipe.ridge:
+        stages[0] = (stages[0][0] + (2.4 if recipe.permute else 1), stages[0][1])
+    # The error is measured while the solutions are there, in float32 and as they are stored.
+    stages.append((0, 6.3) if paired and not lands else (3, 3.3))
+    most = max(squares * square + stacks * stack for squares, stacks in stages)
+    statistics = square
+    if paired:
+        statistics = 2 * square + 3 * stack if lands else 5 * square
+    elif recipe.criterion:
+        # Where inputs are removed, those of held-out tokens stand apart.
+        statistics = 2 * square
+    return int(4 * (statistics + stack + most))
+
+
+def _lands(task: Task, layer: LayerRef) -> bool:
+    """Whether its output is likely added to the residual stream; known only when its block has run."""
+    return _rows(task, layer) == layer.shape[0] == task.hidden
+
+
+def _entries(recipe: Recipe) -> list[MethodEntry]:
+    """The criterion for channels and heads, and the method for weights, as far as there are such."""
+    found = [CRITERIA[recipe.criterion]] if recipe.criterion else []
+    return found + ([METHODS[recipe.method]] if recipe.method else [])
+
+
+def _rows(task: Task, layer: LayerRef) -> int:
+    """Outputs of all layers that are likely fed by the same inputs as this one."""
+    group = (layer.name.rpartition(".")[0], layer.shape[1])
+    return sum(other.shape[0] for other in task.plan.layers if (other.name.rpartition(".")[0], other.shape[1]) == group)
+
+
+def _pausing(task: Task) -> int:
+    """Forwards of all batches that wait at a group: what entered, what is under way, the group's inputs and as much."""
+    widths = sum(width for _, width in task.groups) // task.blocks
+    return _streams(task) * task.tokens * task.element * 2 * widths
+
+
+def _resting(task: Task, tokens: int, streams: int) -> int:
+    """Hidden states that enter a block and leave it; none of them where they exceed the budget."""
+    size = 2 * streams * tokens * task.hidden * task.element
+    return size if size <= task.budget else 0
+
+
+def _window(task: Task) -> int:
+    """What a forward of one batch makes on its way."""
+    return 3 * _widest(task) + 4 * min(BATCH_TOKENS, task.tokens) * task.element * task.hidden
+
+
+def _widest(task: Task) -> int:
+    """The largest activation of one batch."""
+    return min(BATCH_TOKENS, task.tokens) * task.element * max(max(layer.shape) for layer in task.plan.layers)
+
+
+def _streams(task: Task) -> int:
+    return 2 if task.recipe.twin else 1
+
+
+def _block(task: Task) -> int:
+    return task.plan.block_parameters // task.blocks
+
+
+def _loaded(task: Task, names: list[str]) -> int:
+    """Parameters in memory, while the largest is in its file's pages and copied, and then copied and converted."""
+    pairs = [(entry.nbytes, task.element * math.prod(entry.shape)) for entry in _entries_of(task, names)]
+    most = max((max(2 * stored, stored + made if stored != made else 0) - made for stored, made in pairs), default=0)
+    return sum(made for _, made in pairs) + most
+
+
+def _entries_of(task: Task, names: list[str]) -> list[Entry]:
+    """Where parameters come from."""
+    checkpoint = task.skeleton.checkpoint
+    return [checkpoint.folder.entries[name] for name in checkpoint.disk_names(names)]
+
+
+def product_rate(size: int = 768, seconds: float = 0.4) -> float:
+    """Floating-point operations per second of this machine's float32 matrix products, with all else that it does now.
+
+    Args:
+        size: of the matrices.
+        seconds: how long to measure.
+    """
+    a = torch.ones(size, size)
+    a @ a  # warm-up
+    done, spent, start = 0, 0.0, time.perf_counter()
+    while spent < seconds:
+        a @ a
+        done, spent = done + 1, time.perf_counter() - start
+    return 2 * size**3 * done / spent

@@ -1,0 +1,93 @@
+"""What is to go, and the stages that make it go: which method, recipe and flags fit together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llmprune.errors import InputError
+from llmprune.job import Job
+from llmprune.pruning.criteria import CRITERIA, load_criterion
+from llmprune.pruning.layer_solver import Solver
+from llmprune.pruning.methods import METHODS, load_method
+from llmprune.pruning.pattern import NM, Unstructured
+from llmprune.pruning.recipe import AUTO, Recipe
+from llmprune.pruning.sparsity import Sparsity, parse_sparsity
+from llmprune.pruning.structured_solver import Remover
+
+
+def stages(job: Job) -> tuple[Sparsity, Recipe, Solver | None, Remover | None]:
+    """What is to go, and the stages that make it go.
+
+    Raises:
+        InputError: method, options or flags do not fit what is to go.
+    """
+    goal = parse_sparsity(job.sparsity)
+    _check_method(job, goal)
+    recipe, options = job.recipe, dict(job.options)
+    # Options are those of the method that was named; of a pair, the method of the weights.
+    for_criterion = goal.pattern is None or (job.method in CRITERIA and job.method not in METHODS)
+    method = load_method(recipe.method, {} if for_criterion else options) if goal.pattern else None
+    if method is not None:
+        # Of a layer that loses rows later, a count over rows alone stays exact.
+        goal = parse_sparsity(job.sparsity, job.scope or ("row" if goal.removals else method.scope))
+    if job.scope and not isinstance(goal.pattern, Unstructured):
+        raise InputError(
+            f"--scope {job.scope} does not apply to {goal.name}",
+            "leave it out: it is for shares of weights such as 50%",
+        )
+    if goal.removals and job.scope == "layer":
+        raise InputError("--scope layer cannot be exact where rows are removed", "use --scope row")
+    if goal.removals and goal.pattern is None and (job.only or job.skip):
+        raise InputError(
+            f"--only and --skip do not apply to {goal.name}", "a config has one width and one number of heads for all"
+        )
+    if job.round_to and not any(removal.kind == "channels" for removal in goal.removals):
+        raise InputError(f"--round-to does not apply to {goal.name}", "it is for channels:...")
+    recipe = applicable(recipe, job, goal)
+    solver = Solver(method, recipe) if method is not None else None
+    if not goal.removals:
+        return goal, recipe, solver, None
+    criterion = load_criterion(recipe.criterion, options if for_criterion else {})
+    remover = Remover(criterion, recipe.targets == "dense", recipe.steps, recipe.reconstruct, solver)
+    return goal, recipe, solver, remover
+
+
+def _check_method(job: Job, goal: Sparsity) -> None:
+    if job.method == AUTO or (job.method in METHODS and goal.pattern) or (job.method in CRITERIA and goal.removals):
+        return
+    known = [*(METHODS if goal.pattern else ()), *(CRITERIA if goal.removals else ())]
+    what = "score for whole channels and heads" if goal.removals else "rule for single weights"
+    raise InputError(f"--method {job.method} has no {what}, as {goal.name} needs", f"choose from {', '.join(known)}")
+
+
+def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
+    """The recipe without what has no meaning for this pattern; refused if the user asked for it by name."""
+    if isinstance(goal.pattern, NM):
+        if job.allocate not in {None, "uniform"}:
+            raise InputError(
+                f"--allocate {job.allocate} does not apply to {goal.name}",
+                "leave it out: N:M prunes the same in every group of every layer",
+            )
+        # A group of M loses one more in every step at least.
+        steps = recipe.steps if goal.removals else min(recipe.steps, goal.pattern.n)
+        return replace(recipe, allocate="uniform", steps=steps)
+    if job.permute:
+        raise InputError(f"--permute does not apply to {goal.name}", "leave it out: it is for N:M patterns")
+    if goal.pattern is None and job.allocate not in {None, "uniform"}:
+        raise InputError(
+            f"--allocate {job.allocate} does not apply to {goal.name}", "a config has one width and one number for all"
+        )
+    if goal.pattern is None and job.ridge:
+        raise InputError(
+            f"--ridge {job.ridge:g} does not apply to {goal.name}", "leave it out: held-out tokens choose the ridge"
+        )
+    recipe = replace(recipe, permute=False)
+    return recipe if goal.pattern else _for_removal(recipe, job)
+
+
+def _for_removal(recipe: Recipe, job: Job) -> Recipe:
+    """The recipe where channels or heads go and no weights after that: one fit, or none."""
+    if not recipe.reconstruct and job.targets == "dense":
+        raise InputError("--targets dense has no meaning with --no-refit", "leave one of them out: nothing is fitted")
+    targets = recipe.targets if recipe.reconstruct else "pruned"
+    return replace(recipe, allocate="uniform", refit=False, targets=targets)

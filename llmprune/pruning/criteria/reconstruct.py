@@ -1,0 +1,169 @@
+"""What is left of a layer, made anew from what is left of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.pruning.dense_targets import lacking, without
+from llmprune.pruning.least_squares import polish
+from llmprune.pruning.linalg import damped_cholesky
+from llmprune.pruning.problem import InputStats
+
+RIDGE = 0.3
+RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
+JUDGES = 512
+"""Outputs on which ridges are tried."""
+FLOOR = 1e-3
+"""Part of the mean that is added to every input's mean square: one that is hardly ever met has hardly any scale."""
+ZERO_STEPS = 50
+"""Conjugate-gradient steps where the source has zeros."""
+
+Solve = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Weights on the inputs that stay.
+
+    Args:
+        weight: `W̃_S`, `(out, k)`, float64.
+        ridge: r.
+        strength: α, the share of the correction towards the dense model's output.
+        raises: how often r was raised tenfold before `A_SS` could be factored.
+    """
+
+    weight: Tensor
+    ridge: float
+    strength: float = 0.0
+    raises: int = 0
+
+
+def reconstruct(weight: Tensor, stats: InputStats, kept: Tensor) -> Fit:
+    """Least squares with the ridge, and the strength of the dense correction, that do best on held-out tokens.
+
+    With `A = H + r D`, see `least_squares`, and M what the outputs lack times the inputs (zero without dense targets),
+    `W̃_S = (W A + α M)_:S A_SS⁻¹`. Fitted on a part of the tokens, its error on the held-out rest is a parabola in α;
+    the r of `RIDGES` with the lowest minimum for α in [0, 1] is taken. Then all is fitted on all tokens.
+
+    Few tokens, of one kind of text, support much less of a fit than their own error says: r is often near 1, where half
+    of what an input could be made up for by others is believed.
+
+    Args:
+        weight: W, `(out, in)`, float64.
+        stats: of the inputs; without held-out tokens r is `RIDGE`.
+        kept: S, `(k,)`, int64.
+
+    Raises:
+        NumericalError: as `least_squares`.
+    """
+    ridge, strength = _judged(weight, stats, kept)
+    solve, raises = solver(stats.gram, kept, ridge)
+    right = products(weight, stats.gram, kept, ridge)
+    if strength:
+        right += strength * lacking(weight.float(), stats)[:, kept]
+    return Fit(solve(right), ridge, strength, raises)
+
+
+def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = RIDGE) -> tuple[Tensor, int]:
+    """The best weights on the inputs S that stay: `min tr((W̃ − W) A (W̃ − W)ᵀ)`, so `W̃_S = (W A)_:S A_SS⁻¹`.
+
+    `A = H + r D`, D = diag H and `FLOOR` of its mean, pulls every weight towards its old value, as noise of its own on
+    every input would. With r = 0 this is plain least squares, with r → ∞ the weights stay what they were. One
+    factorisation serves all rows.
+
+    Args:
+        weight: W, `(out, in)`, float64.
+        gram: H, `(in, in)`.
+        kept: S, `(k,)`, int64.
+        ridge: r.
+
+    Returns:
+        `W̃_S`, `(out, k)`, and how often r was raised tenfold before A_SS could be factored.
+
+    Raises:
+        NumericalError: A_SS stays singular.
+    """
+    solve, raises = solver(gram, kept, ridge)
+    return solve(products(weight, gram, kept, ridge)), raises
+
+
+def products(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """`(W A)_:S`, `(out, k)`, float64."""
+    return (weight.to(gram.dtype) @ gram)[:, kept].double() + weight[:, kept] * (ridge * _scale(gram)[kept])
+
+
+def solver(gram: Tensor, kept: Tensor, ridge: float) -> tuple[Solve, int]:
+    """`B -> B A_SS⁻¹` for `B (rows, k)`, and how often r was raised."""
+    mean = gram.diagonal().double().mean().clamp(min=1e-300)
+    scale, unmet = _scale(gram)[kept] / mean, float(mean <= 1e-300)
+
+    def damped(value: float) -> Tensor:
+        matrix = gram[kept][:, kept].to(torch.float64, copy=True)
+        matrix.diagonal().add_(value * scale + unmet)
+        return matrix
+
+    lower, _, raises = damped_cholesky(damped, gram, ridge)
+    return lambda right: torch.cholesky_solve(right.T, lower).T, raises
+
+
+def _scale(gram: Tensor) -> Tensor:
+    """The diagonal of D, `(in,)`, float64."""
+    diagonal = gram.diagonal().double().clamp(min=0)
+    return diagonal + FLOOR * diagonal.mean()
+
+
+def on_support(weight: Tensor, stats: InputStats, fit: Fit, start: Tensor, support: Tensor, rows: Tensor) -> Tensor:
+    """The same fit for rows that have a support of their own, by conjugate gradients, `(rows, in)`, float64.
+
+    Args:
+        weight: W, `(out, in)`, float64.
+        stats: of the inputs.
+        fit: whose r and α hold.
+        start: where to start, `(out, in)`.
+        support: `(out, in)`, bool.
+        rows: which outputs, int64.
+    """
+    matrix = stats.gram.to(torch.float64, copy=True)
+    matrix.diagonal().add_(fit.ridge * 10**fit.raises * _scale(stats.gram) + float(stats.tokens == 0))
+    target = weight[rows]
+    if fit.strength:
+        lacks = lacking(weight.float(), stats)[rows].T.double()
+        target = target + fit.strength * torch.linalg.solve(matrix, lacks).T
+    found = (start[rows] * support[rows]).T.contiguous()
+    polish(matrix, target.T, found, support[rows].T, ZERO_STEPS)
+    return found.T
+
+
+def _judged(weight: Tensor, stats: InputStats, kept: Tensor) -> tuple[float, float]:
+    """The ridge and the strength that do best on held-out tokens."""
+    held = stats.held
+    if held is None or not 0 < held.tokens < stats.tokens:
+        return RIDGE, 0.0
+    rest, some = without(stats, held), slice(None, None, -(-len(weight) // JUDGES))
+    rows = weight[some]
+    lacks = lacking(weight.float(), rest)[some][:, kept].double()
+    missed = lacking(weight.float(), held)[some].double()
+    best = (torch.inf, RIDGE, 0.0)
+    for ridge in RIDGES:
+        solve, raises = solver(rest.gram, kept, ridge)
+        if raises:
+            continue  # another ridge than this was tried
+        change = -rows
+        change[:, kept] += solve(products(rows, rest.gram, kept, ridge))
+        # ‖change X − E‖² per token, less that of E; then of change + α delta.
+        moved = change.to(held.gram.dtype) @ held.gram
+        error = float((change * (moved - 2 * missed)).sum())
+        strength = 0.0
+        if bool(lacks.any()):
+            delta = torch.zeros_like(rows)
+            delta[:, kept] = solve(lacks)
+            gain = float((delta * (missed - moved)).sum())
+            cost = float((delta * (delta.to(held.gram.dtype) @ held.gram)).sum())
+            strength = min(max(gain / max(cost, 1e-300), 0.0), 1.0)
+            error += strength * (strength * cost - 2 * gain)
+        best = min(best, (error, ridge, strength))
+    return best[1:]

@@ -1,0 +1,69 @@
+"""Criteria that score every input on its own; a unit's score is the sum over its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmprune.pruning.criteria.problem import Choice, RemovalProblem
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitude:
+    """The units with the smallest `Σ_j ‖W_:j‖²` go (Han et al. 2015, by columns)."""
+
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
+        """Remove by the size of the weights."""
+        return problem.lowest(problem.summed(problem.weight.square().sum(0)), count)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanda:
+    """The units with the smallest `Σ_j ‖W_:j‖ · ‖X_j‖` go (Sun et al. 2023, by columns)."""
+
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
+        """Remove by the size of the weights times that of the inputs."""
+        norms = problem.gram.diagonal().clamp(min=0).sqrt()
+        return problem.lowest(problem.summed(problem.weight.norm(dim=0) * norms), count)
+
+
+@dataclass(frozen=True, slots=True)
+class OBD:
+    """The units with the smallest `Σ_j ½ ‖W_:j‖² H_jj` go: the loss if nothing makes up for them (LeCun et al. 1989).
+
+    For single channels this is half of Wanda's score squared, so the same channels go; for heads the two sums differ.
+    """
+
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
+        """Remove by the diagonal of the second-order loss."""
+        loss = problem.weight.square().sum(0) * problem.gram.diagonal() / 2
+        return problem.lowest(problem.summed(loss), count)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """The units with the smallest `Σ_j |γ_j|` go, γ the learned scale that multiplies the inputs (Liu et al. 2017)."""
+
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
+        """Remove by the learned scale."""
+        assert problem.scale is not None
+        return problem.lowest(problem.summed(problem.scale.abs()), count)
+
+
+@dataclass(frozen=True, slots=True)
+class APoZ:
+    """The units whose inputs have the highest average percentage of zeros go (Hu et al. 2016).
+
+    Exact where at least 5% of a layer's inputs are exactly zero (ReLU). Elsewhere an input counts as zero up to
+    `epsilon` times the root mean square of the layer's inputs over the first batch; that takes in the few exact zeros
+    that GELU gives where it underflows.
+
+    Args:
+        epsilon: what counts as nearly zero (fraction).
+    """
+
+    epsilon: float = 0.05
+
+    def select(self, problem: RemovalProblem, count: int) -> Choice:
+        """Remove what is most often zero."""
+        assert problem.quiet is not None
+        return problem.lowest(-problem.summed(problem.quiet), count)

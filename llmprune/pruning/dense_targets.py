@@ -1,0 +1,111 @@
+"""What a layer should give: the dense model's outputs, as far as the calibration data support it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmprune.pruning.linalg import ALL, inverse_factor
+from llmprune.pruning.problem import GroupProblem, InputStats
+from llmprune.runtime.process_group import ALONE, Ranks
+
+DAMPING = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What the layers of a group should give.
+
+    Args:
+        problem: the group, with the weights that would give it.
+        strengths: α of every layer; empty where the dense weights are the goal.
+        raises: how often the damping λ was raised tenfold at most.
+    """
+
+    problem: GroupProblem
+    strengths: tuple[float, ...] = ()
+    raises: int = 0
+
+
+def toward_dense(problem: GroupProblem, damping: float = DAMPING, ranks: Ranks = ALONE) -> Goal:
+    """Replace every weight by that of the regression on dense outputs, `W* = W + α Δ`, `Δ = M (H + λI)⁻¹`.
+
+    M is what the outputs lack, times the inputs: `M = W (C − H)ᵀ` makes a layer give what it gives in the dense model.
+    A layer that adds to the residual stream does better to make up for the error E that has come together there,
+    `M = EᵀX / tokens`, as far as its inputs can tell.
+
+    The full correction (α = 1) over-fits small calibration sets. With Δ fitted on a part of the tokens, the error on
+    the held-out rest is a parabola in α; its minimum, cut to [0, 1], is the strength of the correction, for each layer
+    on its own. Then Δ is fitted on all tokens. Source zeros stay zero.
+
+    Args:
+        problem: a group with statistics of the dense model; one without is returned as it is.
+        damping: λ as a fraction of the mean diagonal of H.
+        ranks: the processes that share the rows.
+
+    Raises:
+        NumericalError: H stays singular.
+    """
+    stats, held = problem.stats, problem.stats.held
+    if held is None or (stats.cross is None and stats.missed is None):
+        return Goal(problem, (0.0,) * len(problem.layers))
+    weights = torch.cat([layer.weight for layer in problem.layers])
+    sums, raises = _gains_and_costs(weights, without(stats, held), held, damping, ranks)
+    pairs = [part.sum(0) for part in problem.split(sums)]
+    strengths = tuple(min(max(float(gain / cost.clamp(min=1e-30)), 0.0), 1.0) for gain, cost in pairs)
+    if not any(strengths):
+        return Goal(problem, strengths, raises)
+    factor = inverse_factor(stats.gram, damping)
+    parts = problem.split(ranks.by_rows(lambda rows: _correction(weights, rows, stats, factor.upper), len(weights)))
+    layers = tuple(
+        replace(layer, weight=(layer.weight + strength * delta).mul_(layer.weight != 0))
+        for layer, strength, delta in zip(problem.layers, strengths, parts, strict=True)
+    )
+    return Goal(replace(problem, layers=layers), strengths, max(raises, factor.raises))
+
+
+def _gains_and_costs(
+    weights: Tensor, rest: InputStats, held: InputStats, damping: float, ranks: Ranks
+) -> tuple[Tensor, int]:
+    """How the error on the held-out tokens falls and rises with α, row by row: `‖E‖² − 2 gain α + cost α²`.
+
+    Returns:
+        `(out, 2)`, float64, and how often the damping of the trial's fit was raised.
+    """
+    factor = inverse_factor(rest.gram, damping)
+
+    def of(rows: slice) -> Tensor:
+        trial = _correction(weights, rows, rest, factor.upper)
+        gain = (trial * lacking(weights, held, rows)).sum(1, dtype=torch.float64)
+        cost = (trial * (trial @ held.gram)).sum(1, dtype=torch.float64)
+        return torch.stack([gain, cost], 1)
+
+    return ranks.by_rows(of, len(weights)), factor.raises
+
+
+def lacking(weights: Tensor, stats: InputStats, rows: slice = ALL) -> Tensor:
+    """M, `(out, in)`, some of its rows: what the outputs lack, times the inputs; zero without dense targets."""
+    if stats.missed is not None:
+        return stats.missed.T[rows]
+    if stats.cross is None:
+        return torch.zeros_like(weights[rows])
+    return weights[rows] @ (stats.cross - stats.gram).T
+
+
+def _correction(weights: Tensor, rows: slice, stats: InputStats, upper: Tensor) -> Tensor:
+    """`Δ = M (H + λI)⁻¹`, some of its rows, with `(H + λI)⁻¹ = Uᵀ U`."""
+    return (lacking(weights, stats, rows) @ upper.T) @ upper
+
+
+def without(stats: InputStats, held: InputStats) -> InputStats:
+    """The statistics of the tokens that are not held out."""
+    tokens = stats.tokens - held.tokens
+
+    def rest(every: Tensor | None, apart: Tensor | None) -> Tensor | None:
+        return None if every is None or apart is None else torch.lerp(apart, every, stats.tokens / tokens)
+
+    gram = rest(stats.gram, held.gram)
+    assert gram is not None
+    return InputStats(tokens, gram, rest(stats.cross, held.cross), missed=rest(stats.missed, held.missed))

@@ -1,0 +1,129 @@
+"""How a group of layers is solved: its targets, the order of its inputs, the method in steps, the refit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmprune.pruning.dense_targets import Goal, toward_dense
+from llmprune.pruning.least_squares import refit
+from llmprune.pruning.methods import Method
+from llmprune.pruning.pattern import NM, SparsityPattern
+from llmprune.pruning.permutation import choose, saliency
+from llmprune.pruning.problem import GroupProblem, InputStats, LayerSolution, Status
+from llmprune.pruning.recipe import Recipe
+from llmprune.runtime.process_group import ALONE, Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """The stages that a group goes through.
+
+    Args:
+        method: picks the mask, and weights on it.
+        recipe: the stages around it.
+        ranks: the processes that solve together.
+    """
+
+    method: Method
+    recipe: Recipe
+    ranks: Ranks = ALONE
+
+    def solve(
+        self, problem: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...] = ()
+    ) -> tuple[list[LayerSolution], Tensor | None]:
+        """Prune the layers of one group.
+
+        Args:
+            problem: the group.
+            pattern: what the weights must hold.
+            classes: which of its inputs may change places, see `permutation.choose`.
+
+        Returns:
+            the solutions, and the order of the inputs in which they hold the pattern; None for the order as it is.
+        """
+        dense = self.recipe.targets == "dense"
+        wanted = toward_dense(problem, ranks=self.ranks) if dense else Goal(problem)
+        goal = with_ridge(wanted.problem, self.recipe.ridge)
+        order, raises = self._order(goal, pattern, classes)
+        if order is not None:
+            goal = permuted(goal, order)
+            solutions = [reordered(s, order.argsort()) for s in self._stages(goal, pattern)]
+            for solution in solutions:
+                solution.stats["permuted"] = 1.0
+        else:
+            solutions = self._stages(goal, pattern)
+        for solution, strength in zip(solutions, wanted.strengths, strict=False):
+            solution.stats["target_strength"] = strength
+        return [told(s, target_raises=wanted.raises, order_raises=raises) for s in solutions], order
+
+    def _order(
+        self, goal: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, int]:
+        """An order that keeps more, None for the one that is; and how often the damping of its scores was raised."""
+        if not classes or not self.recipe.permute or not isinstance(pattern, NM):
+            return None, 0
+        (layer,) = goal.layers
+        score, raises = saliency(layer.weight, goal.stats.gram)
+        order = self.ranks.same_order(choose(score, pattern, classes))
+        if order is None or bool((order == torch.arange(len(order), device=order.device)).all()):
+            return None, raises
+        return order, raises
+
+    def _stages(self, goal: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
+        """Reach the pattern in nested steps: zeros stay zero, so each step's mask lies within the one before.
+
+        Every step but the last is followed by a refit: the next one takes its weights for the optimum on their support.
+        """
+        solutions: list[LayerSolution] = []
+        current = goal
+        *early, last = pattern.steps(self.recipe.steps)
+        shapes = [layer.weight.shape for layer in goal.layers]
+        # A small share of a small layer may round to nothing in the first steps.
+        for step in [step for step in early if not any(step.divides(*shape) for shape in shapes)] + [last]:
+            solutions = self.ranks.spread(self.method.solve, current, step)
+            if self.recipe.refit or step is not last:
+                solutions = refit(goal, solutions)
+            layers = tuple(replace(old, weight=new.weight) for old, new in zip(goal.layers, solutions, strict=True))
+            current = replace(goal, layers=layers)
+        return solutions
+
+
+def with_ridge(problem: GroupProblem, ridge: float) -> GroupProblem:
+    """The same problem with noise of its own on every input: `H + r diag H` in place of the Gram H.
+
+    `tr(D (H + r diag H) Dᵀ)` pulls every weight to its target on the scale of its own input. Few tokens, of one kind of
+    text, make inputs look more alike than they are elsewhere; what they can make up for each other is believed less.
+
+    Args:
+        problem: a group.
+        ridge: r, fraction of every input's mean square.
+    """
+    if not ridge:
+        return problem
+    gram = problem.stats.gram.clone()
+    gram.diagonal().mul_(1 + ridge)
+    return replace(problem, stats=replace(problem.stats, gram=gram))
+
+
+def told(solution: LayerSolution, **raises: int) -> LayerSolution:
+    """The solution with the dampings that other stages had to raise, if they had to."""
+    more = {name: float(count) for name, count in raises.items() if count}
+    if not more:
+        return solution
+    status = Status.DAMPING_RAISED if solution.status is Status.OK else solution.status
+    return replace(solution, status=status, stats=solution.stats | more)
+
+
+def permuted(problem: GroupProblem, order: Tensor) -> GroupProblem:
+    """The same problem with its inputs in another order."""
+    layers = tuple(replace(layer, weight=layer.weight[:, order]) for layer in problem.layers)
+    scale = None if problem.stats.scale is None else problem.stats.scale[order]
+    return GroupProblem(layers, InputStats(problem.stats.tokens, problem.stats.gram[order][:, order], scale=scale))
+
+
+def reordered(solution: LayerSolution, order: Tensor) -> LayerSolution:
+    """The same solution with its inputs in another order."""
+    return replace(solution, weight=solution.weight[:, order], mask=solution.mask[:, order])

@@ -1,0 +1,27 @@
+"""Magnitude pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llmprune.pruning.pattern import Scope, SparsityPattern
+from llmprune.pruning.problem import GroupProblem, LayerSolution, Status, masked, zeros_first
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitude:
+    """Prune the weights with the smallest `|W_ij|` and leave the others as they are (Han et al. 2015)."""
+
+    scope: ClassVar[Scope] = "layer"
+
+    def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
+        """Prune each layer of the group by the size of its weights."""
+        return [by_magnitude(layer.weight, pattern) for layer in problem.layers]
+
+
+def by_magnitude(weight: Tensor, pattern: SparsityPattern, status: Status = Status.OK) -> LayerSolution:
+    """Keep the largest entries of `weight (out, in)` that `pattern` allows."""
+    return masked(weight, pattern.project(zeros_first(weight.abs(), weight)), status)

@@ -1,0 +1,116 @@
+"""What a run removes: channels and heads, physically, and then weights by a pattern.
+
+`channels:25%` takes MLP channels out of every block, `heads:33%` attention heads; `channels:20%+2:4` first makes the
+model smaller, then sparse.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from llmprune.errors import InputError
+from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern, percent
+
+Kind = Literal["channels", "heads"]
+HINT = "channels:25%, heads:33%, a pattern such as 2:4 or 50%, or several of them with + between"
+WORDS: dict[Kind, str] = {"channels": "MLP channels", "heads": "attention heads"}
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A share of the channels or heads of every block is removed.
+
+    Args:
+        kind: what goes.
+        share: the share that goes (fraction).
+    """
+
+    kind: Kind
+    share: Fraction
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            left = "leaves none" if self.share >= 1 else "removes none"
+            raise InputError(f"{self.name} {left} of the {WORDS[self.kind]}", f"use a share such as {self.kind}:25%")
+
+    @property
+    def name(self) -> str:
+        """Canonical spelling."""
+        return f"{self.kind}:{percent(self.share).replace(' ', '')}"
+
+    def describe(self) -> str:
+        """What goes, in words."""
+        return f"{percent(self.share)} of the {WORDS[self.kind]} removed"
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """All that goes: first the removals, then the weights of a pattern.
+
+    Args:
+        removals: channels and heads, each kind once.
+        pattern: of the weights that are left; None if they stay as they are.
+    """
+
+    removals: tuple[Removal, ...]
+    pattern: SparsityPattern | None
+
+    @property
+    def name(self) -> str:
+        """Canonical spelling, as `parse_sparsity` reads it."""
+        return "+".join(part.name for part in (*self.removals, self.pattern) if part is not None)
+
+    @property
+    def scope(self) -> str:
+        """Where the count is exact: `group`, `row`, `layer`, or `model` where nothing but removal is asked for."""
+        return "model" if self.pattern is None else getattr(self.pattern, "scope", "group")
+
+    def describe(self, shared_out: bool = False) -> str:
+        """One phrase that leaves no doubt what goes.
+
+        Args:
+            shared_out: whether every block has a share of its own.
+        """
+        removed = " and ".join(removal.describe() for removal in self.removals)
+        pattern = self.pattern.describe() if self.pattern is not None else ""
+        if self.pattern is not None and shared_out:
+            pattern = f"{percent(self.pattern.fraction)} unstructured on average, every block with a share of its own"
+        return ", then ".join(filter(None, (removed, pattern)))
+
+    def speed_note(self) -> str:
+        """What it does to file size and speed, said honestly."""
+        notes = ["The model is smaller and faster wherever it runs"] if self.removals else []
+        return "; ".join(notes + ([self.pattern.speed_note()] if self.pattern is not None else []))
+
+
+def parse_sparsity(text: str, scope: Scope = "layer") -> Sparsity:
+    """Read `channels:25%`, `heads:0.33`, `2:4`, `50%`, and sums of them such as `channels:20%+2:4`.
+
+    Args:
+        text: what the user typed.
+        scope: where the count of an unstructured pattern is exact.
+
+    Raises:
+        InputError: for anything else, with a hint.
+    """
+    removals: list[Removal] = []
+    pattern: SparsityPattern | None = None
+    for part in text.split("+"):
+        if match := re.fullmatch(r"\s*(channels|heads)\s*:\s*(\d{0,9}\.?\d{0,9})\s*(%?)\s*", part, re.ASCII):
+            try:
+                share = Fraction(match[2]) / (100 if match[3] else 1)
+            except ValueError:
+                raise InputError(f"unknown sparsity {text!r}", HINT) from None
+            removals.append(Removal("channels" if match[1] == "channels" else "heads", share))
+        elif pattern is None:
+            if ":" in part and part.partition(":")[0].strip().isalpha():
+                raise InputError(f"unknown sparsity {text!r}", HINT)
+            pattern = parse_pattern(part, scope)
+        else:
+            raise InputError(f"{text!r} asks for two patterns of weights", HINT)
+    if len({removal.kind for removal in removals}) < len(removals):
+        raise InputError(f"{text!r} asks twice for the same removal", HINT)
+    return Sparsity(tuple(sorted(removals, key=lambda removal: removal.kind)), pattern)

@@ -1,0 +1,282 @@
+"""`prune_report.html`: a run as one page that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from llmprune.model.writer import write_json
+from llmprune.reporting import charts as chart
+from llmprune.reporting.report import FILE, LayerReport, PruneReport, calibration_text, split_name
+from llmprune.runtime.files import replacing
+
+PAGE = "prune_report.html"
+STATS = {
+    "ridge": "ridge",
+    "damping_raises": "dampings raised",
+    "choice_raises": "raised to choose",
+    "refit_raises": "raised to refit",
+    "target_raises": "raised for the target",
+    "order_raises": "raised to order",
+    "directions": "input directions",
+    "condition": "condition",
+    "target_strength": "target strength",
+    "error_unfitted": "before refit",
+    "error_refitted": "after refit",
+}
+"""What the table of all layers shows of a method's own figures."""
+STAGES = {
+    "prepare": "checks, download, tokens",
+    "dense_evaluation": "dense perplexity",
+    "own_text": "writing text of its own",
+    "prune": "pruning, of it:",
+    "allocate": "· sharing the sparsity out",
+    "solve": "· solving layers",
+    "error": "· measuring layer errors",
+    "refine": "· refining blocks",
+    "write": "· writing",
+    "verify": "verifying",
+    "pruned_evaluation": "pruned perplexity",
+    "total": "in all",
+}
+"""The stages of a run in their order; what is left of pruning are the forward passes."""
+STYLE = """
+body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 960px;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
+.note, .facts dt { color: var(--soft); font-size: .87rem; } .note { max-width: 46rem; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: .6rem; margin: 1.2rem 0; }
+.facts div { background: var(--panel); border-radius: 8px; padding: .6rem .8rem; } dl, dd { margin: 0; }
+dd { font-size: 1.2rem; } dd small { font-size: .8rem; color: var(--soft); display: block; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; } pre { background: var(--panel); border-radius: 8px; padding: .7rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; } summary { cursor: pointer; }
+.warning { border-left: 4px solid var(--warn); padding: .2rem .8rem; margin: .6rem 0; }
+"""
+
+
+def write_report(report: PruneReport, folder: Path) -> None:
+    """Put `prune_report.json` and `prune_report.html` into a folder; each appears only when it is whole."""
+    write_json(folder / FILE, report.to_json())
+    with replacing(folder / PAGE) as temporary:
+        temporary.write_text(report_page(report), encoding="utf-8")
+
+
+def report_page(report: PruneReport) -> str:
+    """The page of a run."""
+    model = Path(report.model["name"]).name
+    return page(
+        f"{model}, {report.sparsity['pattern']}",
+        [
+            f"<h1>{escape(model)}, {escape(report.sparsity['pattern'])}</h1>",
+            f'<p class="note">{escape(report.sparsity["meaning"])}; method {escape(report.method["name"])}</p>',
+            *(f'<p class="note">{escape(text)}</p>' for text in report.sparsity["done"]),
+            *(f'<p class="warning">{escape(text)}</p>' for text in report.warnings),
+            facts(report),
+            *_errors(report),
+            *_inputs(report),
+            *_refinements(report),
+            *_blocks(report),
+            *_samples(report),
+            *_provenance(report),
+        ],
+    )
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A page that stands on its own."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{chart.STYLE}{STYLE}</style></head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body></html>\n"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; a column of numbers is set right."""
+    body = [list(row) for row in rows]
+    numeric = [all(_is_figure(row[at]) for row in body) for at in range(len(head))]
+
+    def line(cells: Sequence[Any], tag: str) -> str:
+        looks = (' class="number"' if right else "" for right in numeric)
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{look}>{escape(_show(cell))}</{tag}>" for cell, look in zip(cells, looks, strict=True))
+            + "</tr>"
+        )
+
+    return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in body)}</table></div>'
+
+
+def _is_figure(cell: Any) -> bool:
+    return isinstance(cell, int | float) or re.fullmatch(r"-|[\d.,]+(e[+-]\d+|%| ± [\d.,]+)?", str(cell)) is not None
+
+
+def _show(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.4f}" if abs(cell) < 10 else f"{cell:,.1f}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
+def facts(report: PruneReport) -> str:
+    """The figures one looks for first."""
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    share = sum(layer.pruned for layer in report.layers) / max(weights, 1)
+    seconds = report.seconds.get("total")
+    found = [
+        ("mean layer error", f"{report.mean_error:.4f}", "relative, squared"),
+        ("pruned", f"{share:.1%}", f"of {weights / 1e6:.1f} M weights in {len(report.layers)} layers"),
+        ("in the blocks", f"{report.coverage['fraction']:.1%}", "of the parameters lie in these layers"),
+        ("time", f"{seconds:,.0f} s" if seconds else "-", f"{report.seconds.get('prune', 0):,.0f} s of it pruning"),
+        ("memory", f"{report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory else "-", "peak"),
+    ]
+    if report.evaluation:
+        dense, pruned = (report.evaluation[key] for key in ("dense", "pruned"))
+        text = f"{Path(report.evaluation['source']).name}, {pruned['windows']} x {pruned['context']} tokens"
+        found[:0] = [
+            ("perplexity, dense", f"{dense['value']:.2f} ± {dense['error']:.2f}", text),
+            ("perplexity, pruned", f"{pruned['value']:.2f} ± {pruned['error']:.2f}", text),
+        ]
+    tiles = [f"<div><dt>{a}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in found]
+    return f'<dl class="facts">{"".join(tiles)}</dl>'
+
+
+def by_kind(layers: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
+    """Layers' values by their name inside a block, one a block, NaN where a block has no such layer."""
+    found = [(*split_name(name), value) for name, value in layers]
+    blocks = 1 + max((block for block, *_ in found), default=0)
+    rows: dict[str, list[float]] = {}
+    for block, local, value in found:
+        rows.setdefault(local, [math.nan] * blocks)[block] = value
+    return rows
+
+
+def _errors(report: PruneReport) -> list[str]:
+    if not report.layers:
+        return []
+    worst = max(layer.error for layer in report.layers)
+    raised = [layer for layer in report.layers if layer.status != "ok"]
+    stats = [key for key in STATS if any(key in layer.stats for layer in report.layers)]
+    head = ["layer", "shape", "pattern", "error", "pruned", "zeros kept", "status", *(STATS[key] for key in stats)]
+    return [
+        "<h2>Error by block and layer</h2>",
+        '<p class="note">Relative squared error of each layer&#39;s output on the calibration text, '
+        "before refinement.</p>",
+        chart.heat_map(by_kind((layer.name, layer.error) for layer in report.layers), worst),
+        chart.scale(worst),
+        f"<p>{len(raised)} of {len(report.layers)} layers needed special care"
+        + (f", such as {escape(raised[0].name)}: {escape(raised[0].status)}" if raised else "")
+        + ".</p>",
+        f"<details><summary>All {len(report.layers)} layers</summary>",
+        table(head, [_row(layer, stats) for layer in report.layers]),
+        "</details>",
+    ]
+
+
+def _row(layer: LayerReport, stats: Sequence[str]) -> list[Any]:
+    share = layer.pruned / (layer.shape[0] * layer.shape[1])
+    figures = [f"{layer.stats[key]:.3g}" if key in layer.stats else "-" for key in stats]
+    shape = f"{layer.shape[0]} x {layer.shape[1]}"
+    return [layer.name, shape, layer.pattern, layer.error, f"{share:.2%}", layer.kept_zeros, layer.status, *figures]
+
+
+def _inputs(report: PruneReport) -> list[str]:
+    """How hard the layers' regression problems were."""
+    known = [layer for layer in report.layers if "top_direction" in layer.stats]
+    if not known:
+        return []
+    rows = by_inputs(by_kind((layer.name, layer.stats["top_direction"]) for layer in known))
+    conditions = [(layer.stats["condition"], layer.name) for layer in known if "condition" in layer.stats]
+    worst = max(conditions, default=None)
+    said = f"The worst condition of a damped Gram was {worst[0]:.2g}, of {worst[1]}." if worst else ""
+    return [
+        "<h2>Inputs in one direction</h2>",
+        '<p class="note">Share of the energy of each layer&#39;s inputs that lies in a single direction. Near 1, a few '
+        "inputs or tokens outweigh all others, and the rest is fitted by little more than the damping. "
+        "+2: two more layers have these inputs.</p>",
+        chart.heat_map(rows, 1.0),
+        chart.scale(1.0),
+        f"<p>{escape(said)}</p>" if said else "",
+    ]
+
+
+def by_inputs(rows: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Layers' values with those of the same inputs, and hence the same values, told once: `q_proj +2`."""
+    groups: dict[str, list[str]] = {}
+    for label, values in rows.items():
+        groups.setdefault(repr(values), []).append(label)
+    return {names[0] + (f" +{len(names) - 1}" if names[1:] else ""): rows[names[0]] for names in groups.values()}
+
+
+def _refinements(report: PruneReport) -> list[str]:
+    if not report.refinements:
+        return []
+    return [
+        "<h2>Refinement</h2>",
+        '<p class="note">Relative squared error of each block&#39;s output on held-out calibration text.</p>',
+        chart.lines(
+            {
+                "before": [refinement.before for refinement in report.refinements],
+                "after": [refinement.after for refinement in report.refinements],
+            }
+        ),
+    ]
+
+
+def _blocks(report: PruneReport) -> list[str]:
+    known = [name for name in STAGES if name in report.seconds]
+    stages = table(["stage", "seconds"], [(STAGES[name], f"{report.seconds[name]:,.1f}") for name in known])
+    if not report.blocks:
+        return ["<h2>Time</h2>", stages]
+    memory = {
+        "at the end of a block": [block.memory / 2**20 for block in report.blocks],
+        "largest until then": [block.peak_memory / 2**20 for block in report.blocks],
+    }
+    return [
+        "<h2>Seconds a block</h2>",
+        chart.lines({"seconds": [block.seconds for block in report.blocks]}),
+        "<h2>Memory, MiB</h2>",
+        '<p class="note">Resident size of the process.</p>',
+        # Older reports have only the largest.
+        chart.lines({name: values for name, values in memory.items() if any(values)}, "{:,.0f}".format),
+        "<h2>Time</h2>",
+        stages,
+    ]
+
+
+def _samples(report: PruneReport) -> list[str]:
+    if not report.samples:
+        return ['<p class="note">No generated text yet: <code>llmprune report DIR --generate 40</code> adds some.</p>']
+    rows = [(sample.prompt, sample.dense, sample.pruned) for sample in report.samples]
+    return [
+        "<h2>Generated text</h2>",
+        '<p class="note">Greedy continuations; a few samples prove nothing, but show what a perplexity feels like.</p>',
+        table(["text", "dense", "pruned"], rows),
+    ]
+
+
+def _setting(key: str, value: Any) -> str:
+    return key if value is True else f"{key} {value}"
+
+
+def _provenance(report: PruneReport) -> list[str]:
+    calibration = report.calibration
+    rows = [
+        ("model", f"{report.model['name']} {report.model['revision']}"),
+        ("calibration", calibration_text(calibration)),
+        ("its sha256", calibration["sha256"]),
+        *([("evaluation", report.evaluation["source"])] if report.evaluation else []),
+        ("recipe", ", ".join(_setting(key, value) for key, value in report.recipe.items() if value)),
+        ("machine", ", ".join(f"{key} {value}" for key, value in report.machine.items())),
+        ("versions", ", ".join(f"{key} {value}" for key, value in report.versions.items())),
+        ("left dense", ", ".join(f"{key}: {value:,}" for key, value in report.coverage["skipped"].items()) or "-"),
+    ]
+    command = f"<pre>{escape(report.command)}</pre>" if report.command else ""
+    return ["<h2>How it was made</h2>", command, table(["", ""], rows)]

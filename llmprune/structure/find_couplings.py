@@ -1,0 +1,193 @@
+"""The couplings inside a block, found by watching it run: no layer's name is known here.
+
+A guess is read off one differentiated forward, and kept only if the block really computes the same after its channels
+were permuted at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.errors import first_line
+from llmprune.model.blocks import LayerRef
+from llmprune.runtime.oom import out_of_memory
+from llmprune.structure.coupling import Coupling, fold, scatter
+from llmprune.structure.float64 import Float64, random_copy
+from llmprune.structure.gradient_probe import Probe, Run
+
+TOLERANCE = 1e-10
+
+
+class OpaqueBlockError(Exception):
+    """A block that cannot be run on its own, with random weights in float64."""
+
+
+def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[LayerRef]) -> list[Coupling]:
+    """All couplings inside one transformer block.
+
+    The block is copied with random weights in float64, so its own may be anywhere, also on the meta device. In one
+    forward, every linear layer's output is replaced by random numbers, and every norm by a random scale for each input.
+    So the gradient of a sink's inputs tells on which rows each of them depends, through nothing but what lies between
+    (activations, products, attention). Rows that feed single inputs are read off by differentiating `log₂(in)` times;
+    for the others (query and key rows, value rows shared by heads) every input is differentiated.
+
+    Nothing is trusted: the copy's rows and columns are permuted, at random within the classes, and all that the run
+    leaves behind must stay the same to `TOLERANCE`.
+
+    Args:
+        block: the block; it is left alone. No hooks of the caller's may be on it.
+        run: calls a block with hidden states; returns all that it leaves behind: its output, and whatever state it
+            hands to later blocks.
+        hidden: `(batch, tokens, hidden)` for that call; a few tokens are enough, two at least. Only shape and device
+            matter.
+        layers: the linear layers of the block.
+
+    Returns:
+        One coupling for every sink that has one.
+
+    Raises:
+        OpaqueBlockError: the block cannot run so (a kernel without float64, state that an earlier block should have
+            handed on).
+    """
+    try:
+        return _found(block, run, hidden, layers)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise OpaqueBlockError(f"cannot be run on its own in float64: {reason}") from error
+
+
+def _found(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[LayerRef]) -> list[Coupling]:
+    generator = torch.Generator().manual_seed(0)
+    copy = random_copy(block, hidden.device, generator)
+    noise = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.device)
+    probe = Probe(copy, layers, generator)
+    probe.watch(run, noise)
+    guesses = [guess for layer in layers if (guess := probe.guess(layer)) is not None]
+    if not guesses:
+        return []
+    with Float64(), torch.no_grad():
+        dense = _tensors(run(copy, noise))
+        held = [guess for guess in guesses if _holds(guess, copy, run, noise, dense, generator)]
+        return [replace(guess, severable=_severs(guess, copy, run, noise)) for guess in held]
+
+
+def _holds(
+    guess: Coupling, block: nn.Module, run: Run, hidden: Tensor, dense: list[Tensor], generator: torch.Generator
+) -> bool:
+    """Whether the block computes the same after a random permutation, and does not if only the sources are permuted."""
+    moves = [_cycle(slots.shape[1], generator) for slots in guess.classes]
+    order = scatter(guess.classes, moves, guess.width)
+    parameters = dict(block.named_parameters())
+
+    def distance(sink: bool) -> float:
+        with _swapped(parameters, fold(guess, order, parameters, sink=sink)):
+            return _distance(dense, _tensors(run(block, hidden)))
+
+    return distance(sink=True) <= TOLERANCE < distance(sink=False)
+
+
+def _severs(guess: Coupling, block: nn.Module, run: Run, hidden: Tensor) -> bool:
+    """Whether inputs whose rows are zero are zero, and all others what they were.
+
+    A class goes as a whole, or every other column of one, or one copy of every class (query heads, whose value rows
+    then stay for the other copies, so that the inputs need not be zero).
+    """
+    parameters, inputs = dict(block.named_parameters()), _inputs_of(guess.sink, block, run)
+    dense = inputs(hidden)
+    for columns, wholly in _samples(guess.classes):
+        gone = torch.zeros(guess.width, dtype=torch.bool)
+        gone[columns] = True
+        with _swapped(parameters, _zeroed(guess, gone, parameters)):
+            left = inputs(hidden)
+        gone = gone.to(left.device)
+        if (wholly and bool(left[..., gone].any())) or _distance([dense[..., ~gone]], [left[..., ~gone]]) > TOLERANCE:
+            return False
+    return True
+
+
+def _samples(classes: tuple[Tensor, ...]) -> list[tuple[Tensor, bool]]:
+    """Inputs to be removed on trial, and whether all their copies are among them."""
+    samples = [(classes[0][:, ::2].flatten(), True)]
+    samples += [(classes[0].flatten(), True)] if len(classes) > 1 else []
+    samples += [(torch.cat([slots[0] for slots in classes]), False)] if len(classes[0]) > 1 else []
+    return samples
+
+
+def _zeroed(guess: Coupling, gone: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that feed a sink, zero in all rows that feed nothing but the inputs `gone (in,)`, bool."""
+    changed = {}
+    for feed in guess.feeds:
+        stays = torch.zeros(len(feed.single))
+        stays[feed.staying(gone)] = 1
+        for name in (f"{feed.local}.weight", f"{feed.local}.bias"):
+            if name in parameters:
+                value = parameters[name].detach()
+                across = value.dim() > 1 and not feed.transposed
+                changed[name] = value * (stays[:, None] if across else stays).to(value)
+    return changed
+
+
+def _inputs_of(local: str, block: nn.Module, run: Run) -> Callable[[Tensor], Tensor]:
+    """A function that runs the block and returns what one of its layers is fed."""
+
+    def inputs(hidden: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        handle = block.get_submodule(local).register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args[0] if args else next(iter(kwargs.values()))).clone()),
+            with_kwargs=True,
+        )
+        with handle:
+            run(block, hidden)
+        return seen[0]
+
+    return inputs
+
+
+def _cycle(size: int, generator: torch.Generator) -> Tensor:
+    """A random permutation that leaves nothing in its place."""
+    cycle = torch.randperm(size, generator=generator)
+    return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
+
+
+@contextmanager
+def _swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+    before = {name: parameters[name].data for name in values}
+    for name, value in values.items():
+        parameters[name].data = value
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            parameters[name].data = value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and mappings, copied."""
+    if isinstance(value, Tensor):
+        return [value.detach().clone()]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _distance(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest relative difference; infinite if anything is not finite or has another shape."""
+    if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+        return torch.inf
+    worst = 0.0
+    for a, b in zip(before, after, strict=True):
+        finite = torch.isfinite(a)
+        if not torch.equal(a[~finite], b[~finite]):
+            return torch.inf
+        difference = float((a[finite].double() - b[finite].double()).norm())
+        if not difference < torch.inf:
+            return torch.inf
+        worst = max(worst, difference / max(float(a[finite].double().norm()), 1e-300))
+    return worst

@@ -1,0 +1,366 @@
+"""What is read is what transformers would load, or a clear refusal; what is written is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    Toy,
+    ToyConfig,
+    on_disk,
+    reload,
+    rewrite,
+    save_tiny,
+    skeleton_of,
+    toy_block,
+    with_entry,
+    with_header,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter
+
+from llmprune.errors import InputError, PruneError
+from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder, read_header
+from llmprune.model.writer import ShardWriter, copy_companions, replace_folder, write_json
+
+FAMILIES = """
+llama gpt2 gpt_neox bloom opt falcon phi3 cohere gemma3_text mamba jamba
+mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v3
+"""
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """A folder with one small file."""
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.int64)}, tmp_path / SINGLE)
+    return tmp_path
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "zero length": lambda raw: b"",
+    "seven bytes": lambda raw: raw[:7],
+    "length only": lambda raw: raw[:8],
+    "truncated header": lambda raw: raw[:20],
+    "truncated data": lambda raw: raw[:-1],
+    "half": lambda raw: raw[: len(raw) // 2],
+    "one byte more": lambda raw: raw + b"\0",
+    "absurd header length": lambda raw: struct.pack("<Q", 2**63) + raw[8:],
+    "all ones": lambda raw: b"\xff" * 8 + raw[8:],
+    "header length zero": lambda raw: struct.pack("<Q", 0) + raw[8:],
+    "corrupt JSON": lambda raw: raw[:8] + b"}" + raw[9:],
+    "no UTF-8": lambda raw: raw[:9] + b"\xff\xfe" + raw[11:],
+    "deep JSON": lambda raw: struct.pack("<Q", 200_000) + b"[" * 200_000,
+    "a list": lambda raw: with_header([1, 2], b""),
+    "a number": lambda raw: with_header(3, b""),
+    "entry is no object": lambda raw: with_header({"a": 1}, b""),
+    "no offsets": lambda raw: with_header({"a": {"dtype": "F32", "shape": [1]}}, b"0000"),
+    "three offsets": lambda raw: with_entry(raw, "a", "data_offsets", [0, 1, 2]),
+    "text offsets": lambda raw: with_entry(raw, "a", "data_offsets", ["0", "24"]),
+    "offsets beyond the file": lambda raw: with_entry(raw, "a", "data_offsets", [0, 10**9]),
+    "shape is text": lambda raw: with_entry(raw, "a", "shape", "xy"),
+    "shape is null": lambda raw: with_entry(raw, "a", "shape", None),
+    "a web page": lambda raw: b"<!DOCTYPE html><html><body>404</body></html>",
+    "an LFS pointer": lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n",
+}
+LYING: dict[str, Callable[[bytes], bytes]] = {
+    "shape disagrees with the size": lambda raw: with_entry(raw, "a", "shape", [2, 4]),
+    "negative shape": lambda raw: with_entry(raw, "a", "shape", [-2, -3]),
+    "negative offsets": lambda raw: with_entry(raw, "a", "data_offsets", [-24, 0]),
+    "offsets swapped": lambda raw: with_entry(raw, "a", "data_offsets", [24, 0]),
+    "dtype is null": lambda raw: with_entry(raw, "a", "dtype", None),
+    "unknown dtype": lambda raw: with_entry(raw, "a", "dtype", "F33"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_refused_when_it_is_opened(name: str, single: Path) -> None:
+    file = single / SINGLE
+    file.write_bytes(DAMAGE[name](file.read_bytes()))
+    with pytest.raises(InputError, match="not a whole safetensors file") as caught:
+        SafetensorsFolder(single)
+    assert str(file) in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", LYING)
+def test_a_header_that_lies_is_refused_at_the_latest_when_read(name: str, single: Path) -> None:
+    file = single / SINGLE
+    file.write_bytes(LYING[name](file.read_bytes()))
+    with pytest.raises(InputError) as caught:
+        SafetensorsFolder(single)["a"]
+    assert str(file) in caught.value.message
+
+
+def test_random_damage_never_escapes_as_another_error(single: Path) -> None:
+    file = single / SINGLE
+    raw, chance = file.read_bytes(), random.Random(0)
+    for _ in range(300):
+        bad = bytearray(raw)
+        for _ in range(chance.randrange(1, 4)):
+            bad[chance.randrange(len(raw) - 56)] = chance.randrange(256)
+        file.write_bytes(bytes(bad))
+        try:
+            folder = SafetensorsFolder(single)
+            for name in folder:
+                folder[name]
+        except InputError:
+            pass
+
+
+def test_a_header_tells_dtype_shape_and_size(single: Path) -> None:
+    entries = read_header(single / SINGLE)
+    assert {name: (e.dtype, e.shape, e.nbytes) for name, e in entries.items()} == {
+        "a": (torch.float32, (2, 3), 24),
+        "b": (torch.int64, (4,), 32),
+    }
+    folder = SafetensorsFolder(single)
+    assert folder.nbytes == 56
+    assert torch.equal(folder["a"], torch.arange(6.0).view(2, 3))
+    assert folder.meta("a").device.type == "meta"
+
+
+@pytest.mark.parametrize("escape", ["../secret.safetensors", "/etc/passwd", "a/../../b", "..", ".", "", "x\\y"])
+def test_an_index_that_points_outside_its_folder_is_refused(escape: str, single: Path) -> None:
+    (single / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE, "b": escape}}))
+    with pytest.raises(InputError, match="outside its folder"):
+        SafetensorsFolder(single)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', "\xff"])
+def test_an_index_that_is_none_is_refused(text: str, single: Path) -> None:
+    (single / INDEX).write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match="not a safetensors index"):
+        SafetensorsFolder(single)
+
+
+def test_an_index_that_points_nowhere_is_refused(single: Path) -> None:
+    (single / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE, "b": "model-2.safetensors"}}))
+    with pytest.raises(InputError, match=r"model-2\.safetensors"):
+        SafetensorsFolder(single)
+    (single / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE, "ghost": SINGLE}}))
+    with pytest.raises(InputError, match="ghost"):
+        SafetensorsFolder(single)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_a_folder_of_pickles_is_refused_unread(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(b"\x80\x04.")
+    with pytest.raises(InputError, match="pickled") as caught:
+        SafetensorsFolder(tmp_path)
+    assert "save_pretrained" in caught.value.hint
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no model\.safetensors"):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("llama"), tokenizer=False)
+
+
+def copy_of(source: Path, target: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    rewrite(target, edit)
+    return target
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_a_missing_tensor_is_named(name: str, llama: Path, tmp_path: Path) -> None:
+    folder = copy_of(llama, tmp_path / "m", lambda ts: {k: t for k, t in ts.items() if k != name})
+    with pytest.raises(InputError, match="lacks 1 of") as caught:
+        skeleton_of(folder)
+    assert repr(name) in caught.value.message
+
+
+def test_a_shape_that_differs_from_the_config_is_named_with_both(llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = copy_of(llama, tmp_path / "m", lambda ts: {**ts, name: ts[name][:64].clone()})
+    with pytest.raises(InputError, match=r"\(64, 64\) on disk but \(128, 64\)") as caught:
+        skeleton_of(folder)
+    assert name in caught.value.message
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_not_finite_is_named(value: float, llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+
+    def poison(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors[name][3, 5] = value
+        return tensors
+
+    checkpoint = skeleton_of(copy_of(llama, tmp_path / "m", poison)).checkpoint
+    with pytest.raises(InputError, match="NaN or Inf") as caught:
+        checkpoint.check_finite()
+    assert name in caught.value.message
+
+
+@pytest.mark.parametrize("model_type", FAMILIES.split())
+@pytest.mark.parametrize("base", [False, True], ids=["full", "base"])
+def test_every_parameter_is_what_transformers_loads(model_type: str, base: bool, tmp_path: Path) -> None:
+    """Fused experts, legacy names and prefixes included."""
+    options = {"tie_word_embeddings": True} if base else {}
+    save_tiny(model_type, tmp_path, base=base, tokenizer=False, **options)
+    checkpoint = skeleton_of(tmp_path).checkpoint
+    loaded = reload(tmp_path).state_dict()
+    assert checkpoint.keys() == loaded.keys()
+    assert all(torch.equal(checkpoint[name], tensor) for name, tensor in loaded.items())
+
+
+@toy_block
+class Halves(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.gate = (nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(x) * self.gate(x)
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> Iterator[Path]:
+    """A checkpoint that stores `up` and `gate` as one matrix, which is split on load."""
+    model = Toy(ToyConfig("Halves", 16))
+    folder = tmp_path / "halves"
+    model.save_pretrained(folder)
+
+    def fuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for i in range(2):
+            parts = [tensors.pop(f"layers.{i}.{name}.weight") for name in ("up", "gate")]
+            tensors[f"layers.{i}.both.weight"] = torch.cat(parts)
+        return tensors
+
+    rewrite(folder, fuse)
+    rule = WeightConverter("both.weight", ["up.weight", "gate.weight"], operations=[Chunk(dim=0)])
+    register_checkpoint_conversion_mapping("toy", [rule], overwrite=True)
+    yield folder
+    register_checkpoint_conversion_mapping("toy", [], overwrite=True)
+
+
+def test_one_matrix_on_disk_may_be_several_parameters(halves: Path) -> None:
+    model, skeleton = reload(halves), skeleton_of(halves)
+    assert all(torch.equal(skeleton.checkpoint[name], t) for name, t in model.state_dict().items())
+    with skeleton.loaded(skeleton.block_parameters(1)):
+        for name in skeleton.block_parameters(1):
+            assert torch.equal(skeleton.model.get_parameter(name), model.get_parameter(name))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2"])
+def test_an_export_without_changes_is_the_source(model_type: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
+    save_tiny(model_type, tmp_path, tokenizer=False)
+    skeleton = skeleton_of(tmp_path, dtype=dtype)
+    blocks = [skeleton.checkpoint.export(skeleton.block_parameters(i), {}) for i in range(len(skeleton.blocks))]
+    written = [*skeleton.export_outside(), *(pair for block in blocks for pair in block)]
+    source = on_disk(tmp_path)
+    assert sorted(name for name, _ in written) == sorted(source)
+    assert all(torch.equal(tensor, source[name].to(dtype or torch.float32)) for name, tensor in written)
+    assert skeleton.checkpoint.out_bytes() == sum(tensor.nbytes for _, tensor in written)
+
+
+def test_no_weight_of_a_skeleton_is_in_memory_but_its_own_tables_are(llama: Path) -> None:
+    model = skeleton_of(llama).model
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    assert all(buffer.device.type == "cpu" for buffer in model.buffers())
+
+
+def tensors_of(count: int, rows: int = 10) -> list[tuple[str, Tensor]]:
+    return [(f"t{i}", torch.full((rows, 10), float(i))) for i in range(count)]
+
+
+def test_one_shard_needs_no_index(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path)
+    writer.write(tensors_of(3))
+    writer.seal()
+    assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
+    assert writer.nbytes == 3 * 400
+
+
+@pytest.mark.parametrize("limit", [1, 400, 401, 1000, 10**6])
+def test_shards_keep_to_the_limit_and_the_index_is_right(limit: int, tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path)
+    wanted = tensors_of(7)
+    writer.write(wanted[:5], limit)
+    writer.write(wanted[5:], limit)
+    writer.seal()
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, INDEX])
+    assert index["metadata"]["total_size"] == writer.nbytes == 7 * 400
+    assert set(index["weight_map"].values()) == set(files)
+    found = SafetensorsFolder(tmp_path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted)
+    for file in files:
+        tensors = load_file(tmp_path / file)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit
+        assert all(index["weight_map"][name] == file for name in tensors)
+
+
+def test_nothing_has_its_final_name_before_the_seal(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path)
+    writer.write(tensors_of(4), limit=400)
+    assert not list(tmp_path.glob("model*"))
+    assert not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(InputError):
+        SafetensorsFolder(tmp_path)
+
+
+def test_a_write_that_fails_leaves_no_shard_under_its_name(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "gone")
+    with pytest.raises(PruneError, match="cannot write"):
+        writer.write(tensors_of(1))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_json_is_written_whole(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"ä": 1})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"ä": 1}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"bad": object()})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"ä": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    new, target = tmp_path / ".out.partial", tmp_path / "out"
+    for folder, text in ((new, "new"), (target, "old")):
+        folder.mkdir()
+        (folder / text).write_text(text)
+    replace_folder(new, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_companions_are_copied_but_no_weights(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    target.mkdir()
+    source.mkdir()
+    wanted = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"}
+    wanted |= {
+        "added_tokens.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "generation_config.json",
+        "LICENSE",
+        "modeling_x.py",
+    }
+    other = {SINGLE, INDEX, "pytorch_model.bin", "config.json", "prune_report.json", "training_args.bin", "README.md"}
+    for name in wanted | other:
+        (source / name).write_text(name)
+    (source / "onnx").mkdir()
+    copy_companions(source, target)
+    assert {path.name for path in target.iterdir()} == wanted

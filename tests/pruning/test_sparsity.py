@@ -1,0 +1,32 @@
+"""What is to be removed and pruned is read from one line, and described without doubt."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmprune import InputError
+from llmprune.pruning.sparsity import parse_sparsity
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "meaning"),
+    [
+        ("channels:25%", "channels:25%", "25 % of the MLP channels removed"),
+        ("heads:0.5 + channels : 1%", "channels:1%+heads:50%", "1 % of the MLP channels removed and 50 % of the"),
+        ("channels:20%+2:4", "channels:20%+2:4", "20 % of the MLP channels removed, then 2:4, prunes 2 of every 4"),
+        ("2:4", "2:4", "2:4, prunes 2 of every 4 weights, 50 %"),
+        ("heads:33%+50%", "heads:33%+50%", "33 % of the attention heads removed, then 50 % unstructured"),
+    ],
+)
+def test_what_goes_is_read_and_said(text: str, name: str, meaning: str) -> None:
+    goal = parse_sparsity(text)
+    assert goal.name == name
+    assert goal.describe().startswith(meaning)
+    assert parse_sparsity(goal.name) == goal
+
+
+@pytest.mark.parametrize("text", ["channels", "channels:x", "channels:-5%", "heads:2:4", "channels:25%+", ""])
+def test_what_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_sparsity(text)
+    assert caught.value.hint
