@@ -46,7 +46,7 @@ def open_model(name: str, device: str = "cpu") -> tuple[Skeleton, Any]:
     """A model without its weights in memory, and its tokenizer."""
     from llmprune.model.reader import SafetensorsFolder
     from llmprune.model.skeleton import Skeleton
-    from llmprune.pipeline.prepare import pick_device
+    from llmprune.runtime.device import pick_device
     from llmprune.sources.models import load_tokenizer
 
     source = find_model(name)

@@ -177,7 +177,7 @@ def score_files(options: argparse.Namespace, model_name: str, paths: list[Path])
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llmprune.pipeline.prepare import pick_device
+    from llmprune.runtime.device import pick_device
     from llmprune.sources.models import load_tokenizer
 
     tasks = {path.stem: read_task(path, options.limit) for path in paths}

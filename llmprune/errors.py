@@ -17,6 +17,8 @@ class PruneError(Exception):
     """
 
     exit_code = 1
+    silent = False
+    """Whether another process has printed the error already."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

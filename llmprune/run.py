@@ -27,6 +27,7 @@ from llmprune.pipeline.report_builder import (
     finish_report,
     highest,
     new_report,
+    processes,
     steps_left_out,
     write_companions,
 )
@@ -50,8 +51,8 @@ from llmprune.pruning.recipe import EFFORTS
 from llmprune.reporting.report import BlockReport, PruneReport
 from llmprune.runtime.launch import join
 from llmprune.runtime.memory import mapped_memory, resident_memory
-from llmprune.runtime.oom import with_room
-from llmprune.runtime.process_group import Ranks
+from llmprune.runtime.oom import with_oom_retry
+from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.perplexity import Perplexity, perplexity
 from llmprune.streaming.stream import BATCH_TOKENS
 
@@ -68,21 +69,21 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
         PruneError: the run failed; nothing is left at `job.out`, but finished blocks are kept for the same job.
     """
     progress = progress or Progress()
-    with join(job.device) as (ranks, device):
+    with join(job.device) as (group, device):
         job = replace(job, device=device)
-        if ranks.number == 0:
-            return lead(job, ranks, progress)
-        run = spread_over(ranks.in_turn(lambda: prepare(job, Progress())), ranks)
+        if group.is_main:
+            return lead(job, group, progress)
+        run = spread_over(group.main_process_first(lambda: prepare(job, Progress())), group)
         follow(run)
         return PruneReport.read(run.out)
 
 
-def lead(job: Job, ranks: Ranks, progress: Progress) -> PruneReport:
+def lead(job: Job, group: ProcessGroup, progress: Progress) -> PruneReport:
     """What the first process does, which is mostly the only one."""
     clock = Clock()
     with clock("total"):
         with clock("prepare"):
-            run = spread_over(ranks.in_turn(lambda: prepare(job, progress)), ranks)
+            run = spread_over(group.main_process_first(lambda: prepare(job, progress)), group)
             report = new_report(run)
             report.baseline_memory = resident_memory()
         with workplace(run, progress) as journal:
@@ -96,20 +97,20 @@ def lead(job: Job, ranks: Ranks, progress: Progress) -> PruneReport:
                 journal.dense = journal.dense or measure(run, run.source.folder, "dense perplexity", progress)
             with clock("prune"):
                 clock.add(journal.seconds)
-                ranks.meet()
+                group.barrier()
                 blocks = partial(prune_blocks, run, journal, report, clock, progress)
-                with_room(blocks, windows_of(run), progress, ranks)
+                with_oom_retry(blocks, windows_of(run), progress, group)
             with clock("verify"):
                 verify_written(run, report, progress)
             with clock("pruned_evaluation"):
                 pruned = measure(run, run.unfinished, "pruned perplexity", progress)
             add_evaluation(run, report, journal.dense, pruned)
             report.seconds = dict(clock.seconds)
-            report.processes = ranks.facts(run.tokens)
+            report.processes = processes(run)
             write_companions(run, report)
             replace_folder(run.unfinished, run.out)
     finish_report(run, report, clock.seconds)
-    ranks.part()
+    group.final_barrier()
     return report
 
 
@@ -203,7 +204,7 @@ def measure(run: Prepared, folder: Path, label: str, progress: Progress) -> Perp
         progress.finish()
         return result
 
-    return with_room(attempt, min(max(BATCH_TOKENS // length, 1), samples), progress)
+    return with_oom_retry(attempt, min(max(BATCH_TOKENS // length, 1), samples), progress)
 
 
 def skeleton_of(run: Prepared, folder: Path) -> Skeleton:

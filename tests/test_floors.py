@@ -22,15 +22,6 @@ FLOORS = [
     {"errors", "progress"},
 ]
 FLOOR = {name: -number for number, names in enumerate(FLOORS) for name in names}
-KNOWN = {
-    ("export.generations", "pipeline"),
-    ("runtime.process_group", "pruning"),
-    ("runtime.process_group", "streaming"),
-    ("structure.cut", "streaming"),
-    ("structure.gradient_probe", "streaming"),
-    ("structure.plan", "streaming"),
-}
-"""Imports that run upwards today, to be removed."""
 SPEAKS = {"cli", "__main__"}
 
 
@@ -81,7 +72,7 @@ def test_every_package_has_a_floor_and_at_most_eight_modules_stand_beside_them()
 def test_imports_run_downwards_between_packages(module: str) -> None:
     rooms = {room(name.removeprefix("llmprune.")) for name in imports(module) if name.startswith("llmprune.")}
     above = {name for name in rooms - {room(module)} if FLOOR[name] >= FLOOR[room(module)]}
-    assert above == {name for known, name in KNOWN if known == module}
+    assert not above
 
 
 @pytest.mark.parametrize("package", [path.parent for path in PACKAGE.glob("*/__init__.py")], ids=lambda p: p.name)

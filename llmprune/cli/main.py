@@ -145,12 +145,12 @@ def is_follower() -> bool:
 def run_follower(options: argparse.Namespace, job: Job) -> int:
     """The main command in all processes but the first; it leaves it to one that failed to say so."""
     from llmprune.run import prune
-    from llmprune.runtime.process_group import DesertedError
+    from llmprune.runtime.process_group import PeerFailedError
 
     try:
         if not options.dry_run:
             prune(job)
-    except DesertedError:
+    except PeerFailedError:
         return 1
     return 0
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmprune.export.pack import load
-from llmprune.pipeline.prepare import pick_device
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport, Sample
+from llmprune.runtime.device import pick_device
 from llmprune.sources.demo import default_cache
 from llmprune.sources.models import load_tokenizer, open_source
 

@@ -131,3 +131,9 @@ def weight_of(module: nn.Module, transposed: bool) -> Tensor:
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight.data.T if transposed else weight.data
+
+
+def is_scale(module: nn.Module) -> bool:
+    """A norm, or anything else that has a weight for every channel."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 1 and not any(True for _ in module.children())

@@ -12,10 +12,10 @@ from torch import Tensor
 from llmprune.errors import InputError
 from llmprune.pruning.linalg import relative_error
 from llmprune.pruning.methods import Method
+from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import Scope, Unstructured, percent
 from llmprune.pruning.problem import GroupProblem
 from llmprune.pruning.recipe import Allocate
-from llmprune.runtime.process_group import Ranks
 from llmprune.streaming.block import Group
 from llmprune.streaming.stream import BlockStream
 
@@ -61,7 +61,11 @@ def allocate(
     Raises:
         InputError: a block's share rounds to none or all of a layer's weights.
     """
-    curve = Curve(method, pattern.scope, stream.ranks, bounds(pattern.share)) if kind == "error" else None
+    curve = (
+        Curve(method, pattern.scope, RowSharding(stream.group, stream.rows), bounds(pattern.share))
+        if kind == "error"
+        else None
+    )
     found, shapes = [], []
     for block in stream:
         found.append(_survey(stream.groups(block), curve))
@@ -93,7 +97,7 @@ class Curve:
 
     method: Method
     scope: Scope
-    ranks: Ranks
+    sharding: RowSharding
     ends: tuple[Fraction, Fraction]
 
     def errors(self, problem: GroupProblem) -> tuple[float, float]:
@@ -102,7 +106,7 @@ class Curve:
         return low, high
 
     def _error(self, problem: GroupProblem, pattern: Unstructured) -> float:
-        solutions = self.ranks.spread(self.method.solve, problem, pattern)
+        solutions = self.sharding.solve(self.method.solve, problem, pattern)
         pairs = zip(problem.layers, solutions, strict=True)
         return sum(relative_error(layer.weight, new.weight, problem.stats) for layer, new in pairs)
 

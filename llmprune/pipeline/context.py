@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +16,12 @@ from llmprune.job import Job
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.layer_solver import Solver
+from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.recipe import Recipe
 from llmprune.pruning.sparsity import Sparsity
 from llmprune.pruning.structured_solver import Remover
-from llmprune.runtime.process_group import ALONE, Ranks
+from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.sources.models import Source
 from llmprune.sources.tokens import TokenBatch
 from llmprune.structure.cut import Structure
@@ -51,7 +52,8 @@ class Prepared:
     evaluation: TokenBatch | None
     overlap: float
     out: Path
-    ranks: Ranks = ALONE
+    group: ProcessGroup = SINGLE
+    sharding: RowSharding = field(default_factory=RowSharding)
     own: TokenBatch | None = None
     left_out: str = ""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError, first_line
+from llmprune.errors import InputError
 from llmprune.job import Job
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.selection import Plan, make_plan
@@ -21,12 +21,13 @@ from llmprune.progress import Progress
 from llmprune.pruning.recipe import Recipe
 from llmprune.pruning.sparsity import Sparsity
 from llmprune.reporting.report import FILE
+from llmprune.runtime.device import pick_device
 from llmprune.sources.demo import default_cache
 from llmprune.sources.generated import check_room
 from llmprune.sources.models import Source, load_tokenizer, open_source
 from llmprune.sources.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 from llmprune.streaming.block_reconstruction import LEAST_SAMPLES
-from llmprune.streaming.block_types import all_kinds
+from llmprune.streaming.block_types import all_couplings, all_kinds
 from llmprune.structure.cut import check_channel_scales
 from llmprune.structure.plan import plan_structure
 
@@ -67,7 +68,12 @@ def prepare(job: Job, progress: Progress) -> Prepared:
     any_tokens = torch.arange(64)[None] % source.config.get_text_config().vocab_size
     if goal.removals:
         structure = plan_structure(
-            skeleton, goal.removals, any_tokens, job.round_to, goal.pattern, job.trust_remote_code
+            skeleton,
+            goal.removals,
+            all_couplings(skeleton, any_tokens),
+            job.round_to,
+            goal.pattern,
+            job.trust_remote_code,
         )
         if remover is not None and remover.scaled:
             check_channel_scales(skeleton, structure)
@@ -231,25 +237,6 @@ def _tokens(job: Job, source: Source, cache: Path, progress: Progress) -> tuple[
                 "the tokenizer does not belong to this model",
             )
     return calibration, evaluation
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that blocks run on; `auto` takes cuda, then cpu."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_line(error).partition(". ")[0]  # torch goes on to list all its backends
-        raise InputError(f"--device {name!r} cannot be used: {reason}", "use --device auto or cpu") from error
-    if device.type == "meta":
-        raise InputError("--device meta holds no data", "use --device auto or cpu")
-    try:
-        torch.empty(1, device=device, dtype=torch.float64)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"--device {name!r} has no float64, which sums and checks need", "use --device cpu") from error
-    return device
 
 
 def _compute_dtype(source: Source, device: torch.device) -> torch.dtype:

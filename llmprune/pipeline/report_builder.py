@@ -189,3 +189,12 @@ def finish_report(run: Prepared, report: PruneReport, seconds: Mapping[str, floa
         report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
     report.seconds = {stage: round(spent, 3) for stage, spent in seconds.items()}
     write_report(report, run.out)
+
+
+def processes(run: Prepared) -> dict[str, Any]:
+    """How many processes took part, and the tokens and rows of every one; nothing where there is one."""
+    if run.group.is_single:
+        return {}
+    size = run.group.world_size
+    tokens = [run.tokens[rank::size].numel() for rank in range(size)]
+    return {"size": size, "tokens": tokens, "rows": list(run.sharding.rows)}

@@ -180,11 +180,11 @@ def keep(stream: BlockStream, folder: Path, write: Callable[[list[dict[str, Any]
         own = stream.save()
     except CannotBeSavedError as error:
         own = {"reason": str(error)}
-    streams = stream.ranks.exchange(own)
+    streams = stream.group.all_gather_object(own)
     if reasons := [one["reason"] for one in streams if "reason" in one]:
         return str(reasons[0])
     write(streams)
-    stream.ranks.meet()
+    stream.group.barrier()
     _tidy(folder, _files_of(own, folder))
     return ""
 

@@ -19,12 +19,13 @@ from llmprune.pipeline.context import Prepared
 from llmprune.pipeline.state import AGAIN, OWN, keep, names_of, parsed, rank_folder
 from llmprune.progress import Progress
 from llmprune.pruning.linalg import error_terms, ratio
+from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import SparsityPattern, Unstructured
 from llmprune.pruning.problem import LayerSolution
 from llmprune.reporting.report import Refinement
 from llmprune.runtime.memory import mapped_memory
-from llmprune.runtime.oom import with_room
-from llmprune.runtime.process_group import Ranks
+from llmprune.runtime.oom import with_oom_retry
+from llmprune.runtime.process_group import ProcessGroup
 from llmprune.sources.generated import beginnings, check_room, go_on
 from llmprune.sources.tokens import TokenBatch, load_tokens, save_tokens, token_batch
 from llmprune.streaming.block import Block, Group
@@ -35,24 +36,26 @@ from llmprune.structure.cut import scale_of
 WRITER = "the dense model"
 
 
-def spread_over(run: Prepared, ranks: Ranks) -> Prepared:
+def spread_over(run: Prepared, group: ProcessGroup) -> Prepared:
     """The same run by several processes.
 
     Raises:
         InputError: there are more of them than windows.
     """
-    if ranks.alone:
+    if group.is_single:
         return run
     windows = run.shape[0]
-    if windows < ranks.size:
+    if windows < group.world_size:
         raise InputError(
-            f"{ranks.size} processes cannot share {windows} calibration windows", "more --samples, or fewer processes"
+            f"{group.world_size} processes cannot share {windows} calibration windows",
+            "more --samples, or fewer processes",
         )
-    solver = run.solver and replace(run.solver, ranks=ranks)
+    sharding = RowSharding(group)
+    solver = run.solver and replace(run.solver, sharding=sharding)
     remover = run.remover and replace(run.remover, solver=solver)
     # Whether there is room to write text is the first process's to say: others may have more, or less.
-    recipe = replace(run.recipe, own=ranks.of_first(run.recipe.own))
-    return replace(run, solver=solver, remover=remover, recipe=recipe, ranks=ranks)
+    recipe = replace(run.recipe, own=group.broadcast_object(run.recipe.own))
+    return replace(run, solver=solver, remover=remover, recipe=recipe, group=group, sharding=sharding)
 
 
 def stream_of(run: Prepared, windows: int, saved: Sequence[dict[str, Any]] = ()) -> BlockStream:
@@ -63,9 +66,9 @@ def stream_of(run: Prepared, windows: int, saved: Sequence[dict[str, Any]] = ())
         windows: how many go through a block at once.
         saved: where a stopped run goes on, for every process; only the first must know.
     """
-    saved = run.ranks.of_first(list(saved))
-    run.ranks.rows = list(saved[0]["rows"]) if saved else [0] * run.ranks.size
-    return BlockStream(
+    saved = run.group.broadcast_object(list(saved))
+    run.sharding.rows[:] = saved[0]["rows"] if saved else [0] * run.group.world_size
+    stream = BlockStream(
         run.skeleton,
         run.tokens,
         batch_tokens=windows * run.shape[1],
@@ -77,11 +80,13 @@ def stream_of(run: Prepared, windows: int, saved: Sequence[dict[str, Any]] = ())
         quiet=run.remover.quiet if run.remover else None,
         scales=run.recipe.method == "scaling",
         again=run.recipe.refine > 0,
-        folder=rank_folder(run.partial, run.ranks.number),
+        folder=rank_folder(run.partial, run.group.rank),
         budget=run.job.activation_memory,
-        saved=saved[run.ranks.number] if saved else None,
-        ranks=run.ranks,
+        saved=saved[run.group.rank] if saved else None,
+        group=run.group,
     )
+    stream.rows = run.sharding.rows
+    return stream
 
 
 def windows_of(run: Prepared) -> int:
@@ -100,15 +105,15 @@ def with_own_text(run: Prepared, progress: Progress) -> Prepared:
     if not windows:
         return run
     found: TokenBatch | None = None
-    if run.ranks.number == 0:
+    if run.group.is_main:
         with suppress(InputError):
             found = load_tokens(kept, windows, run.shape[1], run.source.config.get_text_config().vocab_size)
         if found is None:
             found = _written(run, progress)
             save_tokens(found, kept)
     tokens = found.tokens if found else torch.zeros(windows, run.shape[1], dtype=torch.int64)
-    tokens = tokens.to(run.ranks.device)
-    run.ranks.same([tokens])
+    tokens = tokens.to(run.group.device)
+    run.group.broadcast([tokens])
     return replace(run, own=token_batch(tokens.cpu(), WRITER, run.job.seed))
 
 
@@ -123,7 +128,7 @@ def _written(run: Prepared, progress: Progress) -> TokenBatch:
         return text
 
     at_once = min(check_room(run.skeleton, run.shape[1]), windows)
-    return token_batch(with_room(attempt, at_once, progress), WRITER, run.job.seed)
+    return token_batch(with_oom_retry(attempt, at_once, progress), WRITER, run.job.seed)
 
 
 def block_patterns(
@@ -139,11 +144,11 @@ def block_patterns(
     """
     if run.recipe.allocate == "uniform" or not isinstance(run.pattern, Unstructured):
         return [run.pattern] * len(run.skeleton.blocks)
-    if names := run.ranks.of_first(names_of(known)):
+    if names := run.group.broadcast_object(names_of(known)):
         return parsed(names, run.pattern.scope)
     assert run.solver is not None
     progress.start("sharing out", len(run.skeleton.blocks))
-    with TemporaryDirectory(dir=rank_folder(run.partial, run.ranks.number), ignore_cleanup_errors=True) as spare:
+    with TemporaryDirectory(dir=rank_folder(run.partial, run.group.rank), ignore_cleanup_errors=True) as spare:
         stream = BlockStream(
             run.skeleton,
             run.tokens,
@@ -152,11 +157,11 @@ def block_patterns(
             folder=Path(spare),
             budget=run.job.activation_memory,
             scales=run.recipe.method == "scaling",
-            ranks=run.ranks,
+            group=run.group,
         )
         patterns = allocate(stream, run.pattern, run.recipe.allocate, run.solver.method, progress.step)
     progress.finish()
-    return parsed(run.ranks.of_first(names_of(patterns)), run.pattern.scope)
+    return parsed(run.group.broadcast_object(names_of(patterns)), run.pattern.scope)
 
 
 def pattern_for(run: Prepared, group: Group, pattern: SparsityPattern | None) -> SparsityPattern | None:
@@ -171,24 +176,24 @@ def solve(
     name = group.refs[0].name
     cut = run.structure.by_name.get(name) if run.structure else None
     if cut is not None and run.remover is not None:
-        scale = scale_of(block, cut.coupling) if run.remover.scaled else None
+        scale = scale_of(block.module, cut.coupling) if run.remover.scaled else None
         solutions, kept = run.remover.solve(group.problem, cut.units, cut.count, pattern, group.classes, scale)
-        return run.ranks.agreed(solutions), run.ranks.same_order(kept)
+        return run.sharding.agreed(solutions), run.sharding.agreed_order(kept)
     assert run.solver is not None
     assert pattern is not None
     solutions, order = run.solver.solve(group.problem, pattern, group.classes)
     # What was solved together is the same already, but for what came behind it.
-    return run.ranks.agreed(solutions) if run.recipe.refit else solutions, order
+    return run.sharding.agreed(solutions) if run.recipe.refit else solutions, order
 
 
 def errors_of(run: Prepared, group: Group, stored: Sequence[Tensor]) -> list[float]:
     """The relative output errors of a group's layers with the weights as they are stored, every process its rows."""
-    parts = [run.ranks.own_rows(len(weight)) for weight in stored]
+    parts = [run.group.own_rows(len(weight)) for weight in stored]
     sums = [
         error_terms(layer.weight, weight, group.problem.stats, rows)
         for layer, weight, rows in zip(group.problem.layers, stored, parts, strict=True)
     ]
-    totals = iter(run.ranks.total([value for pair in sums for value in pair]))
+    totals = iter(run.group.sum([value for pair in sums for value in pair]))
     return [ratio(missed, next(totals)) for missed in totals]
 
 
@@ -200,14 +205,14 @@ def train(run: Prepared, block: Block) -> Refinement | None:
 def follow(run: Prepared) -> None:
     """What all processes but the first do: all that these functions do, and nothing else."""
     run = with_own_text(run, Progress())
-    run.ranks.meet()
-    folder = rank_folder(run.partial, run.ranks.number)
+    run.group.barrier()
+    folder = rank_folder(run.partial, run.group.rank)
     try:
         folder.mkdir(exist_ok=True)
-        with_room(partial(_follow, run), windows_of(run), Progress(), run.ranks)
+        with_oom_retry(partial(_follow, run), windows_of(run), Progress(), run.group)
     except OSError as error:
         raise PruneError(f"cannot write {folder}: {error.strerror or error}", AGAIN) from error
-    run.ranks.part()
+    run.group.final_barrier()
 
 
 def _follow(run: Prepared, windows: int) -> None:
@@ -220,4 +225,4 @@ def _follow(run: Prepared, windows: int) -> None:
                 errors_of(run, group, stored)
         train(run, block)
         block.finish()
-        keep(stream, rank_folder(run.partial, run.ranks.number), lambda _: None)
+        keep(stream, rank_folder(run.partial, run.group.rank), lambda _: None)

@@ -99,7 +99,7 @@ def facts_of(run: Prepared) -> dict[str, str]:
         "--seed": job.seed if run.recipe.refine or run.recipe.own else None,
         "--device": f"{device.type} ({run.skeleton.compute})",
         "--threads": torch.get_num_threads(),
-        "number of processes": run.ranks.size,
+        "number of processes": run.group.world_size,
         **{
             name: batch and f"{tuple(batch.tokens.shape)}, sha256 {batch.provenance.sha256[:12]}"
             for name, batch in tokens.items()

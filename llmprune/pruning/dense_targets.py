@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmprune.pruning.linalg import ALL, inverse_factor
 from llmprune.pruning.problem import GroupProblem, InputStats
-from llmprune.runtime.process_group import ALONE, Ranks
+from llmprune.runtime.process_group import SINGLE, ProcessGroup
 
 DAMPING = 0.1
 
@@ -29,7 +29,7 @@ class Goal:
     raises: int = 0
 
 
-def toward_dense(problem: GroupProblem, damping: float = DAMPING, ranks: Ranks = ALONE) -> Goal:
+def toward_dense(problem: GroupProblem, damping: float = DAMPING, group: ProcessGroup = SINGLE) -> Goal:
     """Replace every weight by that of the regression on dense outputs, `W* = W + α Δ`, `Δ = M (H + λI)⁻¹`.
 
     M is what the outputs lack, times the inputs: `M = W (C − H)ᵀ` makes a layer give what it gives in the dense model.
@@ -43,7 +43,7 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING, ranks: Ranks =
     Args:
         problem: a group with statistics of the dense model; one without is returned as it is.
         damping: λ as a fraction of the mean diagonal of H.
-        ranks: the processes that share the rows.
+        group: the processes that share the rows.
 
     Raises:
         NumericalError: H stays singular.
@@ -52,13 +52,13 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING, ranks: Ranks =
     if held is None or (stats.cross is None and stats.missed is None):
         return Goal(problem, (0.0,) * len(problem.layers))
     weights = torch.cat([layer.weight for layer in problem.layers])
-    sums, raises = _gains_and_costs(weights, without(stats, held), held, damping, ranks)
+    sums, raises = _gains_and_costs(weights, without(stats, held), held, damping, group)
     pairs = [part.sum(0) for part in problem.split(sums)]
     strengths = tuple(min(max(float(gain / cost.clamp(min=1e-30)), 0.0), 1.0) for gain, cost in pairs)
     if not any(strengths):
         return Goal(problem, strengths, raises)
     factor = inverse_factor(stats.gram, damping)
-    parts = problem.split(ranks.by_rows(lambda rows: _correction(weights, rows, stats, factor.upper), len(weights)))
+    parts = problem.split(group.map_rows(lambda rows: _correction(weights, rows, stats, factor.upper), len(weights)))
     layers = tuple(
         replace(layer, weight=(layer.weight + strength * delta).mul_(layer.weight != 0))
         for layer, strength, delta in zip(problem.layers, strengths, parts, strict=True)
@@ -67,7 +67,7 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING, ranks: Ranks =
 
 
 def _gains_and_costs(
-    weights: Tensor, rest: InputStats, held: InputStats, damping: float, ranks: Ranks
+    weights: Tensor, rest: InputStats, held: InputStats, damping: float, group: ProcessGroup
 ) -> tuple[Tensor, int]:
     """How the error on the held-out tokens falls and rises with α, row by row: `‖E‖² − 2 gain α + cost α²`.
 
@@ -82,7 +82,7 @@ def _gains_and_costs(
         cost = (trial * (trial @ held.gram)).sum(1, dtype=torch.float64)
         return torch.stack([gain, cost], 1)
 
-    return ranks.by_rows(of, len(weights)), factor.raises
+    return group.map_rows(of, len(weights)), factor.raises
 
 
 def lacking(weights: Tensor, stats: InputStats, rows: slice = ALL) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from torch import Tensor
 from llmprune.pruning.dense_targets import Goal, toward_dense
 from llmprune.pruning.least_squares import refit
 from llmprune.pruning.methods import Method
+from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import NM, SparsityPattern
 from llmprune.pruning.permutation import choose, saliency
 from llmprune.pruning.problem import GroupProblem, InputStats, LayerSolution, Status
 from llmprune.pruning.recipe import Recipe
-from llmprune.runtime.process_group import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,12 @@ class Solver:
     Args:
         method: picks the mask, and weights on it.
         recipe: the stages around it.
-        ranks: the processes that solve together.
+        sharding: the processes that solve together.
     """
 
     method: Method
     recipe: Recipe
-    ranks: Ranks = ALONE
+    sharding: RowSharding = field(default_factory=RowSharding)
 
     def solve(
         self, problem: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...] = ()
@@ -45,7 +45,7 @@ class Solver:
             the solutions, and the order of the inputs in which they hold the pattern; None for the order as it is.
         """
         dense = self.recipe.targets == "dense"
-        wanted = toward_dense(problem, ranks=self.ranks) if dense else Goal(problem)
+        wanted = toward_dense(problem, group=self.sharding.group) if dense else Goal(problem)
         goal = with_ridge(wanted.problem, self.recipe.ridge)
         order, raises = self._order(goal, pattern, classes)
         if order is not None:
@@ -67,7 +67,7 @@ class Solver:
             return None, 0
         (layer,) = goal.layers
         score, raises = saliency(layer.weight, goal.stats.gram)
-        order = self.ranks.same_order(choose(score, pattern, classes))
+        order = self.sharding.agreed_order(choose(score, pattern, classes))
         if order is None or bool((order == torch.arange(len(order), device=order.device)).all()):
             return None, raises
         return order, raises
@@ -83,7 +83,7 @@ class Solver:
         shapes = [layer.weight.shape for layer in goal.layers]
         # A small share of a small layer may round to nothing in the first steps.
         for step in [step for step in early if not any(step.divides(*shape) for shape in shapes)] + [last]:
-            solutions = self.ranks.spread(self.method.solve, current, step)
+            solutions = self.sharding.solve(self.method.solve, current, step)
             if self.recipe.refit or step is not last:
                 solutions = refit(goal, solutions)
             layers = tuple(replace(old, weight=new.weight) for old, new in zip(goal.layers, solutions, strict=True))

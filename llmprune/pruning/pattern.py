@@ -76,6 +76,11 @@ class SparsityPattern(ABC):
     def divides(self, rows: int, width: int) -> str:
         """Why a weight of shape `(rows, width)` cannot have this pattern, or '' if it can."""
 
+    @property
+    @abstractmethod
+    def rows_independent(self) -> bool:
+        """Whether the mask of a row does not depend on the other rows."""
+
     @abstractmethod
     def groups(self, score: Tensor) -> tuple[Tensor, int]:
         """`score (out, in)` viewed as `(..., group)` with the number of weights to prune in each group."""
@@ -142,6 +147,10 @@ class NM(SparsityPattern):
     def divides(self, rows: int, width: int) -> str:
         return "" if width % self.m == 0 else f"{width} inputs are not divisible by {self.m}"
 
+    @property
+    def rows_independent(self) -> bool:
+        return True
+
     def groups(self, score: Tensor) -> tuple[Tensor, int]:
         return score.reshape(score.shape[0], -1, self.m), self.n
 
@@ -184,6 +193,10 @@ class Unstructured(SparsityPattern):
         if 0 < self.count(size) < size:
             return ""
         return f"{percent(self.share)} of {size} weights rounds to {self.count(size)}"
+
+    @property
+    def rows_independent(self) -> bool:
+        return self.scope == "row"
 
     def groups(self, score: Tensor) -> tuple[Tensor, int]:
         grouped = score if self.scope == "row" else score.reshape(1, -1)

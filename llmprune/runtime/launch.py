@@ -11,14 +11,14 @@ import torch
 from accelerate import PartialState
 
 from llmprune.errors import InputError
-from llmprune.runtime.process_group import Ranks
+from llmprune.runtime.process_group import ProcessGroup
 
 PATIENCE = timedelta(days=7)
 """How long processes wait for each other: one measures perplexity while the others wait, which may take hours."""
 
 
 @contextmanager
-def join(device: str) -> Iterator[tuple[Ranks, str]]:
+def join(device: str) -> Iterator[tuple[ProcessGroup, str]]:
     """Meet the processes that torchrun or accelerate has started; without these, be alone.
 
     Args:
@@ -32,7 +32,7 @@ def join(device: str) -> Iterator[tuple[Ranks, str]]:
     """
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted == 1:
-        yield Ranks(), device
+        yield ProcessGroup(), device
         return
     cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     # On a machine without a GPU, only the state that is told so joins the others.
@@ -44,6 +44,6 @@ def join(device: str) -> Iterator[tuple[Ranks, str]]:
         )
     try:
         place = "cpu" if cpu else str(state.device)
-        yield Ranks(state.process_index, state.num_processes, place), place
+        yield ProcessGroup(state.process_index, state.num_processes, place), place
     finally:
         state.destroy_process_group()

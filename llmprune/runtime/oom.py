@@ -10,19 +10,19 @@ import torch
 from llmprune.errors import PruneError, first_line
 from llmprune.progress import Progress
 from llmprune.runtime.memory import give_back_memory
-from llmprune.runtime.process_group import ALONE, NoRoomError, Ranks
+from llmprune.runtime.process_group import SINGLE, ProcessGroup, RemoteOOMError
 
 T = TypeVar("T")
 
 
-def with_room(attempt: Callable[[int], T], windows: int, progress: Progress, ranks: Ranks = ALONE) -> T:
+def with_oom_retry(attempt: Callable[[int], T], windows: int, progress: Progress, group: ProcessGroup = SINGLE) -> T:
     """Attempt something with so many windows at once; where memory does not suffice, with half as many, down to one.
 
     Args:
         attempt: what to do; called again after it ran out of the device's memory.
         windows: at once, at first.
         progress: told when there are fewer.
-        ranks: the processes that attempt it together.
+        group: the processes that attempt it together.
 
     Raises:
         PruneError: one window alone is too much.
@@ -30,13 +30,13 @@ def with_room(attempt: Callable[[int], T], windows: int, progress: Progress, ran
     while True:
         try:
             return attempt(windows)
-        except NoRoomError:
-            reason = "another process says so"
+        except RemoteOOMError:
+            reason = "it is, in another process"
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             reason = first_line(error)
-            ranks.out_of_room()
+            group.signal_oom()
         if windows == 1:
             raise PruneError(
                 f"one window at a time is more than the device's memory holds: {reason}",

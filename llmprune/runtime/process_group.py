@@ -1,10 +1,7 @@
-"""Several processes at one model: each has its share of the calibration windows, and solves its share of the rows.
+"""Collectives over the processes of a run: objects as JSON, tensors, rows of a matrix.
 
-Sums over windows are sums over processes, so all see the same statistics, and all write the same weights into their
-blocks. The first process alone reads, writes and reports everything else.
-
-Every exchange begins with words, short JSON of any length, from each process to all; tensors follow, whose shapes are
-then known. A process whose device is out of memory says that in place of its words, and all begin again together.
+Every exchange begins with an all-gather of short JSON; tensors follow, whose shapes are then known. A process whose
+device is out of memory sends that in place of its object, so that all of them start the attempt again together.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -20,312 +16,171 @@ import torch
 from torch import Tensor, distributed
 
 from llmprune.errors import PruneError
-from llmprune.pruning.pattern import NM, SparsityPattern
-from llmprune.pruning.problem import GroupProblem, InputStats, LayerSolution, Status
-from llmprune.streaming.batch_shards import Part, parts
 
 T = TypeVar("T")
-Solve = Callable[[GroupProblem, SparsityPattern], list[LayerSolution]]
-
-FIELDS = ("gram", "cross", "dense", "missed", "given", "energy", "quiet")
-NO_ROOM = "no room"
+OUT_OF_MEMORY = "out of memory"
 
 
-class NoRoomError(Exception):
+class RemoteOOMError(Exception):
     """Another process's device is out of memory."""
 
 
-class DesertedError(PruneError):
-    """Another process has ended; what it says is what went wrong."""
+class PeerFailedError(PruneError):
+    """Another process has ended; its own error says why, so this one adds nothing."""
+
+    silent = True
 
 
-class Ranks:
-    """The processes of a run.
+class ProcessGroup:
+    """The processes of a run; with one process every collective returns its argument.
 
     Args:
-        number: of this process, from 0.
-        size: how many there are.
-        device: where what they tell each other travels.
-
-    Attributes:
-        rows: how many rows every process has solved so far.
+        rank: of this process, from 0.
+        world_size: number of processes.
+        device: of the tensors that are exchanged.
     """
 
-    def __init__(self, number: int = 0, size: int = 1, device: str = "cpu") -> None:
-        self.number, self.size, self.device = number, size, torch.device(device)
-        self.rows = [0] * size
+    def __init__(self, rank: int = 0, world_size: int = 1, device: str = "cpu") -> None:
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether this is the only process."""
-        return self.size == 1
+        return self.world_size == 1
 
-    # Words
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that reads, writes and reports everything that one process can do for all."""
+        return self.rank == 0
 
-    def exchange(self, words: T) -> list[T]:
-        """What every process says, in order; JSON. Waits until all have spoken.
+    # Objects
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """The JSON values of all processes, by rank; waits for all.
 
         Raises:
-            NoRoomError: one has no memory left on its device.
+            RemoteOOMError: a process has no memory left on its device.
         """
-        if self.alone:
-            return [words]
-        return self._exchange({"words": words})
+        return [value] if self.is_single else self._all_gather({"value": value})
 
-    def out_of_room(self) -> None:
-        """Say, in place of what the others wait for, that this process's device has no memory left."""
-        if not self.alone:
+    def broadcast_object(self, value: T) -> T:
+        """The JSON value of rank 0."""
+        return self.all_gather_object(value if self.is_main else None)[0]  # type: ignore[return-value]
+
+    def signal_oom(self) -> None:
+        """Send, in place of the object that the others wait for, that this process's device is out of memory."""
+        if not self.is_single:
             try:
-                self._exchange({NO_ROOM: True})
-            except NoRoomError:
+                self._all_gather({OUT_OF_MEMORY: True})
+            except RemoteOOMError:
                 pass
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here."""
-        self.exchange(None)
+        self.all_gather_object(None)
 
-    def part(self) -> None:
+    def final_barrier(self) -> None:
         """Wait until all processes are done."""
-        if not self.alone:
-            with _together():
-                # Unlike words, it leaves no tensor to a thread that may outlive the interpreter.
+        if not self.is_single:
+            with _peers_alive():
+                # Unlike an exchange, it leaves no tensor to a thread that may outlive the interpreter.
                 distributed.barrier()
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """Let the first process work, and then the others: they find in the cache what it has fetched."""
-        if self.number:
-            self.meet()
+    def main_process_first(self, work: Callable[[], T]) -> T:
+        """The result of `work`, called in rank 0 before the others, which then find in the cache what it fetched."""
+        if not self.is_main:
+            self.barrier()
         result = work()
-        if not self.number:
-            self.meet()
+        if self.is_main:
+            self.barrier()
         return result
 
-    def of_first(self, words: T) -> T:
-        """The first process's words, for all."""
-        return self.exchange(words if self.number == 0 else None)[0]  # type: ignore[return-value]
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums of numbers over the processes, bit for bit the same in all."""
+        return [sum(column) for column in zip(*self.all_gather_object(list(values)), strict=True)]
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over the processes, bit for bit the same in all."""
-        return [sum(column) for column in zip(*self.exchange(list(values)), strict=True)]
+    # Tensors
 
-    # Windows
-
-    def share(self, tokens: Tensor, number: int | None = None) -> Tensor:
-        """A process's windows, by default this one's; shares differ by one window at most."""
-        return tokens[self.number if number is None else number :: self.size]
-
-    def parts(self, windows: int, batch: int) -> list[Part]:
-        """What this process has of every batch, see `shares.parts`."""
-        return parts(windows, batch, self.number, self.size)
-
-    def summed(self, stats: InputStats, layers: list[str]) -> InputStats:
-        """Statistics over the windows of all processes, from those over each one's own.
-
-        Args:
-            stats: of this process's windows.
-            layers: the names of the layers that they are for.
-
-        Raises:
-            PruneError: the processes are at different layers, or one has ended.
-        """
-        if self.alone:
-            return stats
-        words: dict[str, Any] = {"layers": layers, "stats": _head(stats)}
-        heads = self.exchange(words)
-        if other := next((head["layers"] for head in heads if head["layers"] != layers), None):
-            raise PruneError(
-                f"the blocks take {layers} in one process and {other} in another",
-                "a model that routes tokens this way cannot be spread: use one process",
-            )
-        return self._sum(stats, [head["stats"] for head in heads])
-
-    def add(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Sum tensors over the processes, in place."""
-        if self.alone:
+        if self.is_single:
             return
-        self.meet()
+        self.barrier()
         for tensor in tensors:
-            with _together():
-                distributed.all_reduce(tensor)
+            self.all_reduce_now(tensor)
+
+    def all_reduce_now(self, tensor: Tensor) -> None:
+        """Sum a tensor over the processes, in place; right behind an exchange: all of them are known to be here."""
+        with _peers_alive():
+            distributed.all_reduce(tensor)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Make tensors those of rank 0, in place."""
+        if self.is_single:
+            return
+        self.barrier()
+        for tensor in tensors:
+            self.broadcast_now(tensor, 0)
+
+    def broadcast_now(self, tensor: Tensor, source: int) -> None:
+        """Make a tensor that of one process, in place; right behind an exchange."""
+        with _peers_alive():
+            distributed.broadcast(tensor, source)
 
     # Rows
 
-    def spread(self, solve: Solve, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
-        """Solve a group together: every process its rows where these do not depend on each other, else whole layers.
+    def row_ranges(self, height: int) -> list[slice]:
+        """The rows of a matrix of this height that each process computes, by rank."""
+        ends = [height * rank // self.world_size for rank in range(self.world_size + 1)]
+        return [slice(*pair) for pair in pairwise(ends)]
 
-        Args:
-            solve: of a method.
-            problem: the same in all processes.
-            pattern: what the weights must hold.
-        """
-        if self.alone:
-            return solve(problem, pattern)
-        pieces = self._pieces(problem, pattern)
-        mine = [(layer, rows) for layer, rows, owner in pieces if owner == self.number]
-        layers = tuple(
-            replace(problem.layers[layer], weight=problem.layers[layer].weight[rows]) for layer, rows in mine
-        )
-        found = solve(replace(problem, layers=layers), pattern) if layers else []
-        said = [iter(heads) for heads in self.exchange([_words(solution) for solution in found])]
-        own = iter(found)
-        parts: list[list[LayerSolution]] = [[] for _ in problem.layers]
-        for layer, rows, owner in pieces:
-            like = problem.layers[layer].weight[rows]
-            parts[layer].append(self._from(owner, next(own) if owner == self.number else None, like, next(said[owner])))
-        return [_joined(solutions) for solutions in parts]
+    def own_rows(self, height: int) -> slice:
+        """The rows of a matrix of this height that this process computes."""
+        return self.row_ranges(height)[self.rank]
 
-    def by_rows(self, compute: Callable[[slice], Tensor], height: int) -> Tensor:
-        """What is computed row by row, every process its share of them.
+    def map_rows(self, compute: Callable[[slice], Tensor], height: int) -> Tensor:
+        """A matrix computed row by row, every process its own rows, gathered in all.
 
         Args:
             compute: the result for some of the rows.
-            height: how many there are.
+            height: number of rows.
         """
-        if self.alone:
+        if self.is_single:
             return compute(slice(0, height))
-        cuts = self._cuts(height)
-        mine = compute(cuts[self.number]).contiguous()
-        self.meet()
+        ranges = self.row_ranges(height)
+        mine = compute(ranges[self.rank]).contiguous()
+        self.barrier()
         found = [
-            mine if owner == self.number else mine.new_empty(rows.stop - rows.start, *mine.shape[1:])
-            for owner, rows in enumerate(cuts)
+            mine if owner == self.rank else mine.new_empty(rows.stop - rows.start, *mine.shape[1:])
+            for owner, rows in enumerate(ranges)
         ]
         for owner, part in enumerate(found):
-            self._broadcast(part, owner)
+            self.broadcast_now(part, owner)
         return torch.cat(found)
 
-    def own_rows(self, height: int) -> slice:
-        """This process's share of so many rows."""
-        return self._cuts(height)[self.number]
-
-    # The first process's
-
-    def agreed(self, solutions: list[LayerSolution]) -> list[LayerSolution]:
-        """The first process's solutions, for all: machines may differ in the last bit, weights may not."""
-        if self.alone:
-            return solutions
-        heads = self.of_first([_words(solution) for solution in solutions])
-        return [self._from(0, own, own.weight, head) for own, head in zip(solutions, heads, strict=True)]
-
-    def same(self, tensors: Iterable[Tensor]) -> None:
-        """Make tensors those of the first process, in place."""
-        if self.alone:
-            return
-        self.meet()
-        for tensor in tensors:
-            self._broadcast(tensor, 0)
-
-    def same_order(self, order: Tensor | None) -> Tensor | None:
-        """The first process's order of inputs."""
-        if self.alone or order is None:
-            return order
-        return torch.tensor(self.of_first(order.tolist()), dtype=order.dtype, device=order.device)
-
-    def facts(self, tokens: Tensor) -> dict[str, Any]:
-        """For the report: how many processes, and every one's tokens and rows; nothing where there is one."""
-        if self.alone:
-            return {}
-        shares = [self.share(tokens, number).numel() for number in range(self.size)]
-        return {"size": self.size, "tokens": shares, "rows": list(self.rows)}
-
-    def _cuts(self, height: int) -> list[slice]:
-        ends = [height * number // self.size for number in range(self.size + 1)]
-        return [slice(*pair) for pair in pairwise(ends)]
-
-    def _pieces(self, problem: GroupProblem, pattern: SparsityPattern) -> list[tuple[int, slice, int]]:
-        """Layer, rows and process of every piece; all processes come to the same."""
-        pieces = []
-        for layer, part in enumerate(problem.layers):
-            height = len(part.weight)
-            if isinstance(pattern, NM) or getattr(pattern, "scope", "layer") == "row":
-                cuts = enumerate(self._cuts(height))
-                pieces += [(layer, rows, owner) for owner, rows in cuts if rows.start < rows.stop]
-            else:
-                # A count over a whole layer cannot be cut; who has done least so far is next.
-                pieces.append((layer, slice(0, height), self.rows.index(min(self.rows))))
-            for at, rows, owner in pieces:
-                if at == layer:
-                    self.rows[owner] += rows.stop - rows.start
-        return pieces
-
-    def _from(self, owner: int, own: LayerSolution | None, like: Tensor, words: list[Any]) -> LayerSolution:
-        """A process's solution, for all; `like` has its weights' form."""
-        if owner == self.number and own is not None:
-            weight, mask = own.weight.contiguous(), own.mask.to(torch.uint8).contiguous()
-        else:
-            weight, mask = (torch.empty_like(like, memory_format=torch.contiguous_format) for _ in range(2))
-            mask = mask.to(torch.uint8)
-        self._broadcast(weight, owner)
-        self._broadcast(mask, owner)
-        return LayerSolution(weight, mask.bool(), Status(words[0]), words[1])
-
-    def _broadcast(self, tensor: Tensor, owner: int) -> None:
-        with _together():
-            distributed.broadcast(tensor, owner)
-
-    def _exchange(self, words: Any) -> list[Any]:
-        raw = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8).to(self.device)
-        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        with _together():
+    def _all_gather(self, message: dict[str, Any]) -> list[Any]:
+        raw = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8).to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        with _peers_alive():
             distributed.all_gather(lengths, torch.tensor([len(raw)], device=self.device))
             longest = max(int(length) for length in lengths)
             found = [raw.new_zeros(longest) for _ in lengths]
             distributed.all_gather(found, torch.cat([raw, raw.new_zeros(longest - len(raw))]))
         texts = [bytes(text[: int(length)].tolist()) for text, length in zip(found, lengths, strict=True)]
-        heard = [json.loads(text) for text in texts]
-        if any(NO_ROOM in one for one in heard):
-            raise NoRoomError
-        return [one["words"] for one in heard]
-
-    def _sum(self, stats: InputStats, heads: list[dict[str, Any]]) -> InputStats:
-        tokens = sum(head["tokens"] for head in heads)
-        found: dict[str, Any] = {"tokens": tokens, "scale": stats.scale}
-        counted = [head for head in heads if head["tokens"]]
-        for name in FIELDS:
-            # A process without a token has nothing to say; one that has some, but not this, makes it useless.
-            shapes = [head["shapes"].get(name) for head in counted or heads]
-            value: Tensor | None = getattr(stats, name)
-            if any(shape is None for shape in shapes):
-                found[name] = None
-                continue
-            part = stats.gram.new_zeros(shapes[0]) if value is None else value.mul_(stats.tokens / max(tokens, 1))
-            with _together():
-                distributed.all_reduce(part)
-            found[name] = part
-        held = [head["held"] for head in counted or heads]
-        found["held"] = None
-        if all(held):
-            own = stats.held or InputStats(0, stats.gram.new_zeros(stats.gram.shape))
-            found["held"] = self._sum(own, [head["held"] or _head(InputStats(0, own.gram)) for head in heads])
-        return InputStats(**found)
+        messages = [json.loads(text) for text in texts]
+        if any(OUT_OF_MEMORY in one for one in messages):
+            raise RemoteOOMError
+        return [one["value"] for one in messages]
 
 
-ALONE = Ranks()
-
-
-def _words(solution: LayerSolution) -> list[Any]:
-    """What is known of a solution besides its tensors."""
-    return [solution.status.value, solution.stats]
-
-
-def _head(stats: InputStats) -> dict[str, Any]:
-    """What the others must know to add these statistics to theirs."""
-    values = {name: getattr(stats, name) for name in FIELDS}
-    shapes = {name: list(value.shape) for name, value in values.items() if value is not None}
-    return {"tokens": stats.tokens, "shapes": shapes, "held": None if stats.held is None else _head(stats.held)}
-
-
-def _joined(parts: list[LayerSolution]) -> LayerSolution:
-    """One layer from its rows; of several statuses the worst."""
-    worst = max(parts, key=lambda part: part.stats.get("damping_raises", 0.0))
-    weight, mask = torch.cat([part.weight for part in parts]), torch.cat([part.mask for part in parts])
-    return LayerSolution(weight, mask, worst.status, worst.stats)
+SINGLE = ProcessGroup()
+"""The group of a run in one process."""
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """What goes wrong within is that another process is no longer there."""
+def _peers_alive() -> Iterator[None]:
+    """Turn a collective's failure into the error that another process has ended."""
     try:
         yield
     except RuntimeError as error:
-        raise DesertedError("another process of this run has ended", "its own error says why") from error
+        raise PeerFailedError("another process of this run has ended", "its own error says why") from error

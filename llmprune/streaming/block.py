@@ -22,7 +22,7 @@ from llmprune.model.blocks import LayerRef, find_layers, weight_of
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem, LayerSolution
 from llmprune.runtime.memory import give_back_memory, mapped_memory
-from llmprune.runtime.process_group import Ranks
+from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.capture import Batch, Stop, hidden_of, own_state
 from llmprune.streaming.hooks import Observer, Seen, watched
 from llmprune.streaming.pausable import Finder, Forward
@@ -93,9 +93,9 @@ class Block:
         return any(len(order) < coupling.width for coupling, order in self._moves)
 
     @property
-    def ranks(self) -> Ranks:
+    def group(self) -> ProcessGroup:
         """The processes that have the other windows of the batches."""
-        return self.sampling.ranks
+        return self.sampling.group
 
     @property
     def twin(self) -> bool:

@@ -66,7 +66,7 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
         stored = {name: block.as_stored(name, value.detach()).float() for name, value in values.items()}
         if (reached := loss.mean(held_out, stored)) < after:
             best, after = {name: value.clone() for name, value in stored.items()}, reached
-    block.ranks.same(best.values())
+    block.group.broadcast(best.values())
     block.store(best)
     block.rewind()
     return Refinement(block.name, before, after, left_out)
@@ -109,7 +109,7 @@ class BlockLoss:
         self.batches = {batch.part.batch: batch for batch in block.batches}
         means = [_dense(batch).square().mean((0, 1)) * batch.part.share for batch in block.batches]
         energy = (torch.stack(means).sum(0) / block.count).to(block.skeleton.device)
-        block.ranks.add([energy])
+        block.group.all_reduce([energy])
         self.weights = (energy / energy.mean()).clamp(min=1e-6).pow(-WHITENING)
 
     def __call__(self, batch: Batch, values: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -132,14 +132,14 @@ class BlockLoss:
         if batch is not None:
             with torch.enable_grad():
                 found = gradients_of(self(batch) * (batch.part.share * SCALE), values)
-        self.block.ranks.add(found)
+        self.block.group.all_reduce(found)
         return tuple(gradient.div_(SCALE) for gradient in found)
 
     @torch.no_grad()
     def mean(self, numbers: Sequence[int], values: Mapping[str, Tensor] | None = None) -> float:
         """The mean over batches, in all processes; with other values in place of the parameters, if given."""
         here = [self.batches[number] for number in numbers if number in self.batches]
-        (total,) = self.block.ranks.total([sum(float(self(batch, values)) * batch.part.share for batch in here)])
+        (total,) = self.block.group.sum([sum(float(self(batch, values)) * batch.part.share for batch in here)])
         return total / len(numbers)
 
 

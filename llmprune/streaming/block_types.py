@@ -17,6 +17,7 @@ from llmprune.streaming.norms import find_scales
 from llmprune.streaming.residual import find_landings
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.find_couplings import OpaqueBlockError, find_couplings
+from llmprune.structure.plan import BlockCouplings
 
 SHORT = 16
 """Tokens that are enough to see how the layers of a block hang together."""
@@ -35,6 +36,18 @@ def all_kinds(skeleton: Skeleton, tokens: Tensor) -> Kinds:
         for layer in find_layers(module, skeleton.block_name(index), skeleton.config)
     ]
     return Kinds(skeleton, frozenset(names), short_batch(skeleton, tokens))
+
+
+def all_couplings(skeleton: Skeleton, tokens: Tensor) -> BlockCouplings:
+    """The coupled channels of all blocks.
+
+    Args:
+        skeleton: the model.
+        tokens: `(samples, length)`, of which a few are run through copies of the blocks.
+    """
+    kinds = all_kinds(skeleton, tokens)
+    found = [kinds.couplings(index) for index in range(len(skeleton.blocks))]
+    return BlockCouplings(found, next(iter(kinds.opaque.values()), ""))
 
 
 class Kinds:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmprune.model.blocks import is_scale
 from llmprune.streaming.hooks import inputs_of, same_memory
 
 
@@ -46,12 +47,6 @@ def find_scales(module: nn.Module, layers: Collection[str], run: Callable[[], ob
             stack.callback(hook.remove)
         run()
     return found
-
-
-def is_scale(module: nn.Module) -> bool:
-    """A norm, or anything else that has a weight for every channel."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 1 and not any(True for _ in module.children())
 
 
 def _offset(norm: nn.Module, given: Tensor) -> float:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, PruneError
 from llmprune.model.blocks import LayerRef
 from llmprune.pruning.problem import InputStats
 from llmprune.pruning.statistics import Landing, QuietCount, RunningGram, RunningPair
 from llmprune.runtime.memory import mapped_memory
-from llmprune.runtime.process_group import ALONE, Ranks
+from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.streaming.capture import Batch
 from llmprune.streaming.hooks import Seen
 
@@ -28,14 +29,14 @@ class Sampling:
         quiet: with this share of the root mean square as the limit, count how often inputs that may go are nearly
             zero; None not to.
         unfitted: the batches that are left out.
-        ranks: the processes that have the other windows of the batches.
+        group: the processes that have the other windows of the batches.
     """
 
     paired: bool = False
     balanced: bool = False
     quiet: float | None = None
     unfitted: frozenset[int] = frozenset()
-    ranks: Ranks = ALONE
+    group: ProcessGroup = SINGLE
 
 
 class GroupStatistics:
@@ -62,7 +63,7 @@ class GroupStatistics:
         width = layers[0].shape[1]
         limit = sampling.quiet if cut else None
         with mapped_memory():
-            total = sampling.ranks.total
+            total = sampling.group.sum
             quiet = None if limit is None else QuietCount(width, limit, self._mean_square, total, device)
             self._running = (RunningPair if sampling.paired or cut else RunningGram)(width, device, quiet)
 
@@ -105,12 +106,12 @@ class GroupStatistics:
                 f"the inputs of layer {self.names[0]!r} hold NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
-        return self.sampling.ranks.summed(stats, self.names)
+        return all_reduce_statistics(stats, self.names, self.sampling.group)
 
     def _mean_square(self, rows: Tensor) -> float:
         """Of the first batch, of which other processes may have a part, or all."""
         here = rows if self._first else rows[:0]
-        squares, count = self.sampling.ranks.total([float(here.square().sum(dtype=torch.float64)), here.numel()])
+        squares, count = self.sampling.group.sum([float(here.square().sum(dtype=torch.float64)), here.numel()])
         return squares / max(count, 1)
 
     def _landing(self, seen: Seen, dense: Seen) -> Landing | None:
@@ -127,3 +128,58 @@ def even_weight(landed: Tensor) -> Tensor:
     """
     size = landed.float().square().mean(-1).sqrt().flatten()[:, None]
     return size.clamp(min=torch.finfo(torch.float32).tiny ** 0.5).reciprocal()
+
+
+REDUCED = ("gram", "cross", "dense", "missed", "given", "energy", "quiet")
+
+
+def all_reduce_statistics(stats: InputStats, layers: list[str], group: ProcessGroup) -> InputStats:
+    """Statistics per token over the windows of all processes, from those over each one's own.
+
+    Args:
+        stats: of this process's windows.
+        layers: names of the layers that they are for.
+        group: the processes.
+
+    Raises:
+        PruneError: the processes are at different layers, or one has ended.
+    """
+    if group.is_single:
+        return stats
+    own: dict[str, Any] = {"layers": layers, "stats": _head(stats)}
+    heads = group.all_gather_object(own)
+    if other := next((head["layers"] for head in heads if head["layers"] != layers), None):
+        raise PruneError(
+            f"the blocks take {layers} in one process and {other} in another",
+            "a model that routes tokens this way cannot be spread: use one process",
+        )
+    return _reduced(stats, [head["stats"] for head in heads], group)
+
+
+def _head(stats: InputStats) -> dict[str, Any]:
+    """The token count and shapes that the other processes must know, as JSON."""
+    values = {name: getattr(stats, name) for name in REDUCED}
+    shapes = {name: list(value.shape) for name, value in values.items() if value is not None}
+    return {"tokens": stats.tokens, "shapes": shapes, "held": None if stats.held is None else _head(stats.held)}
+
+
+def _reduced(stats: InputStats, heads: list[dict[str, Any]], group: ProcessGroup) -> InputStats:
+    tokens = sum(head["tokens"] for head in heads)
+    found: dict[str, Any] = {"tokens": tokens, "scale": stats.scale}
+    counted = [head for head in heads if head["tokens"]]
+    for name in REDUCED:
+        # A process without a token adds nothing; one that has some, but not this statistic, makes it useless.
+        shapes = [head["shapes"].get(name) for head in counted or heads]
+        value: Tensor | None = getattr(stats, name)
+        if any(shape is None for shape in shapes):
+            found[name] = None
+            continue
+        part = stats.gram.new_zeros(shapes[0]) if value is None else value.mul_(stats.tokens / max(tokens, 1))
+        group.all_reduce_now(part)
+        found[name] = part
+    held = [head["held"] for head in counted or heads]
+    found["held"] = None
+    if all(held):
+        own = stats.held or InputStats(0, stats.gram.new_zeros(stats.gram.shape))
+        found["held"] = _reduced(own, [head["held"] or _head(InputStats(0, own.gram)) for head in heads], group)
+    return InputStats(**found)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from llmprune.model.skeleton import Skeleton
 from llmprune.runtime.memory import give_back_memory
-from llmprune.runtime.process_group import ALONE, Ranks
+from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.streaming.activations import Activations
-from llmprune.streaming.batch_shards import unfitted
+from llmprune.streaming.batch_shards import parts, unfitted
 from llmprune.streaming.block import Block, Group
 from llmprune.streaming.block_types import Kinds, short_batch
 from llmprune.streaming.capture import SPENT, rehearse
@@ -52,7 +52,7 @@ class BlockStream:
         folder: where hidden states rest that exceed the budget, and what `save` writes; None for neither.
         budget: bytes of hidden states that may rest in memory.
         saved: what `save` returned in a run that was stopped; the stream goes on from there.
-        ranks: the processes that share the tokens; statistics are those of all.
+        group: the processes that share the tokens; statistics are those of all.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class BlockStream:
         folder: Path | None = None,
         budget: int = BUDGET,
         saved: dict[str, Any] | None = None,
-        ranks: Ranks = ALONE,
+        group: ProcessGroup = SINGLE,
     ) -> None:
         self.skeleton, self.chosen, self.folder = skeleton, chosen, folder
         self.memory = MEMORY if memory is None else memory
@@ -87,15 +87,17 @@ class BlockStream:
         self.batch_size = max(1, batch_tokens // tokens.shape[1])
         if saved:
             self.batch_size = min(self.batch_size, saved["batch_size"])
-        self.ranks, self.count = ranks, -(-len(tokens) // self.batch_size)
+        self.group, self.count = group, -(-len(tokens) // self.batch_size)
         left_out = unfitted(self.count) if again else frozenset()
-        self.sampling = Sampling(paired and twin, bool(cuts), quiet, left_out, ranks)
-        own, tokens = ranks.parts(len(tokens), self.batch_size), ranks.share(tokens)
+        self.sampling = Sampling(paired and twin, bool(cuts), quiet, left_out, group)
+        own = parts(len(tokens), self.batch_size, group.rank, group.world_size)
+        tokens = tokens[group.rank :: group.world_size]
         self.rehearsal = rehearse(skeleton, tokens, self.batch_size, self._pruned, self._dense, wrap, own)
         short = short_batch(skeleton, tokens, self.rehearsal.wrap) if permute or scales else None
         self.kinds = Kinds(skeleton, chosen, short)
         self._baggage = Baggage(self.rehearsal) if folder else None
         self.uncalled: list[str] = []
+        self.rows: list[int] = []
         self.done = 0
         if saved:
             self._load(saved)
@@ -157,7 +159,7 @@ class BlockStream:
             "hidden": [stream.save() for stream in self._streams],
             "kinds": self.kinds.save(),
             "uncalled": self.uncalled,
-            "rows": self.ranks.rows,
+            "rows": self.rows,
         }
 
     def _load(self, saved: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from llmprune.errors import InputError
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.sparsity import Kind
-from llmprune.streaming.block import Block
 from llmprune.structure.coupling import Coupling, Source
 from llmprune.structure.slicing import shapes_after
 
@@ -97,12 +96,12 @@ class Structure:
         )
 
 
-def scale_of(block: Block, coupling: Coupling) -> Tensor:
+def scale_of(block: nn.Module, coupling: Coupling) -> Tensor:
     """The learned scale that multiplies every input of a sink, `(in,)`, float64."""
-    source = scale_source(block.module, coupling)
+    source = scale_source(block, coupling)
     assert source is not None
     scale = torch.ones(coupling.width, dtype=torch.float64)
-    weight = block.module.get_parameter(f"{source.local}.weight").double().cpu()
+    weight = block.get_parameter(f"{source.local}.weight").double().cpu()
     for slots, rows in zip(coupling.classes, source.rows, strict=True):
         scale[slots] = weight[rows]
     return scale

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.model.blocks import LayerRef
-from llmprune.streaming.norms import is_scale
+from llmprune.model.blocks import LayerRef, is_scale
 from llmprune.structure.coupling import Coupling, Feed, Source
 from llmprune.structure.float64 import Float64
 

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-
-from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.pattern import NM, SparsityPattern
 from llmprune.pruning.sparsity import WORDS, Kind, Removal
-from llmprune.streaming.block_types import all_kinds
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.cut import Cut, Structure
 from llmprune.structure.heads import check_share, head_options, head_text, head_units
 from llmprune.structure.slicing import changed_config, channel_settings, find_settings, head_settings, shapes_after
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCouplings:
+    """The coupled channels of a model.
+
+    Args:
+        of: the couplings of every block.
+        opaque: why some block could not be analysed, or ''.
+    """
+
+    of: Sequence[Sequence[Coupling]]
+    opaque: str = ""
+
 
 ROUND_TO = 64
 COARSE = 16
@@ -26,7 +38,7 @@ COARSE = 16
 def plan_structure(
     skeleton: Skeleton,
     removals: Iterable[Removal],
-    tokens: Tensor,
+    couplings: BlockCouplings,
     round_to: int | None = None,
     pattern: SparsityPattern | None = None,
     trust_remote_code: bool = False,
@@ -36,7 +48,7 @@ def plan_structure(
     Args:
         skeleton: the model.
         removals: what is asked for.
-        tokens: `(samples, length)`, of which a few are run through copies of the blocks.
+        couplings: the coupled channels of every block.
         round_to: numbers of channels are multiples of this; None for 64, or less where that is too coarse.
         pattern: what the weights that stay are to hold; its groups must fit.
         trust_remote_code: whether code that comes with the model may run.
@@ -44,7 +56,7 @@ def plan_structure(
     Raises:
         InputError: the blocks have no such channels or heads, or the config cannot say so few of them.
     """
-    planner = _Planner(skeleton, tokens, pattern, trust_remote_code)
+    planner = _Planner(skeleton, couplings, pattern, trust_remote_code)
     cuts: list[Cut] = []
     changes: dict[str, int] = {}
     said = []
@@ -69,16 +81,16 @@ class _Planner:
 
     Args:
         skeleton: the model.
-        tokens: to run a few of.
+        couplings: of every block.
         pattern: of the weights that stay, or None.
         trust: whether code that comes with the model may run.
     """
 
-    def __init__(self, skeleton: Skeleton, tokens: Tensor, pattern: SparsityPattern | None, trust: bool) -> None:
+    def __init__(
+        self, skeleton: Skeleton, couplings: BlockCouplings, pattern: SparsityPattern | None, trust: bool
+    ) -> None:
         self.skeleton, self.pattern, self.trust = skeleton, pattern, trust
-        kinds = all_kinds(skeleton, tokens)
-        self.couplings = [kinds.couplings(index) for index in range(len(skeleton.blocks))]
-        self.opaque = next(iter(kinds.opaque.values()), "")
+        self.couplings, self.opaque = couplings.of, couplings.opaque
         self.tensors = dict(skeleton.model.state_dict())
 
     def channels(self, removal: Removal, round_to: int | None) -> tuple[list[Cut], dict[str, int], str]:

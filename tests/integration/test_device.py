@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.pipeline.allocation import allocate
-from llmprune.pipeline.prepare import pick_device
 from llmprune.pruning.criteria import CRITERIA, load_criterion
 from llmprune.pruning.layer_solver import Solver
 from llmprune.pruning.methods import METHODS, load_method
@@ -23,6 +22,7 @@ from llmprune.pruning.problem import GroupProblem, LayerProblem
 from llmprune.pruning.recipe import Recipe
 from llmprune.pruning.statistics import QuietCount, RunningPair
 from llmprune.pruning.structured_solver import Remover
+from llmprune.runtime.device import pick_device
 from llmprune.streaming.block_reconstruction import refine
 from llmprune.streaming.stream import BlockStream
 

@@ -23,13 +23,15 @@ from llmprune.errors import InputError
 from llmprune.pipeline.prepare import prepare
 from llmprune.pipeline.steps import spread_over
 from llmprune.progress import Progress
+from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import NM, Unstructured
 from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.pruning.statistics import HELD_OUT
 from llmprune.runtime.launch import join
-from llmprune.runtime.process_group import Ranks
-from llmprune.streaming.batch_shards import unfitted
+from llmprune.runtime.process_group import ProcessGroup
+from llmprune.streaming.batch_shards import parts, unfitted
 from llmprune.streaming.capture import Call
+from llmprune.streaming.statistics import all_reduce_statistics
 
 WINDOWS, LENGTH, BLOCKS = 10, 256, 3
 LIMIT = 600
@@ -45,7 +47,7 @@ import torch
 
 from llmprune import Job, prune, run
 from llmprune.runtime.launch import join
-from llmprune.runtime.process_group import Ranks
+from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.capture import Call
 from llmprune.pruning.statistics import HELD_OUT
 
@@ -58,10 +60,10 @@ def cramped(call, block, hidden):
     return forward(call, block, hidden)
 
 
-with join("cpu") as (ranks, device):
+with join("cpu") as (group, device):
     for options in json.loads(Path(sys.argv[1]).read_text()):
-        run.join = lambda _: nullcontext((Ranks(ranks.number, ranks.size), device))
-        Call.run = cramped if options.pop("cramped", False) and ranks.number == 1 else forward
+        run.join = lambda _: nullcontext((ProcessGroup(group.rank, group.world_size), device))
+        Call.run = cramped if options.pop("cramped", False) and group.rank == 1 else forward
         prune(Job(**{**options, "out": Path(options["out"])}))
 """
 BROKEN = """
@@ -261,9 +263,9 @@ def prepared(given: Path, out: Path, **options: object) -> Job:
 
 def test_too_many_processes_are_refused(given: Path, tmp_path: Path) -> None:
     run = prepare(prepared(given, tmp_path / "out", method="wanda"), Progress())
-    assert spread_over(run, Ranks()) is run
+    assert spread_over(run, ProcessGroup()) is run
     with pytest.raises(InputError, match="11 processes cannot share 10 calibration windows"):
-        spread_over(run, Ranks(0, 11))
+        spread_over(run, ProcessGroup(0, 11))
 
 
 def test_processes_that_have_not_met_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,12 +281,11 @@ def test_processes_that_have_not_met_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_process_alone_computes_nothing_new() -> None:
-    with join("cpu") as (ranks, device):
-        assert ranks.alone
+    with join("cpu") as (group, device):
+        assert group.is_single
         assert device == "cpu"
     stats = InputStats(3, torch.eye(2))
-    assert ranks.summed(stats, ["a"]) is stats
-    assert ranks.facts(torch.zeros(3, 4)) == {}
+    assert all_reduce_statistics(stats, ["a"], group) is stats
 
 
 @pytest.mark.parametrize(("windows", "batch", "size"), [(10, 8, 2), (7, 1, 3), (16, 4, 5), (5, 3, 1)])
@@ -293,9 +294,9 @@ def test_every_window_is_in_one_process_and_as_many_tokens_are_held_out(windows:
     tokens = torch.arange(windows)[:, None].expand(-1, length)
     found: dict[int, list[int]] = {}
     fitted: dict[int, int] = {}
-    for ranks in (Ranks(number, size) for number in range(size)):
-        own = ranks.share(tokens)[:, 0].tolist()
-        for part in ranks.parts(windows, batch):
+    for rank in range(size):
+        own = tokens[rank::size, 0].tolist()
+        for part in parts(windows, batch, rank, size):
             found.setdefault(part.batch, []).extend(part.batch * batch + at for at in part.own)
             fitted[part.batch] = fitted.get(part.batch, 0) + part.fitted(length)
             assert [part.batch * batch + at for at in part.own] == [own.pop(0) for _ in part.own]
@@ -313,9 +314,9 @@ def test_pieces_cover_every_row_once(pattern: NM | Unstructured) -> None:
         tuple(LayerProblem(f"layer{n}", torch.randn(height, 8)) for n, height in enumerate(heights)),
         InputStats(1, torch.eye(8)),
     )
-    ranks = [Ranks(number, 3) for number in range(3)]
-    pieces = ranks[0]._pieces(problem, pattern)
-    assert all(one._pieces(problem, pattern) == pieces for one in ranks[1:])
+    ranks = [RowSharding(ProcessGroup(number, 3)) for number in range(3)]
+    pieces = ranks[0].pieces(problem, pattern)
+    assert all(one.pieces(problem, pattern) == pieces for one in ranks[1:])
     for layer, height in enumerate(heights):
         rows = [range(piece.start, piece.stop) for at, piece, _ in pieces if at == layer]
         assert sorted(row for part in rows for row in part) == list(range(height))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmprune import Job, prune
 from llmprune.errors import PruneError
 from llmprune.progress import Progress
-from llmprune.runtime.oom import half, with_room
+from llmprune.runtime.oom import half, with_oom_retry
 from llmprune.sources.tokens import save_tokens, token_batch
 from llmprune.streaming.capture import Call
 
@@ -111,7 +111,7 @@ def test_other_errors_are_left_alone() -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        with_room(attempt, 4, Progress())
+        with_oom_retry(attempt, 4, Progress())
 
 
 @pytest.mark.parametrize(("windows", "wanted"), [(2, 1), (3, 1), (4, 2), (6, 3), (9, 3), (13, 1), (16, 8)])
