@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.pruning.linalg import relative_error
-from llmprune.pruning.methods import Method
-from llmprune.pruning.parallel import RowSharding
-from llmprune.pruning.pattern import Scope, Unstructured, percent
-from llmprune.pruning.problem import GroupProblem
+from llmprune.pruning.pattern import Scope, SparsityPattern, Unstructured, percent
+from llmprune.pruning.problem import GroupProblem, LayerSolution
 from llmprune.pruning.recipe import Allocate
-from llmprune.streaming.block import Group
+from llmprune.streaming.schedule import Group
 from llmprune.streaming.stream import BlockStream
+
+
+class Solver(Protocol):
+    """What an allocation by error asks of a solver."""
+
+    def solve_once(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
+        """The solutions of the method alone."""
+        ...
+
 
 REACH = Fraction(8, 100)
 """How far a block's share may be from the mean; for `owl`, where the others are all alike, nearly twice as far."""
@@ -42,7 +50,7 @@ class Survey:
 
 
 def allocate(
-    stream: BlockStream, pattern: Unstructured, kind: Allocate, method: Method, step: Callable[[], None]
+    stream: BlockStream, pattern: Unstructured, kind: Allocate, solver: Solver, step: Callable[[], None]
 ) -> list[Unstructured]:
     """Give every block a share of its own, so that all together lose the share asked for.
 
@@ -55,17 +63,13 @@ def allocate(
         stream: a stream of the dense model, used up.
         pattern: the share to be reached on average over all weights.
         kind: `error` or `owl`.
-        method: what will prune the layers.
+        solver: will prune the layers.
         step: called after every block.
 
     Raises:
         InputError: a block's share rounds to none or all of a layer's weights.
     """
-    curve = (
-        Curve(method, pattern.scope, RowSharding(stream.group, stream.rows), bounds(pattern.share))
-        if kind == "error"
-        else None
-    )
+    curve = Curve(solver, pattern.scope, bounds(pattern.share)) if kind == "error" else None
     found, shapes = [], []
     for block in stream:
         found.append(_survey(stream.groups(block), curve))
@@ -95,9 +99,8 @@ def _pattern(share: Fraction, scope: Scope, shapes: list[tuple[int, int]], kind:
 class Curve:
     """How the error of layers rises with the share that goes: by a method, at the lowest and the highest share."""
 
-    method: Method
+    solver: Solver
     scope: Scope
-    sharding: RowSharding
     ends: tuple[Fraction, Fraction]
 
     def errors(self, problem: GroupProblem) -> tuple[float, float]:
@@ -106,8 +109,7 @@ class Curve:
         return low, high
 
     def _error(self, problem: GroupProblem, pattern: Unstructured) -> float:
-        solutions = self.sharding.solve(self.method.solve, problem, pattern)
-        pairs = zip(problem.layers, solutions, strict=True)
+        pairs = zip(problem.layers, self.solver.solve_once(problem, pattern), strict=True)
         return sum(relative_error(layer.weight, new.weight, problem.stats) for layer, new in pairs)
 
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from llmprune.job import Job
 from llmprune.model.blocks import LayerRef
 from llmprune.model.reader import Entry
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.writer import SHARD_BYTES
+from llmprune.pipeline.prepare import prepare, without_generation_if_too_large
+from llmprune.pipeline.report_builder import initial_report
+from llmprune.progress import Progress
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS, MethodEntry
-from llmprune.pruning.recipe import Recipe
+from llmprune.pruning.recipe import EFFORTS, Recipe
 from llmprune.sources.generated import check_room, whole_bytes, window_bytes
 from llmprune.streaming.perplexity import CHUNK_ELEMENTS
-from llmprune.streaming.stream import BATCH_TOKENS, MEMORY
+from llmprune.streaming.stream import BATCH_TOKENS, BLOCK_MEMORY
 
 WRITING = 3  # a token alone takes so many times what it takes among others
 LATE = 24 * 2**20  # of the libraries, what is paged in only when it is used
@@ -80,6 +85,34 @@ class Task:
     def element(self) -> int:
         """Bytes of a number in a forward."""
         return self.skeleton.compute.itemsize
+
+
+def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
+    """The plan of a run: layers, sizes, and an estimate of its time and memory; nothing is written.
+
+    Raises:
+        InputError: the job cannot be done.
+    """
+    run = prepare(job, progress or Progress())
+    report = initial_report(run).to_json()
+    text, evaluation = run.data.calibration.tokens, run.data.evaluation
+    evaluated = evaluation.tokens.numel() if evaluation else 0
+    rate, budget = product_rate(), run.job.activation_memory
+    task = Task(run.skeleton, run.plan, run.recipe, text.numel(), text.shape[1], evaluated, budget)
+
+    return {
+        **{key: report[key] for key in ("model", "sparsity", "method", "recipe", "coverage", "calibration", "out")},
+        "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
+        "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
+        "estimate": {"seconds": seconds(task, rate), "memory": memory(task)},
+        "efforts": {name: seconds(at_effort(task, job.at(name)), rate) for name in EFFORTS},
+    }
+
+
+def at_effort(task: Task, job: Job) -> Task:
+    """The same task with the recipe of another effort, as it would be run here."""
+    recipe, _ = without_generation_if_too_large(job.recipe, job, task.skeleton, task.seq_len)
+    return replace(task, recipe=recipe)
 
 
 def seconds(task: Task, rate: float) -> float:
@@ -155,7 +188,7 @@ def _pruning(task: Task) -> int:
     new = share * task.skeleton.checkpoint.stored_dtype(f"{task.plan.layers[0].name}.weight").itemsize
     solve = max(_solving(recipe, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers)
     pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
-    passing = pausing if pausing <= MEMORY else repeating
+    passing = pausing if pausing <= BLOCK_MEMORY else repeating
     window = _window(task)
     train = 4 * 6 * share + window if recipe.refine else 0
     return held + new + max(solve + passing, window + passing, train + repeating)

@@ -1,4 +1,4 @@
-"""Everything that can go wrong is found here, before the first expensive step and with nothing written."""
+"""Prepares a run: every check of a job, before the first expensive step and with nothing written."""
 
 from __future__ import annotations
 
@@ -15,40 +15,56 @@ from llmprune.job import Job
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.selection import Plan, make_plan
 from llmprune.model.skeleton import Skeleton
-from llmprune.pipeline.context import Prepared
-from llmprune.pipeline.resolve import stages
+from llmprune.pipeline.context import Data, RunContext
+from llmprune.pipeline.resolve import resolve
+from llmprune.pipeline.workdir import output_folder
 from llmprune.progress import Progress
 from llmprune.pruning.recipe import Recipe
-from llmprune.pruning.sparsity import Sparsity
-from llmprune.reporting.report import FILE
 from llmprune.runtime.device import pick_device
+from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.sources.demo import default_cache
 from llmprune.sources.generated import check_room
 from llmprune.sources.models import Source, load_tokenizer, open_source
 from llmprune.sources.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
-from llmprune.streaming.block_reconstruction import LEAST_SAMPLES
-from llmprune.streaming.block_types import all_couplings, all_kinds
-from llmprune.structure.cut import check_channel_scales
+from llmprune.streaming.block_reconstruction import LEAST_WINDOWS
+from llmprune.streaming.block_types import all_block_types, all_couplings
+from llmprune.structure.cut import check_channel_scales, unchanged
 from llmprune.structure.plan import plan_structure
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
 MOST_THREADS = 1024  # far more make the thread library end the process
 
 
-def prepare(job: Job, progress: Progress) -> Prepared:
+def prepare(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> RunContext:
+    """The context of a run; rank 0 checks the job first, the others then find in the cache what it has fetched.
+
+    Raises:
+        InputError: with what to do about it.
+    """
+    run = group.main_process_first(lambda: check_job(job, progress, group))
+    windows = run.shape[0]
+    if windows < group.world_size:
+        raise InputError(
+            f"{group.world_size} processes cannot share {windows} calibration windows",
+            "more --samples, or fewer processes",
+        )
+    # Whether memory suffices to generate text is for rank 0 to say: the others may have more, or less.
+    own = group.broadcast_object(run.recipe.own)
+    return replace(run, procedure=replace(run.procedure, recipe=replace(run.recipe, own=own)))
+
+
+def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> RunContext:
     """Check a job, cheap things first.
 
     Raises:
         InputError: with what to do about it.
     """
-    goal, recipe, solver, remover = stages(job)
+    procedure = resolve(job, group)
+    sparsity, recipe, solver = procedure.sparsity, procedure.recipe, procedure.solver
     cache = job.cache_dir or default_cache()
-    out = output_folder(job, goal)
+    out = output_folder(job, sparsity)
     device = pick_device(job.device)
-    if job.threads is not None:
-        if job.threads > MOST_THREADS:
-            raise InputError(f"--threads {job.threads} is more than {MOST_THREADS}", "no more than there are CPU cores")
-        torch.set_num_threads(job.threads)
+    set_threads(job.threads)
     source = open_source(
         job.model, revision=job.revision, cache=cache, trust_remote_code=job.trust_remote_code, progress=progress
     )
@@ -63,46 +79,48 @@ def prepare(job: Job, progress: Progress) -> Prepared:
         device=device,
         trust_remote_code=job.trust_remote_code,
     )
-    plan = make_plan(skeleton, goal.pattern, job.only, job.skip)
-    structure = None
+    plan = make_plan(skeleton, sparsity.pattern, job.only, job.skip)
     any_tokens = torch.arange(64)[None] % source.config.get_text_config().vocab_size
-    if goal.removals:
+    structure = unchanged(skeleton)
+    if sparsity.removals:
+        couplings = all_couplings(skeleton, any_tokens)
         structure = plan_structure(
-            skeleton,
-            goal.removals,
-            all_couplings(skeleton, any_tokens),
-            job.round_to,
-            goal.pattern,
-            job.trust_remote_code,
+            skeleton, sparsity.removals, couplings, job.round_to, sparsity.pattern, job.trust_remote_code
         )
-        if remover is not None and remover.scaled:
-            check_channel_scales(skeleton, structure)
-        plan = plan.smaller(structure.touched if goal.pattern is None else None, structure.saved(skeleton))
+        plan = plan.smaller(structure.touched if sparsity.pattern is None else None, structure.saved(skeleton))
         for said in structure.said:
             progress.note(said)
-    if recipe.method == "scaling":
-        _check_scales(skeleton, plan, any_tokens)
-    calibration, evaluation = _tokens(job, source, cache, progress)
-    recipe, left_out = with_room_to_write(recipe, job, skeleton, calibration.tokens.shape[1])
+    if "channel_scale" in solver.needs:
+        check_channel_scales(skeleton, structure)
+    if "norm_scale" in solver.needs:
+        _check_norm_scales(skeleton, plan, any_tokens)
+    data = _data(job, source, cache, progress)
+    recipe, left_out = without_generation_if_too_large(recipe, job, skeleton, data.calibration.tokens.shape[1])
     if left_out:
         progress.warn(left_out)
-    check_refinement(recipe, calibration)
-    overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
-    run = Prepared(
-        job, source, goal, recipe, solver, remover, structure, skeleton, plan, calibration, evaluation, overlap, out,
-        left_out=left_out,
-    )  # fmt: skip
+    check_reconstruction(recipe, data.calibration)
+    procedure = replace(procedure, recipe=recipe)
+    run = RunContext(job, source, procedure, skeleton, plan, structure, data, out, left_out)
     _check_space(run)
     return run
 
 
-def _check_scales(skeleton: Skeleton, plan: Plan, tokens: Tensor) -> None:
+def set_threads(threads: int | None) -> None:
+    """Set the number of CPU threads, if one is asked for."""
+    if threads is None:
+        return
+    if threads > MOST_THREADS:
+        raise InputError(f"--threads {threads} is more than {MOST_THREADS}", "no more than there are CPU cores")
+    torch.set_num_threads(threads)
+
+
+def _check_norm_scales(skeleton: Skeleton, plan: Plan, tokens: Tensor) -> None:
     """Refuse layers that no norm feeds."""
-    kinds = all_kinds(skeleton, tokens)
+    types = all_block_types(skeleton, tokens)
     fed = {
         f"{skeleton.block_name(index)}.{local}"
         for index in range(len(skeleton.blocks))
-        for local in kinds.scales(index)
+        for local in types.norm_scales(index)
     }
     unfed = [layer.name for layer in plan.layers if layer.name not in fed]
     if unfed:
@@ -113,72 +131,37 @@ def _check_scales(skeleton: Skeleton, plan: Plan, tokens: Tensor) -> None:
         )
 
 
-def with_room_to_write(recipe: Recipe, job: Job, skeleton: Skeleton, length: int) -> tuple[Recipe, str]:
-    """The recipe without text by the model itself where it cannot write, and why; refused if the user asked for it."""
+def without_generation_if_too_large(recipe: Recipe, job: Job, skeleton: Skeleton, length: int) -> tuple[Recipe, str]:
+    """The recipe without self-generated text where memory does not suffice, and why; refused if it was asked for."""
     try:
         if recipe.own:
             check_room(skeleton, length)
     except InputError as error:
         if job.own:
             raise
-        return replace(recipe, own=0.0), f"{job.effort} goes without text by the model itself: {error}"
+        return replace(recipe, own=0.0), f"{job.effort} goes without self-generated text: {error}"
     return recipe, ""
 
 
-def check_refinement(recipe: Recipe, calibration: TokenBatch) -> None:
-    """A block is judged on batches that it was not trained on, so one window is too few."""
+def check_reconstruction(recipe: Recipe, calibration: TokenBatch) -> None:
+    """Refuse a single window where blocks are reconstructed: they are validated on batches held out of training."""
     windows = len(calibration.tokens)
-    if recipe.refine and windows < LEAST_SAMPLES:
+    if recipe.refine and windows < LEAST_WINDOWS:
         raise InputError(
-            f"refinement holds out some of the calibration windows: it needs {LEAST_SAMPLES}, there is {windows}",
+            f"refinement holds out some of the calibration windows: it needs {LEAST_WINDOWS}, there is {windows}",
             "use more windows (--samples), or leave refinement out (--refine 0)",
         )
 
 
-def output_folder(job: Job, goal: Sparsity) -> Path:
-    """The folder to be made; it must not exist yet, unless it holds a model and `--overwrite` is given."""
-    if job.out is None:
-        model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
-        out = Path(f"{model or 'model'}-{job.label}-{_spelled(goal.name)}")
-    else:
-        out = job.out
-    try:
-        # A link stays a link: what it points to is replaced.
-        out = Path(os.path.realpath(out.expanduser()))
-        out.with_name(f".{out.name}.partial").exists()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--out {str(out)[:80]!r} is no usable path: {error}", "choose another --out") from error
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / FILE).exists():
-            raise InputError(
-                f"{out} exists and was not written by llmprune", "choose another --out; nothing was touched"
-            )
-        if not job.overwrite:
-            raise InputError(
-                f"{out} exists already",
-                "add --overwrite to replace it when the new one is complete, or choose another --out",
-            )
-    elif out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file", "choose another --out")
-    return out
-
-
-def _spelled(name: str) -> str:
-    """A pattern's name as part of a file name: `2of4`, `channels25pct`."""
-    for old, new in (("channels:", "channels"), ("heads:", "heads"), (":", "of"), ("%", "pct"), ("+", "-")):
-        name = name.replace(old, new)
-    return name
-
-
-def _check_space(run: Prepared) -> None:
+def _check_space(run: RunContext) -> None:
     """Refuse an output that cannot be written, or does not fit beside the hidden states on their way to it."""
     parent = run.out.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write below {parent}", "choose another --out")
-    there = sum(path.stat().st_size for path in run.partial.rglob("*") if path.is_file())
-    needed = run.plan.out_bytes + run.resting_bytes + 32 * 2**20 - there
+    there = sum(path.stat().st_size for path in run.workdir.rglob("*") if path.is_file())
+    needed = run.plan.out_bytes + run.hidden_bytes + 32 * 2**20 - there
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
@@ -201,7 +184,8 @@ def _positions(source: Source) -> int:
     return limit if isinstance(limit, int) and limit > 0 else 2**31
 
 
-def _tokens(job: Job, source: Source, cache: Path, progress: Progress) -> tuple[TokenBatch, TokenBatch | None]:
+def _data(job: Job, source: Source, cache: Path, progress: Progress) -> Data:
+    """The calibration and evaluation tokens."""
     text = source.config.get_text_config()
     calib = Path(job.calibration_source)
     frozen = calib.suffix == ".safetensors"
@@ -236,7 +220,8 @@ def _tokens(job: Job, source: Source, cache: Path, progress: Progress) -> tuple[
                 f"the tokenizer gives id {largest}, the model's vocabulary ends at {text.vocab_size - 1}",
                 "the tokenizer does not belong to this model",
             )
-    return calibration, evaluation
+    overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
+    return Data(calibration, evaluation, overlap)
 
 
 def _compute_dtype(source: Source, device: torch.device) -> torch.dtype:

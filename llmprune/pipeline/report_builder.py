@@ -1,11 +1,12 @@
-"""What a run tells of itself: the report from its first line to its last, and what lies beside the weights."""
+"""Builds the report of a run, from its first line to its last, and writes the files beside the weights."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,22 +15,128 @@ from torch import Tensor
 
 from llmprune.model.selection import Plan
 from llmprune.model.writer import copy_companions, write_json
-from llmprune.pipeline.context import Prepared
+from llmprune.pipeline.context import RunContext, own_windows
+from llmprune.pipeline.timing import Clock
 from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.problem import LayerSolution
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT
 from llmprune.pruning.spectrum import input_spectrum
 from llmprune.reporting.html_report import write_report
 from llmprune.reporting.model_card import model_card
-from llmprune.reporting.report import LayerReport, PruneReport
-from llmprune.runtime.memory import peak_memory
-from llmprune.streaming.block import Group
+from llmprune.reporting.report import BlockReport, LayerReport, PruneReport
+from llmprune.runtime.memory import peak_memory, resident_memory
+from llmprune.sources.tokens import TokenBatch
+from llmprune.streaming.block import Block
 from llmprune.streaming.perplexity import Perplexity
+from llmprune.streaming.schedule import Group
 
 EXPLODED = 10.0
+"""A perplexity that is so many times the dense model's is warned of."""
 
 
-def new_report(run: Prepared) -> PruneReport:
+class ReportBuilder:
+    """Collects the report of a run.
+
+    Args:
+        run: the job.
+        clock: the wall time of its stages.
+    """
+
+    def __init__(self, run: RunContext, clock: Clock) -> None:
+        self.run, self.clock = run, clock
+        self.report = initial_report(run)
+        self.report.baseline_memory = resident_memory()
+        self._since, self._first = time.perf_counter(), 0
+
+    def add_generated(self, generated: TokenBatch | None) -> dict[str, str]:
+        """Note the hash of the self-generated windows; returns it as part of the run's fingerprint."""
+        if generated is None:
+            return {}
+        self.report.calibration["own_sha256"] = digest = generated.provenance.sha256
+        return {"the self-generated text": digest[:12]}
+
+    def start_blocks(self) -> None:
+        """The first block begins."""
+        self._since, self._first = time.perf_counter(), len(self.report.layers)
+
+    def add_group(
+        self,
+        group: Group,
+        pattern: SparsityPattern | None,
+        solutions: Sequence[LayerSolution],
+        stored: Sequence[Tensor],
+        errors: Sequence[float],
+    ) -> None:
+        """Add the layers of a group, with the errors of their weights as stored."""
+        self.report.layers += layer_reports(group, pattern, solutions, stored, errors)
+
+    def add_block(self, block: Block) -> None:
+        """Add what a block took, since the one before."""
+        now = time.perf_counter()
+        self.report.blocks.append(
+            BlockReport(block.name, round(now - self._since, 3), self.peak_memory(), resident_memory())
+        )
+        self.report.seconds = self.clock.so_far()
+        self._since = now
+
+    def mean_block_error(self) -> float:
+        """Mean relative error of the layers since the last call."""
+        errors = [layer.error for layer in self.report.layers[self._first :]]
+        self._first = len(self.report.layers)
+        return sum(errors) / max(len(errors), 1)
+
+    def finish_blocks(self, immovable: Sequence[str], uncalled: Sequence[str]) -> None:
+        """The last block is done.
+
+        Args:
+            immovable: why channels of some blocks could not be permuted.
+            uncalled: full names of layers whose weight is used without a call.
+        """
+        self.report.warnings += [*immovable, *skipped_steps(self.report)]
+        self.report.coverage = coverage(self.run.plan.without(uncalled, "weight used without a call"))
+
+    def add_evaluation(self, dense: Perplexity | None, pruned: Perplexity | None) -> None:
+        """Add the perplexities, and what the user must know about them."""
+        run, report = self.run, self.report
+        if dense is None or pruned is None or run.data.evaluation is None:
+            return
+        provenance, overlap = asdict(run.data.evaluation.provenance), run.data.overlap
+        report.evaluation = {**provenance, "dense": asdict(dense), "pruned": asdict(pruned), "overlap": overlap}
+        if overlap:
+            report.warnings.append(
+                f"{overlap:.1%} of the evaluation text also stands in the calibration text, which flatters the "
+                "result; evaluate on other text (--eval)"
+            )
+        if pruned.value > EXPLODED * dense.value:
+            report.warnings.append(explosion(run, dense, pruned))
+
+    def write(self, windows: Tensor) -> None:
+        """Write all files of the folder beside the weights.
+
+        Args:
+            windows: all calibration windows, `(windows, length)`.
+        """
+        self.report.seconds = dict(self.clock.seconds)
+        self.report.processes = processes(self.run, windows)
+        write_companions(self.run, self.report)
+
+    def finish(self) -> PruneReport:
+        """The report with the figures that are only known at the end; replaces the one in the folder."""
+        run, report = self.run, self.report
+        report.peak_memory = self.peak_memory()
+        if run.skeleton.device.type == "cuda":
+            report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
+        report.seconds = {stage: round(spent, 3) for stage, spent in self.clock.seconds.items()}
+        write_report(report, run.out)
+        return report
+
+    def peak_memory(self) -> int:
+        """Largest resident size so far, in bytes; Linux sums its counters with a delay and may tell less later."""
+        blocks = (block.peak_memory for block in self.report.blocks)
+        return max(peak_memory(), self.report.baseline_memory, *blocks)
+
+
+def initial_report(run: RunContext) -> PruneReport:
     """A report with all that is known before the run."""
     job, plan, versions = run.job, run.plan, run.versions
     config = run.source.config
@@ -46,17 +153,21 @@ def new_report(run: Prepared) -> PruneReport:
             "blocks": len(run.skeleton.blocks),
         },
         sparsity={
-            "pattern": run.goal.name,
-            "meaning": run.goal.describe(run.recipe.allocate != "uniform"),
-            "scope": run.goal.scope,
+            "pattern": run.sparsity.name,
+            "meaning": run.sparsity.describe(run.recipe.allocate != "uniform"),
+            "scope": run.sparsity.scope,
             "fraction": float(run.pattern.fraction) if run.pattern else 0.0,
-            "note": run.goal.speed_note(),
-            "done": list(run.structure.said) if run.structure else [],
-            "config": run.structure.changes if run.structure else {},
+            "note": run.sparsity.speed_note(),
+            "done": list(run.structure.said),
+            "config": run.structure.changes,
         },
-        method={"name": run.recipe.label, "options": run.options},
+        method={"name": run.recipe.label, "options": run.solver.options},
         recipe={"effort": job.effective_effort, **asdict(run.recipe)},
-        calibration={**asdict(run.calibration.provenance), "tokens": math.prod(run.shape), "own": run.own_windows},
+        calibration={
+            **asdict(run.data.calibration.provenance),
+            "tokens": math.prod(run.shape),
+            "own": run.generated_windows,
+        },
         evaluation=None,
         coverage=coverage(plan),
         machine={
@@ -70,14 +181,14 @@ def new_report(run: Prepared) -> PruneReport:
     )
 
 
-def describe(
+def layer_reports(
     group: Group,
     pattern: SparsityPattern | None,
-    solutions: list[LayerSolution],
-    stored: list[Tensor],
-    errors: list[float],
+    solutions: Sequence[LayerSolution],
+    stored: Sequence[Tensor],
+    errors: Sequence[float],
 ) -> list[LayerReport]:
-    """Report the layers of a group, with the errors of their weights as they are stored."""
+    """The reports of the layers of a group, with the errors of their weights as stored."""
     stats = group.problem.stats
     spectrum = input_spectrum(stats.gram)
     found = zip(group.refs, group.problem.layers, solutions, stored, errors, strict=True)
@@ -107,15 +218,8 @@ def coverage(plan: Plan) -> dict[str, Any]:
     }
 
 
-def add_own_text(run: Prepared, report: PruneReport) -> dict[str, str]:
-    """Put the hash of what the model wrote into the report; returns it as something that the result depends on."""
-    assert run.own is not None
-    report.calibration["own_sha256"] = digest = run.own.provenance.sha256
-    return {"the model's own text": digest[:12]}
-
-
-def steps_left_out(report: PruneReport) -> list[str]:
-    """That steps of refinement were left out, if some were."""
+def skipped_steps(report: PruneReport) -> list[str]:
+    """A warning that steps of block-wise reconstruction were left out, if some were."""
     blocks = [refinement for refinement in report.refinements if refinement.left_out]
     if not blocks:
         return []
@@ -125,22 +229,7 @@ def steps_left_out(report: PruneReport) -> list[str]:
     ]
 
 
-def add_evaluation(run: Prepared, report: PruneReport, dense: Perplexity | None, pruned: Perplexity | None) -> None:
-    """Put the perplexities into the report, with what the user must know about them."""
-    if dense is None or pruned is None or run.evaluation is None:
-        return
-    report.evaluation = {**asdict(run.evaluation.provenance), "dense": asdict(dense), "pruned": asdict(pruned)}
-    report.evaluation["overlap"] = run.overlap
-    if run.overlap:
-        report.warnings.append(
-            f"{run.overlap:.1%} of the evaluation text also stands in the calibration text, which flatters the result; "
-            "evaluate on other text (--eval)"
-        )
-    if pruned.value > EXPLODED * dense.value:
-        report.warnings.append(explosion(run, dense, pruned))
-
-
-def explosion(run: Prepared, dense: Perplexity, pruned: Perplexity) -> str:
+def explosion(run: RunContext, dense: Perplexity, pruned: Perplexity) -> str:
     """What happened, and what to try."""
     tries = [] if run.job.method == AUTO else [f"--effort {DEFAULT_EFFORT} without --method"]
     tries += ["--effort best"] if run.recipe.refine == 0 else []
@@ -155,13 +244,13 @@ def explosion(run: Prepared, dense: Perplexity, pruned: Perplexity) -> str:
     )
 
 
-def write_companions(run: Prepared, report: PruneReport) -> None:
+def write_companions(run: RunContext, report: PruneReport) -> None:
     """Everything in the folder besides the weights."""
     copy_companions(run.source.folder, run.unfinished)
     config = json.loads((run.source.folder / "config.json").read_text(encoding="utf-8"))
     for leftover in ("quantization_config", "compression_config", "sparsity_config"):
         config.pop(leftover, None)
-    if run.structure:
+    if run.structure.changes:
         # A config may say a number under another name, which must not contradict it.
         aliases = {old for old, new in run.config.attribute_map.items() if new in run.structure.changes}
         config = {key: value for key, value in config.items() if key not in aliases} | run.structure.changes
@@ -177,24 +266,9 @@ def write_companions(run: Prepared, report: PruneReport) -> None:
     write_report(report, run.unfinished)
 
 
-def highest(report: PruneReport) -> int:
-    """Largest resident size so far, in bytes; Linux adds its counters up in its own time and may tell less later."""
-    return max(peak_memory(), report.baseline_memory, *(block.peak_memory for block in report.blocks))
-
-
-def finish_report(run: Prepared, report: PruneReport, seconds: Mapping[str, float]) -> None:
-    """The figures that are only known at the end."""
-    report.peak_memory = highest(report)
-    if run.skeleton.device.type == "cuda":
-        report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
-    report.seconds = {stage: round(spent, 3) for stage, spent in seconds.items()}
-    write_report(report, run.out)
-
-
-def processes(run: Prepared) -> dict[str, Any]:
-    """How many processes took part, and the tokens and rows of every one; nothing where there is one."""
+def processes(run: RunContext, windows: Tensor) -> dict[str, Any]:
+    """How many processes took part, and the tokens and rows of every one; empty where there is one."""
     if run.group.is_single:
         return {}
-    size = run.group.world_size
-    tokens = [run.tokens[rank::size].numel() for rank in range(size)]
-    return {"size": size, "tokens": tokens, "rows": list(run.sharding.rows)}
+    tokens = [own_windows(windows, run.group, rank).numel() for rank in range(run.group.world_size)]
+    return {"size": run.group.world_size, "tokens": tokens, "rows": list(run.procedure.sharding.rows)}

@@ -1,4 +1,4 @@
-"""What is to go, and the stages that make it go: which method, recipe and flags fit together."""
+"""Resolves a job to a procedure: which sparsity, method, criterion, recipe and flags fit together."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from dataclasses import replace
 
 from llmprune.errors import InputError
 from llmprune.job import Job
+from llmprune.pipeline.context import Procedure
 from llmprune.pruning.criteria import CRITERIA, load_criterion
-from llmprune.pruning.layer_solver import Solver
+from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.methods import METHODS, load_method
+from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import NM, Unstructured
 from llmprune.pruning.recipe import AUTO, Recipe
 from llmprune.pruning.sparsity import Sparsity, parse_sparsity
-from llmprune.pruning.structured_solver import Remover
+from llmprune.pruning.structured_solver import StructuredSolver
+from llmprune.runtime.process_group import SINGLE, ProcessGroup
 
 
-def stages(job: Job) -> tuple[Sparsity, Recipe, Solver | None, Remover | None]:
-    """What is to go, and the stages that make it go.
+def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
+    """The procedure that a job asks for.
 
     Raises:
         InputError: method, options or flags do not fit what is to go.
@@ -44,12 +47,12 @@ def stages(job: Job) -> tuple[Sparsity, Recipe, Solver | None, Remover | None]:
     if job.round_to and not any(removal.kind == "channels" for removal in goal.removals):
         raise InputError(f"--round-to does not apply to {goal.name}", "it is for channels:...")
     recipe = applicable(recipe, job, goal)
-    solver = Solver(method, recipe) if method is not None else None
-    if not goal.removals:
-        return goal, recipe, solver, None
+    sharding = RowSharding(group)
+    inner = None if method is None else LayerSolver(method, recipe, sharding)
+    if inner is not None and not goal.removals:
+        return Procedure(goal, recipe, inner, sharding)
     criterion = load_criterion(recipe.criterion, options if for_criterion else {})
-    remover = Remover(criterion, recipe.targets == "dense", recipe.steps, recipe.reconstruct, solver)
-    return goal, recipe, solver, remover
+    return Procedure(goal, recipe, StructuredSolver(criterion, recipe, inner, sharding), sharding)
 
 
 def _check_method(job: Job, goal: Sparsity) -> None:

@@ -1,11 +1,9 @@
-"""What all processes of a run do, in step: stream their windows, solve groups, train blocks, keep what they need."""
+"""The steps of a run, as every process takes them: tokens, patterns, the stream, evaluation, checks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,181 +11,163 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError, PruneError
+from llmprune.errors import CheckError, InputError
+from llmprune.export.verify import check_layers, patterns_of
+from llmprune.model.reader import SafetensorsFolder
+from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.allocation import allocate
-from llmprune.pipeline.context import Prepared
-from llmprune.pipeline.state import AGAIN, OWN, keep, names_of, parsed, rank_folder
+from llmprune.pipeline.context import RunContext
+from llmprune.pipeline.state import GENERATED, names_of, parsed
 from llmprune.progress import Progress
 from llmprune.pruning.linalg import error_terms, ratio
-from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import SparsityPattern, Unstructured
-from llmprune.pruning.problem import LayerSolution
-from llmprune.reporting.report import Refinement
-from llmprune.runtime.memory import mapped_memory
+from llmprune.reporting.report import PruneReport, Refinement
 from llmprune.runtime.oom import with_oom_retry
-from llmprune.runtime.process_group import ProcessGroup
 from llmprune.sources.generated import beginnings, check_room, go_on
 from llmprune.sources.tokens import TokenBatch, load_tokens, save_tokens, token_batch
-from llmprune.streaming.block import Block, Group
-from llmprune.streaming.block_reconstruction import batch_tokens, refine
-from llmprune.streaming.stream import BATCH_TOKENS, BlockStream
-from llmprune.structure.cut import scale_of
+from llmprune.streaming.block import Block
+from llmprune.streaming.block_reconstruction import Peers, batch_tokens, reconstruct_block
+from llmprune.streaming.perplexity import Perplexity, perplexity
+from llmprune.streaming.schedule import Group
+from llmprune.streaming.stream import BATCH_TOKENS, BlockStream, Observe, Resources
 
-WRITER = "the dense model"
+GENERATOR = "the dense model"
 
 
-def spread_over(run: Prepared, group: ProcessGroup) -> Prepared:
-    """The same run by several processes.
+def check_weights(run: RunContext, progress: Progress) -> str:
+    """Read every weight once, so that a damaged file is found now and not after hours.
 
-    Raises:
-        InputError: there are more of them than windows.
+    Returns:
+        the sha256 of all weights.
     """
-    if group.is_single:
-        return run
-    windows = run.shape[0]
-    if windows < group.world_size:
-        raise InputError(
-            f"{group.world_size} processes cannot share {windows} calibration windows",
-            "more --samples, or fewer processes",
-        )
-    sharding = RowSharding(group)
-    solver = run.solver and replace(run.solver, sharding=sharding)
-    remover = run.remover and replace(run.remover, solver=solver)
-    # Whether there is room to write text is the first process's to say: others may have more, or less.
-    recipe = replace(run.recipe, own=group.broadcast_object(run.recipe.own))
-    return replace(run, solver=solver, remover=remover, recipe=recipe, group=group, sharding=sharding)
+    progress.start("checking weights", run.skeleton.checkpoint.folder.nbytes, "B")
+    digest = run.skeleton.checkpoint.check_finite(progress.step)
+    progress.finish()
+    return digest
 
 
-def stream_of(run: Prepared, windows: int, saved: Sequence[dict[str, Any]] = ()) -> BlockStream:
-    """This process's windows on their way through the blocks.
+def generated_tokens(run: RunContext, progress: Progress) -> TokenBatch | None:
+    """The calibration windows that the dense model generates, the same in all processes; None for none.
 
-    Args:
-        run: the job.
-        windows: how many go through a block at once.
-        saved: where a stopped run goes on, for every process; only the first must know.
+    Rank 0 generates them. They are kept with the finished blocks: another machine, or another load, may draw others.
     """
-    saved = run.group.broadcast_object(list(saved))
-    run.sharding.rows[:] = saved[0]["rows"] if saved else [0] * run.group.world_size
-    stream = BlockStream(
-        run.skeleton,
-        run.tokens,
-        batch_tokens=windows * run.shape[1],
-        chosen=run.chosen,
-        twin=run.recipe.twin,
-        paired=run.recipe.targets == "dense",
-        permute=run.recipe.permute,
-        cuts={cut.name: cut.coupling for cut in run.structure.cuts} if run.structure else None,
-        quiet=run.remover.quiet if run.remover else None,
-        scales=run.recipe.method == "scaling",
-        again=run.recipe.refine > 0,
-        folder=rank_folder(run.partial, run.group.rank),
-        budget=run.job.activation_memory,
-        saved=saved[run.group.rank] if saved else None,
-        group=run.group,
-    )
-    stream.rows = run.sharding.rows
-    return stream
-
-
-def windows_of(run: Prepared) -> int:
-    """How many windows of the calibration text go through a block at once, if there is room for them."""
-    samples, length = run.shape
-    most = batch_tokens(samples * length) if run.recipe.refine else BATCH_TOKENS
-    return min(max(most // length, 1), samples)
-
-
-def with_own_text(run: Prepared, progress: Progress) -> Prepared:
-    """The same run with the windows that the dense model writes; the first process writes them for all.
-
-    They are kept with the finished blocks: another machine, or one that is otherwise busy, may draw others.
-    """
-    windows, kept = run.own_windows, run.partial / OWN
+    windows, kept = run.generated_windows, run.workdir / GENERATED
     if not windows:
-        return run
-    found: TokenBatch | None = None
+        return None
+    length = run.shape[1]
+    tokens = torch.zeros(windows, length, dtype=torch.int64)
     if run.group.is_main:
+        found: TokenBatch | None = None
         with suppress(InputError):
-            found = load_tokens(kept, windows, run.shape[1], run.source.config.get_text_config().vocab_size)
+            found = load_tokens(kept, windows, length, run.source.config.get_text_config().vocab_size)
         if found is None:
-            found = _written(run, progress)
+            found = _generate(run, progress)
             save_tokens(found, kept)
-    tokens = found.tokens if found else torch.zeros(windows, run.shape[1], dtype=torch.int64)
+        tokens = found.tokens
     tokens = tokens.to(run.group.device)
     run.group.broadcast([tokens])
-    return replace(run, own=token_batch(tokens.cpu(), WRITER, run.job.seed))
+    return token_batch(tokens.cpu(), GENERATOR, run.job.seed)
 
 
-def _written(run: Prepared, progress: Progress) -> TokenBatch:
-    windows = run.own_windows
+def _generate(run: RunContext, progress: Progress) -> TokenBatch:
+    windows, length, seed = run.generated_windows, run.shape[1], run.job.seed
 
     def attempt(at_once: int) -> Tensor:
         progress.start("writing text", windows)
-        prompts = beginnings(run.calibration.tokens, windows, run.job.seed)
-        text = go_on(run.skeleton, prompts, run.shape[1], run.job.seed, at_once, progress.step)
+        prompts = beginnings(run.data.calibration.tokens, windows, seed)
+        text = go_on(run.skeleton, prompts, length, seed, at_once, progress.step)
         progress.finish()
         return text
 
-    at_once = min(check_room(run.skeleton, run.shape[1]), windows)
-    return token_batch(with_oom_retry(attempt, at_once, progress), WRITER, run.job.seed)
+    at_once = min(check_room(run.skeleton, length), windows)
+    return token_batch(with_oom_retry(attempt, at_once, progress), GENERATOR, seed)
 
 
-def block_patterns(
-    run: Prepared, known: Sequence[SparsityPattern | None], windows: int, progress: Progress
-) -> Sequence[SparsityPattern | None]:
-    """Every block's pattern: the one asked for, or its own share of it, from a first pass over the dense model.
+def calibration_windows(run: RunContext, generated: TokenBatch | None) -> Tensor:
+    """All calibration windows, `(windows, length)`, self-generated ones shuffled among those of the text."""
+    text = run.data.calibration.tokens
+    if generated is None:
+        return text
+    both = torch.cat([text, generated.tokens])
+    # Held-out tokens are then of both kinds.
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(run.job.seed))]
+
+
+def windows_at_once(run: RunContext) -> int:
+    """Number of calibration windows that pass through a block together, if memory suffices."""
+    windows, length = run.shape
+    most = batch_tokens(windows * length) if run.recipe.refine else BATCH_TOKENS
+    return min(max(most // length, 1), windows)
+
+
+def block_stream(
+    run: RunContext, windows: Tensor, at_once: int, saved: Sequence[dict[str, Any]], rows: Sequence[int]
+) -> BlockStream:
+    """The stream of this process's windows through the blocks.
 
     Args:
         run: the job.
-        known: the patterns, if the first process knows them.
-        windows: how many go through a block at once.
+        windows: all calibration windows, `(windows, length)`.
+        at_once: number of windows that pass through a block together.
+        saved: for every process, what its stream saved in a run that was stopped; only rank 0 must know.
+        rows: number of rows that every process had solved then.
+    """
+    saved = run.group.broadcast_object(list(saved))
+    run.procedure.sharding.rows[:] = run.group.broadcast_object(list(rows)) or [0] * run.group.world_size
+    recipe, solver = run.recipe, run.solver
+    observe = Observe(
+        chosen=run.chosen,
+        dense_stream=recipe.twin,
+        dense_targets=recipe.targets == "dense",
+        permute=recipe.permute,
+        removed=run.structure.by_name,
+        needs=solver.needs,
+        zero_threshold=solver.zero_threshold,
+        reconstruct=recipe.refine > 0,
+    )
+    resources = Resources(
+        batch_tokens=at_once * windows.shape[1],
+        hidden_memory=run.job.activation_memory,
+        folder=run.rank_workdir,
+        group=run.group,
+        saved=saved[run.group.rank] if saved else None,
+    )
+    return BlockStream(run.skeleton, windows, observe, resources)
+
+
+def block_patterns(
+    run: RunContext, windows: Tensor, at_once: int, known: Sequence[SparsityPattern | None], progress: Progress
+) -> Sequence[SparsityPattern | None]:
+    """The pattern of every block: the one asked for, or with a ratio of its own from a pass over the dense model.
+
+    Args:
+        run: the job.
+        windows: all calibration windows, `(windows, length)`.
+        at_once: number of windows that pass through a block together.
+        known: the patterns, if rank 0 knows them from a run that was stopped.
         progress: of the pass.
     """
     if run.recipe.allocate == "uniform" or not isinstance(run.pattern, Unstructured):
         return [run.pattern] * len(run.skeleton.blocks)
     if names := run.group.broadcast_object(names_of(known)):
         return parsed(names, run.pattern.scope)
-    assert run.solver is not None
-    progress.start("sharing out", len(run.skeleton.blocks))
-    with TemporaryDirectory(dir=rank_folder(run.partial, run.group.rank), ignore_cleanup_errors=True) as spare:
-        stream = BlockStream(
-            run.skeleton,
-            run.tokens,
-            batch_tokens=windows * run.shape[1],
-            chosen=run.plan.names,
-            folder=Path(spare),
-            budget=run.job.activation_memory,
-            scales=run.recipe.method == "scaling",
-            group=run.group,
-        )
-        patterns = allocate(stream, run.pattern, run.recipe.allocate, run.solver.method, progress.step)
+    progress.start("allocating sparsity", len(run.skeleton.blocks))
+    with TemporaryDirectory(dir=run.rank_workdir, ignore_cleanup_errors=True) as spare:
+        resources = Resources(at_once * windows.shape[1], None, run.job.activation_memory, Path(spare), run.group)
+        observe = Observe(run.plan.names, needs=run.solver.needs)
+        stream = BlockStream(run.skeleton, windows, observe, resources)
+        patterns = allocate(stream, run.pattern, run.recipe.allocate, run.solver, progress.step)
     progress.finish()
     return parsed(run.group.broadcast_object(names_of(patterns)), run.pattern.scope)
 
 
-def pattern_for(run: Prepared, group: Group, pattern: SparsityPattern | None) -> SparsityPattern | None:
-    """What the weights of a group are to hold: nothing where its layers are only there to lose inputs."""
+def pattern_for(run: RunContext, group: Group, pattern: SparsityPattern | None) -> SparsityPattern | None:
+    """The pattern of a group's weights: None where its layer only loses inputs."""
     return pattern if group.refs[0].name in run.plan.names else None
 
 
-def solve(
-    run: Prepared, block: Block, group: Group, pattern: SparsityPattern | None
-) -> tuple[list[LayerSolution], Tensor | None]:
-    """Solve a group: remove inputs if its layer loses some, prune the weights if they are to hold a pattern."""
-    name = group.refs[0].name
-    cut = run.structure.by_name.get(name) if run.structure else None
-    if cut is not None and run.remover is not None:
-        scale = scale_of(block.module, cut.coupling) if run.remover.scaled else None
-        solutions, kept = run.remover.solve(group.problem, cut.units, cut.count, pattern, group.classes, scale)
-        return run.sharding.agreed(solutions), run.sharding.agreed_order(kept)
-    assert run.solver is not None
-    assert pattern is not None
-    solutions, order = run.solver.solve(group.problem, pattern, group.classes)
-    # What was solved together is the same already, but for what came behind it.
-    return run.sharding.agreed(solutions) if run.recipe.refit else solutions, order
-
-
-def errors_of(run: Prepared, group: Group, stored: Sequence[Tensor]) -> list[float]:
-    """The relative output errors of a group's layers with the weights as they are stored, every process its rows."""
+def errors_of(run: RunContext, group: Group, stored: Sequence[Tensor]) -> list[float]:
+    """The relative output errors of a group's layers with the weights as stored, every process its own rows."""
     parts = [run.group.own_rows(len(weight)) for weight in stored]
     sums = [
         error_terms(layer.weight, weight, group.problem.stats, rows)
@@ -197,32 +177,53 @@ def errors_of(run: Prepared, group: Group, stored: Sequence[Tensor]) -> list[flo
     return [ratio(missed, next(totals)) for missed in totals]
 
 
-def train(run: Prepared, block: Block) -> Refinement | None:
-    """Refine a block whose groups are all solved, if the recipe says so."""
-    return refine(block, run.recipe.refine, run.job.seed) if run.recipe.refine else None
+def reconstruct(run: RunContext, stream: BlockStream, block: Block) -> list[Refinement]:
+    """Reconstruct a block whose groups are all solved, if the recipe says so."""
+    if not run.recipe.refine:
+        return []
+    peers = Peers(run.group, stream.sharding.batches)
+    return [reconstruct_block(block, peers, run.recipe.refine, run.job.seed)]
 
 
-def follow(run: Prepared) -> None:
-    """What all processes but the first do: all that these functions do, and nothing else."""
-    run = with_own_text(run, Progress())
-    run.group.barrier()
-    folder = rank_folder(run.partial, run.group.rank)
-    try:
-        folder.mkdir(exist_ok=True)
-        with_oom_retry(partial(_follow, run), windows_of(run), Progress(), run.group)
-    except OSError as error:
-        raise PruneError(f"cannot write {folder}: {error.strerror or error}", AGAIN) from error
-    run.group.final_barrier()
+def evaluate(run: RunContext, folder: Path, label: str, progress: Progress) -> Perplexity | None:
+    """The perplexity of the model in `folder`; None if the job does not ask for it."""
+    if run.data.evaluation is None:
+        return None
+    skeleton, tokens = skeleton_of(run, folder), run.data.evaluation.tokens
+    windows, length = tokens.shape
+
+    def attempt(at_once: int) -> Perplexity:
+        progress.start(label, len(skeleton.blocks) + 1)
+        with TemporaryDirectory(dir=run.workdir) as spare:
+            resources = Resources(at_once * length, None, run.job.activation_memory, Path(spare))
+            result = perplexity(skeleton, tokens, progress.step, resources)
+        progress.finish()
+        return result
+
+    return with_oom_retry(attempt, min(max(BATCH_TOKENS // length, 1), windows), progress)
 
 
-def _follow(run: Prepared, windows: int) -> None:
-    patterns = block_patterns(run, (), windows, Progress())
-    stream = stream_of(run, windows)
-    for block in stream:
-        for group in stream.groups(block):
-            with mapped_memory():
-                stored = group.write(*solve(run, block, group, patterns[block.index]))
-                errors_of(run, group, stored)
-        train(run, block)
-        block.finish()
-        keep(stream, rank_folder(run.partial, run.group.rank), lambda _: None)
+def skeleton_of(run: RunContext, folder: Path) -> Skeleton:
+    """The skeleton of the model in `folder`, dense or pruned, computing as the run does."""
+    return Skeleton(
+        run.source.config if folder == run.source.folder else run.config,
+        SafetensorsFolder(folder),
+        compute=run.skeleton.compute,
+        device=run.skeleton.device,
+        trust_remote_code=run.job.trust_remote_code,
+    )
+
+
+def verify_written(run: RunContext, report: PruneReport, progress: Progress) -> None:
+    """Re-open the written files, check all shapes against the config, and the pattern of every pruned layer.
+
+    Raises:
+        CheckError: a layer misses zeros.
+    """
+    patterns = patterns_of(report)
+    layers = [(ref, patterns[ref.name]) for ref in run.plan.layers if ref.name in patterns]
+    progress.start("verifying", len(layers))
+    checks = check_layers(skeleton_of(run, run.unfinished).checkpoint, layers, progress.step)
+    progress.finish()
+    if bad := [check for check in checks if check.violations]:
+        raise CheckError(f"{bad[0].name!r} misses {bad[0].violations} zeros of {run.sparsity.name}", "please report it")

@@ -1,8 +1,8 @@
-"""How a group of layers is solved: its targets, the order of its inputs, the method in steps, the refit."""
+"""Solves a group of layers: dense targets, permutation, an iterative schedule of the method, refit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,17 +13,17 @@ from llmprune.pruning.methods import Method
 from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import NM, SparsityPattern
 from llmprune.pruning.permutation import choose, saliency
-from llmprune.pruning.problem import GroupProblem, InputStats, LayerSolution, Status
+from llmprune.pruning.problem import GroupProblem, GroupSolution, InputStats, LayerSolution, Status, masked
 from llmprune.pruning.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Solver:
-    """The stages that a group goes through.
+class LayerSolver:
+    """Prunes the weights of a group of layers.
 
     Args:
-        method: picks the mask, and weights on it.
-        recipe: the stages around it.
+        method: chooses the mask, and weights on it.
+        recipe: the stages around the method.
         sharding: the processes that solve together.
     """
 
@@ -31,23 +31,34 @@ class Solver:
     recipe: Recipe
     sharding: RowSharding = field(default_factory=RowSharding)
 
-    def solve(
-        self, problem: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...] = ()
-    ) -> tuple[list[LayerSolution], Tensor | None]:
+    @property
+    def options(self) -> dict[str, float]:
+        """The options of the method."""
+        return asdict(self.method)  # type: ignore[call-overload, no-any-return]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the method needs beyond the Gram."""
+        return self.method.needs
+
+    @property
+    def zero_threshold(self) -> float | None:
+        """No method counts zeros."""
+        return None
+
+    def solve(self, problem: GroupProblem, pattern: SparsityPattern | None) -> GroupSolution:
         """Prune the layers of one group.
 
         Args:
             problem: the group.
-            pattern: what the weights must hold.
-            classes: which of its inputs may change places, see `permutation.choose`.
-
-        Returns:
-            the solutions, and the order of the inputs in which they hold the pattern; None for the order as it is.
+            pattern: the sparsity pattern of the weights; None leaves them as they are.
         """
+        if pattern is None:
+            return GroupSolution([masked(layer.weight, layer.weight != 0) for layer in problem.layers])
         dense = self.recipe.targets == "dense"
         wanted = toward_dense(problem, group=self.sharding.group) if dense else Goal(problem)
         goal = with_ridge(wanted.problem, self.recipe.ridge)
-        order, raises = self._order(goal, pattern, classes)
+        order, raises = self._order(goal, pattern, problem.classes)
         if order is not None:
             goal = permuted(goal, order)
             solutions = [reordered(s, order.argsort()) for s in self._stages(goal, pattern)]
@@ -57,7 +68,13 @@ class Solver:
             solutions = self._stages(goal, pattern)
         for solution, strength in zip(solutions, wanted.strengths, strict=False):
             solution.stats["target_strength"] = strength
-        return [told(s, target_raises=wanted.raises, order_raises=raises) for s in solutions], order
+        solutions = [told(s, target_raises=wanted.raises, order_raises=raises) for s in solutions]
+        # What was solved together is the same in all processes already, but for a refit behind it.
+        return GroupSolution(self.sharding.agreed(solutions) if self.recipe.refit else solutions, order)
+
+    def solve_once(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
+        """The solutions of the method alone, without the stages around it."""
+        return self.sharding.solve(self.method.solve, problem, pattern)
 
     def _order(
         self, goal: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...]
@@ -83,7 +100,7 @@ class Solver:
         shapes = [layer.weight.shape for layer in goal.layers]
         # A small share of a small layer may round to nothing in the first steps.
         for step in [step for step in early if not any(step.divides(*shape) for shape in shapes)] + [last]:
-            solutions = self.sharding.solve(self.method.solve, current, step)
+            solutions = self.solve_once(current, step)
             if self.recipe.refit or step is not last:
                 solutions = refit(goal, solutions)
             layers = tuple(replace(old, weight=new.weight) for old, new in zip(goal.layers, solutions, strict=True))

@@ -62,11 +62,35 @@ class LayerProblem:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitRemoval:
+    """Inputs to be removed from a layer.
+
+    Args:
+        units: `(pools, units, size)`, int64: inputs that are removed together (one channel, or those of a head).
+        count: number of units to be removed from every pool.
+        scale: `(in,)`, the learned scale that multiplies every input, where the criterion needs it.
+    """
+
+    units: Tensor
+    count: int
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GroupProblem:
-    """Layers fed by the very same inputs: they share statistics, and what is computed from them once."""
+    """The joint problem of layers with the very same inputs.
+
+    Args:
+        layers: the layers.
+        stats: statistics of their inputs.
+        classes: sets of inputs that may be permuted, see `permutation.choose`; none where that cannot be folded away.
+        removal: the inputs to be removed, where the group is one layer that loses some.
+    """
 
     layers: tuple[LayerProblem, ...]
     stats: InputStats
+    classes: tuple[Tensor, ...] = ()
+    removal: UnitRemoval | None = None
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Cut a matrix of stacked rows back into the layers' parts (views)."""
@@ -88,6 +112,20 @@ class LayerSolution:
     mask: Tensor
     status: Status = Status.OK
     stats: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSolution:
+    """The solutions of a group.
+
+    Args:
+        layers: one solution per layer, in the present order of the inputs.
+        order: `(kept,)`, int64, the order of the inputs in which they hold the pattern; inputs that it does not name
+            are removed. None for the order as it is.
+    """
+
+    layers: list[LayerSolution]
+    order: Tensor | None = None
 
 
 def masked(weight: Tensor, mask: Tensor, status: Status = Status.OK) -> LayerSolution:

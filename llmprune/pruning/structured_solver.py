@@ -1,8 +1,8 @@
-"""How a layer loses inputs: the criterion in steps, the reconstruction, and then the pattern."""
+"""Removes inputs of a layer: the criterion in an iterative schedule, least squares, then the pattern."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,94 +10,106 @@ from torch import Tensor
 from llmprune.pruning.criteria import Criterion
 from llmprune.pruning.criteria.problem import RemovalProblem
 from llmprune.pruning.criteria.reconstruct import least_squares, on_support, reconstruct
-from llmprune.pruning.criteria.scores import APoZ, Scaling
-from llmprune.pruning.layer_solver import Solver
+from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.linalg import relative_error
+from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.permutation import classes_left
-from llmprune.pruning.problem import GroupProblem, InputStats, LayerSolution, Status
+from llmprune.pruning.problem import (
+    GroupProblem,
+    GroupSolution,
+    InputStats,
+    LayerSolution,
+    Status,
+    UnitRemoval,
+    masked,
+)
+from llmprune.pruning.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Remover:
-    """The stages that a layer goes through that loses inputs.
+class StructuredSolver:
+    """Removes inputs of layers, and prunes the weights of the others.
 
     Args:
-        criterion: picks the inputs.
-        dense: whether the layer is fitted to what the dense model gives.
-        steps: in how many nested steps the inputs go.
-        reconstruct: whether the rest makes up for them, by least squares.
-        solver: prunes the weights that stay.
+        criterion: chooses the inputs to be removed.
+        recipe: its `steps`, `targets` and `reconstruct` count here.
+        inner: prunes the kept weights, and layers that lose no inputs.
+        sharding: the processes that must agree on the solutions.
     """
 
     criterion: Criterion
-    dense: bool = False
-    steps: int = 1
-    reconstruct: bool = True
-    solver: Solver | None = None
+    recipe: Recipe
+    inner: LayerSolver | None = None
+    sharding: RowSharding = field(default_factory=RowSharding)
 
     @property
-    def quiet(self) -> float | None:
-        """What counts as a nearly zero input, if that is to be counted."""
-        return self.criterion.epsilon if isinstance(self.criterion, APoZ) else None
+    def options(self) -> dict[str, float]:
+        """The options of criterion and method."""
+        return asdict(self.criterion) | (self.inner.options if self.inner else {})  # type: ignore[call-overload, no-any-return]
 
     @property
-    def scaled(self) -> bool:
-        """Whether the learned scale of the inputs is needed."""
-        return isinstance(self.criterion, Scaling)
+    def needs(self) -> frozenset[str]:
+        """Statistics that criterion and method need beyond the Gram."""
+        return self.criterion.needs | (self.inner.needs if self.inner else frozenset())
 
-    def solve(
-        self,
-        problem: GroupProblem,
-        units: Tensor,
-        count: int,
-        pattern: SparsityPattern | None = None,
-        classes: tuple[Tensor, ...] = (),
-        scale: Tensor | None = None,
-    ) -> tuple[list[LayerSolution], Tensor]:
-        """Remove inputs of one layer.
+    @property
+    def zero_threshold(self) -> float | None:
+        """Fraction of the root mean square up to which an input counts as zero, if zeros are counted."""
+        return self.criterion.zero_threshold
+
+    def solve(self, problem: GroupProblem, pattern: SparsityPattern | None) -> GroupSolution:
+        """Remove the inputs that `problem.removal` asks for, then prune the kept weights.
 
         Args:
-            problem: a group of one layer.
-            units: `(pools, units, size)`, int64: inputs that go together.
-            count: how many units of every pool go.
-            pattern: what the weights that stay must hold; None to leave them.
-            classes: which inputs may change places for that.
-            scale: `(in,)`, the learned scale of every input, or None.
-
-        Returns:
-            the solution, zero in the inputs that go, and the inputs that stay, in the order in which they hold the
-            pattern.
+            problem: the group; one of several layers, or without a removal, is only pruned.
+            pattern: the sparsity pattern of the kept weights; None leaves them.
         """
+        if problem.removal is None:
+            return self._pruned(problem, pattern)
+        solution, kept = self._removed(problem, problem.removal)
+        found = GroupSolution([solution], kept)
+        if pattern is not None and self.inner is not None:
+            found = self._sparse(problem, solution, kept, pattern)
+        return GroupSolution(self.sharding.agreed(found.layers), self.sharding.agreed_order(found.order))
+
+    def _pruned(self, problem: GroupProblem, pattern: SparsityPattern | None) -> GroupSolution:
+        if self.inner is None:
+            return GroupSolution([masked(layer.weight, layer.weight != 0) for layer in problem.layers])
+        return self.inner.solve(problem, pattern)
+
+    def solve_once(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
+        """The solutions of the method of the weights alone, without the stages around it."""
+        if self.inner is None:
+            return self._pruned(problem, pattern).layers
+        return self.inner.solve_once(problem, pattern)
+
+    def _removed(self, problem: GroupProblem, removal: UnitRemoval) -> tuple[LayerSolution, Tensor]:
+        """The solution, zero in the removed inputs, and the kept inputs, `(k,)`, int64, rising."""
         (layer,) = problem.layers
         target = layer.weight.double()
         gram = problem.stats.gram
-        scale = None if scale is None else scale.to(gram.device)
-        asked = RemovalProblem(target, gram, units.to(gram.device), scale, problem.stats.quiet)
-        kept, raises = self._choose(asked, count)
+        scale = None if removal.scale is None else removal.scale.to(gram.device)
+        asked = RemovalProblem(target, gram, removal.units.to(gram.device), scale, problem.stats.quiet)
+        kept, raises = self._choose(asked, removal.count)
         weight = torch.zeros_like(target)
         weight[:, kept] = target[:, kept]
         stats = {"error_unfitted": relative_error(layer.weight, weight.float(), problem.stats)}
         stats |= {"choice_raises": float(raises)} if raises else {}
         mask = torch.zeros_like(weight, dtype=torch.bool)
         mask[:, kept] = layer.weight[:, kept] != 0
-        if self.reconstruct:
+        if self.recipe.reconstruct:
             fit = reconstruct(target, problem.stats, kept)
             weight[:, kept] = fit.weight
             stats |= {"relative_ridge": fit.ridge} | ({"refit_raises": float(fit.raises)} if fit.raises else {})
-            stats |= {"target_strength": fit.strength} if self.dense else {}
+            stats |= {"target_strength": fit.strength} if self.recipe.targets == "dense" else {}
             raises += fit.raises
             # Zeros of the source stay zero, so rows that have some have a support of their own.
             holed = (~mask[:, kept]).any(1).nonzero().flatten()
             if len(holed):
                 weight[holed] = on_support(target, problem.stats, fit, weight, mask, holed)
         status = Status.DAMPING_RAISED if raises else Status.OK if problem.stats.tokens else Status.NO_INPUT
-        solution = LayerSolution((weight * mask).float(), mask, status, stats)
-        if pattern is None or self.solver is None:
-            return [solution], kept
-        if self.reconstruct:
-            stats["error_refitted"] = relative_error(layer.weight, solution.weight, problem.stats)
-        return self._sparse(problem, solution, kept, pattern, classes)
+        return LayerSolution((weight * mask).float(), mask, status, stats), kept
 
     def _choose(self, problem: RemovalProblem, count: int) -> tuple[Tensor, int]:
         """The inputs that stay, in nested steps: each step's criterion sees the weights that the one before left.
@@ -108,15 +120,16 @@ class Remover:
         target, gram = problem.weight, problem.gram
         kept = torch.arange(target.shape[1], device=target.device)
         done = raises = 0
-        for step in range(1, self.steps + 1):
-            upto = count * step // self.steps
+        steps = self.recipe.steps
+        for step in range(1, steps + 1):
+            upto = count * step // steps
             if upto == done:
                 continue
             choice = self.criterion.select(problem, upto - done)
             kept, done = kept[problem.kept(choice.gone)], upto
             raises = max(raises, choice.raises)
-            if step < self.steps:
-                weight, more = least_squares(target, gram, kept) if self.reconstruct else (target[:, kept], 0)
+            if step < steps:
+                weight, more = least_squares(target, gram, kept) if self.recipe.reconstruct else (target[:, kept], 0)
                 raises = max(raises, more)
                 problem = problem.without(choice.gone, weight)
         return kept, raises
@@ -127,21 +140,24 @@ class Remover:
         solution: LayerSolution,
         kept: Tensor,
         pattern: SparsityPattern,
-        classes: tuple[Tensor, ...],
-    ) -> tuple[list[LayerSolution], Tensor]:
-        """Prune the weights that stay, as a problem of its own."""
-        assert self.solver is not None
+    ) -> GroupSolution:
+        """Prune the kept weights, as a problem of its own."""
         weight = solution.weight
+        if self.recipe.reconstruct:
+            fitted = relative_error(problem.layers[0].weight, weight, problem.stats)
+            solution.stats["error_refitted"] = fitted
         gram = problem.stats.gram[kept][:, kept]
         small = replace(problem.layers[0], weight=weight[:, kept])
         scale = None if problem.stats.scale is None else problem.stats.scale[kept]
-        inner = GroupProblem((small,), InputStats(problem.stats.tokens, gram, scale=scale))
-        left = tuple(slots for slots, stays in classes_left(classes, kept, weight.shape[1]) if stays.any())
-        (found,), order = self.solver.solve(inner, pattern, left)
+        classes = classes_left(problem.classes, kept, weight.shape[1])
+        left = tuple(slots for slots, stays in classes if stays.any())
+        inner = GroupProblem((small,), InputStats(problem.stats.tokens, gram, scale=scale), left)
+        result = self._pruned(inner, pattern)
+        (found,), order = result.layers, result.order
         whole, mask = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
         whole[:, kept], mask[:, kept] = found.weight, found.mask
         status = solution.status if found.status is Status.OK else found.status
-        return (
+        return GroupSolution(
             [LayerSolution(whole, mask, status, {**solution.stats, **found.stats})],
             kept if order is None else kept[order.to(kept.device)],
         )

@@ -1,4 +1,4 @@
-"""Which windows of the calibration text a process has, and where they stand in the batches."""
+"""How calibration windows are divided among batches and processes, and which batches judge instead of teach."""
 
 from __future__ import annotations
 
@@ -6,67 +6,89 @@ from dataclasses import dataclass
 
 from llmprune.pruning.statistics import HELD_OUT
 
-JUDGES = 16
-"""One batch in so many is left to judge blocks by that are trained."""
+VALIDATION_EVERY = 16
+"""One batch in so many is held out for validation where blocks are reconstructed."""
 
 
-def judges(batches: int) -> range:
-    """The batches that a trained block is judged by; of fewer than `JUDGES`, one."""
-    return range(JUDGES // 2, batches, JUDGES) or range(batches - 1, batches)
+def validation_batches(batches: int) -> range:
+    """The batches on which a reconstructed block is validated; of fewer than `VALIDATION_EVERY`, one."""
+    return range(VALIDATION_EVERY // 2, batches, VALIDATION_EVERY) or range(batches - 1, batches)
 
 
-def unfitted(batches: int) -> frozenset[int]:
-    """The batches that the solves do not see where blocks are trained: the judges, if there are batches enough.
+def unseen_by_solves(batches: int) -> frozenset[int]:
+    """The batches that are left out of the solves where blocks are reconstructed: the validation batches, if enough.
 
-    A window that the weights were fitted to is no judge: training gains less on it than on any other text.
+    A window that the weights were fitted to does not validate: training gains less on it than on any other text.
     """
-    return frozenset(judges(batches)) if batches >= JUDGES else frozenset()
+    return frozenset(validation_batches(batches)) if batches >= VALIDATION_EVERY else frozenset()
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What one process has of a batch.
+class Shard:
+    """The windows of one batch that a process has.
 
     Args:
         batch: number of the batch.
-        whole: how many windows it has in all.
-        own: which of them are here, rising.
+        windows: number of windows of the whole batch.
+        own: positions of this process's windows in it, rising.
     """
 
     batch: int
-    whole: int
+    windows: int
     own: tuple[int, ...]
 
     @property
-    def share(self) -> float:
-        """Of the batch."""
-        return len(self.own) / self.whole
+    def weight(self) -> float:
+        """Fraction of the batch's windows."""
+        return len(self.own) / self.windows
 
     def fitted(self, length: int) -> int:
-        """How many of the tokens here statistics are fitted to; those behind them are held out, as of a whole batch.
+        """Number of this process's tokens that are fitted to; those behind them are held out, as of a whole batch.
 
         Args:
-            length: of a window.
+            length: tokens per window.
         """
-        tokens = self.whole * length
+        tokens = self.windows * length
         cut = tokens - int(HELD_OUT * tokens)
         return sum(min(max(cut - at * length, 0), length) for at in self.own)
 
 
-def parts(windows: int, batch: int, number: int = 0, size: int = 1) -> list[Part]:
-    """A process's parts of all batches, without those it has nothing of.
-
-    Windows are dealt out in turn, so that every process has some of every batch, as far as that goes.
+@dataclass(frozen=True, slots=True)
+class BatchSharding:
+    """Deals windows out in turn, so that every process has some of every batch, as far as that goes.
 
     Args:
-        windows: of the whole text.
-        batch: windows in a batch; the last may have fewer.
-        number: of the process.
-        size: how many processes there are.
+        windows: of the whole calibration text.
+        batch_size: windows in a batch; the last may have fewer.
+        rank: of this process.
+        world_size: number of processes.
     """
-    found = []
-    for start in range(0, windows, batch):
-        whole = min(batch, windows - start)
-        own = tuple(at for at in range(whole) if (start + at) % size == number)
-        found += [Part(start // batch, whole, own)] if own else []
-    return found
+
+    windows: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def batches(self) -> int:
+        """Number of batches of all processes together."""
+        return -(-self.windows // self.batch_size)
+
+    @property
+    def own(self) -> slice:
+        """The windows of this process; processes differ by one window at most."""
+        return slice(self.rank, None, self.world_size)
+
+    def shards(self) -> list[Shard]:
+        """This process's shards of all batches, without those that it has no window of."""
+        found = []
+        for start in range(0, self.windows, self.batch_size):
+            size = min(self.batch_size, self.windows - start)
+            own = tuple(at for at in range(size) if (start + at) % self.world_size == self.rank)
+            found += [Shard(start // self.batch_size, size, own)] if own else []
+        return found
+
+
+def whole_batches(windows: int, batch_size: int) -> list[Shard]:
+    """The shards of a single process."""
+    return BatchSharding(windows, batch_size).shards()

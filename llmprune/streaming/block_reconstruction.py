@@ -1,26 +1,41 @@
-"""A pruned block learns to give the dense block's output; gradients never leave the block."""
+"""Block-wise reconstruction: a pruned block is trained towards the dense block's output."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from llmprune.reporting.report import Refinement
-from llmprune.streaming.batch_shards import judges
+from llmprune.runtime.process_group import ProcessGroup
+from llmprune.streaming.batch import Batch, hidden_of
+from llmprune.streaming.batch_shards import validation_batches
 from llmprune.streaming.block import Block
-from llmprune.streaming.capture import Batch, hidden_of
 
 RATE = 0.01  # of a parameter's root mean square, per step
 WHITENING = 0.5
 WARM_UP = 0.1
 BATCH_TOKENS = 1024
-LEAST_SAMPLES = 2
+LEAST_WINDOWS = 2
 SCALE = 2.0**16
 """Of the loss that is differentiated: a token's part of a mean is less than float16 holds. No other dtype notices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Who takes part in the reconstruction of a block.
+
+    Args:
+        group: the processes; each has some windows of the batches.
+        batches: number of batches of all processes together.
+    """
+
+    group: ProcessGroup
+    batches: int
 
 
 def batch_tokens(tokens: int) -> int:
@@ -28,8 +43,8 @@ def batch_tokens(tokens: int) -> int:
     return max(min(BATCH_TOKENS, tokens // 16), 1)
 
 
-def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
-    """Train the surviving weights of a pruned block, its norms and biases, to give the dense block's output.
+def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) -> Refinement:
+    """Train the kept weights of a pruned block, its norms and biases, towards the dense block's output.
 
     Adam on float32 masters, batch by batch, with a warm-up and a cosine decay. The step size is a fraction of each
     parameter's root mean square, so it needs no tuning by model. Masks hold exactly: a pruned weight has no gradient.
@@ -38,15 +53,16 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
     finite is left out.
 
     Args:
-        block: a block of a stream with a twin, its groups all solved.
+        block: a block of a stream with a dense stream, its groups all solved.
+        peers: the processes and batches that take part.
         epochs: passes over the calibration batches.
         seed: of the order of the batches.
     """
-    held_out = judges(block.count)
-    training = [number for number in range(block.count) if number not in held_out]
+    held_out = validation_batches(peers.batches)
+    training = [number for number in range(peers.batches) if number not in held_out]
     values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block).items()}
     masks = {name: value != 0 for name, value in values.items() if value.dim() == 2}
-    loss = BlockLoss(block, values)
+    loss = BlockLoss(block, values, peers)
     before = after = loss.mean(held_out)
     if not values:
         return Refinement(block.name, before, after)
@@ -66,9 +82,9 @@ def refine(block: Block, epochs: int, seed: int = 0) -> Refinement:
         stored = {name: block.as_stored(name, value.detach()).float() for name, value in values.items()}
         if (reached := loss.mean(held_out, stored)) < after:
             best, after = {name: value.clone() for name, value in stored.items()}, reached
-    block.group.broadcast(best.values())
+    peers.group.broadcast(best.values())
     block.store(best)
-    block.rewind()
+    block.recompute_outputs()
     return Refinement(block.name, before, after, left_out)
 
 
@@ -102,14 +118,15 @@ class BlockLoss:
     Args:
         block: the block.
         values: float32 parameters to compute with, by their names in the block.
+        peers: the processes and batches that take part.
     """
 
-    def __init__(self, block: Block, values: dict[str, nn.Parameter]) -> None:
-        self.block, self.values = block, values
-        self.batches = {batch.part.batch: batch for batch in block.batches}
-        means = [_dense(batch).square().mean((0, 1)) * batch.part.share for batch in block.batches]
-        energy = (torch.stack(means).sum(0) / block.count).to(block.skeleton.device)
-        block.group.all_reduce([energy])
+    def __init__(self, block: Block, values: dict[str, nn.Parameter], peers: Peers) -> None:
+        self.block, self.values, self.group = block, values, peers.group
+        self.batches = {batch.shard.batch: batch for batch in block.batches}
+        means = [_dense(batch).square().mean((0, 1)) * batch.shard.weight for batch in block.batches]
+        energy = (torch.stack(means).sum(0) / peers.batches).to(block.skeleton.device)
+        peers.group.all_reduce([energy])
         self.weights = (energy / energy.mean()).clamp(min=1e-6).pow(-WHITENING)
 
     def __call__(self, batch: Batch, values: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -131,15 +148,15 @@ class BlockLoss:
         found = tuple(torch.zeros_like(value) for value in values)
         if batch is not None:
             with torch.enable_grad():
-                found = gradients_of(self(batch) * (batch.part.share * SCALE), values)
-        self.block.group.all_reduce(found)
+                found = gradients_of(self(batch) * (batch.shard.weight * SCALE), values)
+        self.group.all_reduce(found)
         return tuple(gradient.div_(SCALE) for gradient in found)
 
     @torch.no_grad()
     def mean(self, numbers: Sequence[int], values: Mapping[str, Tensor] | None = None) -> float:
         """The mean over batches, in all processes; with other values in place of the parameters, if given."""
         here = [self.batches[number] for number in numbers if number in self.batches]
-        (total,) = self.block.group.sum([sum(float(self(batch, values)) * batch.part.share for batch in here)])
+        (total,) = self.group.sum([sum(float(self(batch, values)) * batch.shard.weight for batch in here)])
         return total / len(numbers)
 
 

@@ -1,9 +1,9 @@
-"""What is found out about a block by running it, once for all blocks of its kind: same class, same layers to prune."""
+"""Block types: the analysis of a block by running it, once for all blocks of the same class with the same layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,31 +11,52 @@ from torch import Tensor
 
 from llmprune.model.blocks import find_layers
 from llmprune.model.skeleton import Skeleton
-from llmprune.streaming.capture import Batch, Wrap, leaves_behind, rehearse
+from llmprune.streaming.batch import Batch, run_isolated
+from llmprune.streaming.capture import Wrap, capture_block_inputs
 from llmprune.streaming.hooks import CallOrder, call_order
-from llmprune.streaming.norms import find_scales
-from llmprune.streaming.residual import find_landings
+from llmprune.streaming.norms import NormScale, find_norm_scales
+from llmprune.streaming.residual import find_residual_adds
 from llmprune.structure.coupling import Coupling
+from llmprune.structure.cut import Cut
 from llmprune.structure.find_couplings import OpaqueBlockError, find_couplings
 from llmprune.structure.plan import BlockCouplings
 
 SHORT = 16
-"""Tokens that are enough to see how the layers of a block hang together."""
+"""Tokens that are enough to find the coupled channels of a block."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockAnalysis:
+    """How the layers of one block are called and coupled; keys are local names.
+
+    Args:
+        order: the call order of its layers.
+        residual_adds: by number of the group, where its layer adds to the residual stream, see `find_residual_adds`.
+        norm_scales: the norms that feed layers.
+        couplings: layers whose inputs may be permuted.
+        removed: layers that lose inputs.
+    """
+
+    order: CallOrder
+    residual_adds: Mapping[int, str] = field(default_factory=dict)
+    norm_scales: Mapping[str, NormScale] = field(default_factory=dict)
+    couplings: Mapping[str, Coupling] = field(default_factory=dict)
+    removed: Mapping[str, Cut] = field(default_factory=dict)
 
 
 def short_batch(skeleton: Skeleton, tokens: Tensor, wrap: Wrap | None = None) -> Batch:
-    """A few tokens on their way into the first block; arguments as of `rehearse`."""
-    return rehearse(skeleton, tokens[:1, :SHORT], 1, wrap=wrap).batches[0]
+    """A few tokens as they enter the first block; arguments as of `capture_block_inputs`."""
+    return capture_block_inputs(skeleton, tokens[:1, :SHORT], 1, wrap=wrap).batches[0]
 
 
-def all_kinds(skeleton: Skeleton, tokens: Tensor) -> Kinds:
-    """The kinds of blocks by all their layers, for couplings and scales."""
+def all_block_types(skeleton: Skeleton, tokens: Tensor) -> BlockTypes:
+    """The block types by all their layers, for couplings and norm scales."""
     names = [
         layer.name
         for index, module in enumerate(skeleton.blocks)
         for layer in find_layers(module, skeleton.block_name(index), skeleton.config)
     ]
-    return Kinds(skeleton, frozenset(names), short_batch(skeleton, tokens))
+    return BlockTypes(skeleton, frozenset(names), short_batch(skeleton, tokens))
 
 
 def all_couplings(skeleton: Skeleton, tokens: Tensor) -> BlockCouplings:
@@ -45,18 +66,21 @@ def all_couplings(skeleton: Skeleton, tokens: Tensor) -> BlockCouplings:
         skeleton: the model.
         tokens: `(samples, length)`, of which a few are run through copies of the blocks.
     """
-    kinds = all_kinds(skeleton, tokens)
-    found = [kinds.couplings(index) for index in range(len(skeleton.blocks))]
-    return BlockCouplings(found, next(iter(kinds.opaque.values()), ""))
+    types = all_block_types(skeleton, tokens)
+    found = [types.couplings(index) for index in range(len(skeleton.blocks))]
+    return BlockCouplings(found, next(iter(types.opaque.values()), ""))
 
 
-class Kinds:
-    """The kinds of blocks of a model; each goes by the number of its first block.
+class BlockTypes:
+    """The block types of a model, each numbered by its first block; results are cached.
 
     Args:
         skeleton: the model.
         chosen: full names of the layers to be pruned.
-        short: a few tokens on their way into the first block, to find couplings with; None if these are not wanted.
+        short: a few tokens as they enter the first block, to find couplings with; None if these are not wanted.
+
+    Attributes:
+        opaque: by type, why a block has no couplings that could be found.
     """
 
     def __init__(self, skeleton: Skeleton, chosen: frozenset[str], short: Batch | None = None) -> None:
@@ -65,69 +89,67 @@ class Kinds:
         self._first: list[int] = []
         for index, module in enumerate(skeleton.blocks):
             layers = find_layers(module, skeleton.block_name(index), skeleton.config)
-            kind = (type(module), tuple((layer.local, layer.shape) for layer in layers if layer.name in chosen))
-            self._first.append(first.setdefault(kind, index))
+            key = (type(module), tuple((layer.local, layer.shape) for layer in layers if layer.name in chosen))
+            self._first.append(first.setdefault(key, index))
         self._orders: dict[int, CallOrder] = {}
-        self._landings: dict[int, dict[int, str]] = {}
+        self._residual_adds: dict[int, dict[int, str]] = {}
         self._couplings: dict[int, list[Coupling]] = {}
+        self._norm_scales: dict[int, dict[str, NormScale]] = {}
         self.opaque: dict[int, str] = {}
-        self._scales: dict[int, dict[str, tuple[str, float]]] = {}
 
     def order(self, index: int, layers: list[str], run: Callable[[], Tensor]) -> CallOrder:
-        """How the layers of a block are called, see `call_order`."""
-        kind = self._first[index]
-        if kind not in self._orders:
-            self._orders[kind] = call_order(self.skeleton.blocks[index], layers, run)
-        return self._orders[kind]
+        """The call order of the layers of a block, see `call_order`."""
+        first = self._first[index]
+        if first not in self._orders:
+            self._orders[first] = call_order(self.skeleton.blocks[index], layers, run)
+        return self._orders[first]
 
-    def landings(self, index: int, run: Callable[[], Tensor]) -> dict[int, str]:
-        """Where its layers add to the residual stream, see `find_landings`."""
-        kind = self._first[index]
-        if kind not in self._landings:
-            self._landings[kind] = find_landings(self.skeleton.blocks[index], self._orders[kind].groups, run)
-        return self._landings[kind]
+    def residual_adds(self, index: int, run: Callable[[], Tensor]) -> dict[int, str]:
+        """Where its layers add to the residual stream, see `find_residual_adds`."""
+        first = self._first[index]
+        if first not in self._residual_adds:
+            groups = self._orders[first].groups
+            self._residual_adds[first] = find_residual_adds(self.skeleton.blocks[index], groups, run)
+        return self._residual_adds[first]
 
     def couplings(self, index: int) -> list[Coupling]:
-        """Which of its channels hang together; none where they are not wanted. They depend on the block's form only.
-
-        Why there are none in a block that cannot be run on its own stands in `opaque`.
-        """
-        kind = self._first[index]
+        """Its coupled channels, from the block's form alone; none where they are not wanted or it is opaque."""
+        first = self._first[index]
         if self.short is None:
             return []
-        if kind not in self._couplings:
-            module, name = self.skeleton.blocks[kind], self.skeleton.block_name(kind)
-            run = partial(leaves_behind, self.short.calls[kind])
+        if first not in self._couplings:
+            module, name = self.skeleton.blocks[first], self.skeleton.block_name(first)
+            run = partial(run_isolated, self.short.calls[first])
             layers = find_layers(module, name, self.skeleton.config)
             hidden = self.short.hidden.to(self.skeleton.device)
             try:
-                self._couplings[kind] = find_couplings(module, run, hidden, layers)
+                self._couplings[first] = find_couplings(module, run, hidden, layers)
             except OpaqueBlockError as error:
-                self._couplings[kind], self.opaque[kind] = [], str(error)
-        return self._couplings[kind]
+                self._couplings[first], self.opaque[first] = [], str(error)
+        return self._couplings[first]
 
-    def scales(self, index: int) -> dict[str, tuple[str, float]]:
-        """Of its layers that a norm feeds: the norm, and what it adds to its weight, see `find_scales`."""
-        kind = self._first[index]
+    def norm_scales(self, index: int) -> dict[str, NormScale]:
+        """The norms that feed its layers, see `find_norm_scales`."""
+        first = self._first[index]
         if self.short is None:
             return {}
-        if kind not in self._scales:
-            module, hidden = self.skeleton.blocks[kind], self.short.hidden.to(self.skeleton.device)
-            layers = find_layers(module, self.skeleton.block_name(kind), self.skeleton.config)
-            with self.skeleton.loaded(self.skeleton.block_parameters(kind)):
-                run = partial(leaves_behind, self.short.calls[kind], module, hidden)
-                self._scales[kind] = find_scales(module, {layer.local for layer in layers}, run)
-        return self._scales[kind]
+        if first not in self._norm_scales:
+            module, hidden = self.skeleton.blocks[first], self.short.hidden.to(self.skeleton.device)
+            layers = find_layers(module, self.skeleton.block_name(first), self.skeleton.config)
+            with self.skeleton.loaded(self.skeleton.block_parameters(first)):
+                run = partial(run_isolated, self.short.calls[first], module, hidden)
+                self._norm_scales[first] = find_norm_scales(module, {layer.local for layer in layers}, run)
+        return self._norm_scales[first]
 
     def save(self) -> dict[str, Any]:
-        """What cannot be found again without the weights and activations of the kinds' first blocks, as JSON."""
+        """What needs the weights and activations of the types' first blocks, as JSON."""
         return {
-            str(kind): {"order": asdict(order), "landings": list(self._landings.get(kind, {}).items())}
-            for kind, order in self._orders.items()
+            str(first): {"order": asdict(order), "residual_adds": list(self._residual_adds.get(first, {}).items())}
+            for first, order in self._orders.items()
         }
 
     def load(self, saved: dict[str, Any]) -> None:
         """The inverse of `save`."""
-        for kind, found in saved.items():
-            self._orders[int(kind)] = CallOrder(**found["order"])
-            self._landings[int(kind)] = dict(found["landings"])
+        for first, found in saved.items():
+            self._orders[int(first)] = CallOrder(**found["order"])
+            self._residual_adds[int(first)] = dict(found["residual_adds"])

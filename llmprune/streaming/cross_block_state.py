@@ -1,4 +1,4 @@
-"""What blocks hand to later blocks beside the hidden states: mappings among their arguments that they write into."""
+"""Cross-block state: mappings among the arguments of blocks that they write into for later blocks (shared KV)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llmprune.errors import PruneError
 from llmprune.runtime.files import sha256, sync
-from llmprune.streaming.capture import Call, Rehearsal, Wrap
+from llmprune.streaming.batch import Call
+from llmprune.streaming.capture import BlockInputs, Wrap
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -43,16 +44,16 @@ def _fixed(value: Any) -> bool:
     return isinstance(value, (*PLAIN, Tensor, torch.dtype, torch.device))
 
 
-class Baggage:
-    """The mappings of all batches; what the blocks change in them can be saved and brought back.
+class CrossBlockState:
+    """The mappings of all batches; their changes can be saved and restored.
 
     Args:
-        rehearsal: its batches have not entered the first block.
+        inputs: their batches have not entered the first block.
     """
 
-    def __init__(self, rehearsal: Rehearsal) -> None:
-        self._wrap = rehearsal.wrap
-        self._calls = [calls for batch in rehearsal.batches for calls in (batch.calls, batch.dense_calls)]
+    def __init__(self, inputs: BlockInputs) -> None:
+        self._wrap = inputs.wrap
+        self._calls = [calls for batch in inputs.batches for calls in (batch.calls, batch.dense_calls)]
         self._fresh = {id(value): (value, dict(value)) for calls in self._calls for value in mappings_of(calls)}
 
     def save(self, index: int, folder: Path) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class Baggage:
             for calls in self._calls
         ]
         rest = _packed(self._wrap.rest, tensors)
-        path = folder / f"carried-{index:05d}.safetensors"
+        path = folder / f"state-{index:05d}.safetensors"
         try:
             save_file({str(n): tensor.detach().cpu().contiguous().clone() for n, tensor in enumerate(tensors)}, path)
         except SafetensorError as error:
@@ -104,7 +105,7 @@ class Baggage:
 
 
 def saved_wrap(folder: Path, saved: dict[str, Any]) -> Wrap:
-    """How blocks return their hidden states, from what `Baggage.save` wrote."""
+    """How blocks return their hidden states, from what `CrossBlockState.save` wrote."""
     return Wrap(_unpacked(saved["rest"], load_file(folder / saved["file"])))
 
 
@@ -123,7 +124,7 @@ def _packed(value: Any, tensors: list[Tensor]) -> Any:
         return {type(value).__name__: [_packed(item, tensors) for item in value]}
     if type(value) in PLAIN:
         return value
-    raise CannotBeSavedError(f"a block hands on {type(value).__name__}")
+    raise CannotBeSavedError(f"a block passes on {type(value).__name__}")
 
 
 def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -1,9 +1,9 @@
-"""Watching a block run: in which order its layers are called, and on what."""
+"""Forward hooks on the layers of a block: their call order, their inputs, and the residual stream behind them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,115 +12,116 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llmprune.streaming.capture import hidden_of
+from llmprune.model.hooks import before, hooked, inputs_of
+from llmprune.streaming.batch import hidden_of
 
 BLOCK = ""
-"""The landing of a layer whose output is added last: the block's own output."""
+"""The residual add of a layer whose output is added last: the block's own output."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What a forward shows of a group.
+class Observation:
+    """The activations of a group of layers in one forward.
 
     Args:
         inputs: of its layers, `(..., in)`.
-        landed: the residual stream right behind its only layer, `(..., out)`, if it adds to that.
-        made: that layer's own output, `(..., out)`, where that was wanted.
+        residual: the residual stream behind its only layer, `(..., out)`, if that layer adds to it.
+        output: that layer's own output, `(..., out)`, where the observer wants it.
     """
 
     inputs: Tensor
-    landed: Tensor | None = None
-    made: Tensor | None = None
+    residual: Tensor | None = None
+    output: Tensor | None = None
 
 
 class Observer:
-    """Is told what happens in a forward through a block.
+    """Receives the observations of a forward through a block.
 
     Args:
-        outputs: whether it wants the outputs of layers that land, too.
+        outputs: whether it wants the outputs of layers that add to the residual stream.
     """
 
     def __init__(self, outputs: bool = False) -> None:
         self.outputs = outputs
-        self.passing: dict[int, Tensor] = {}
-        self.made: dict[int, Tensor] = {}
+        self.pending_inputs: dict[int, Tensor] = {}
+        self.pending_outputs: dict[int, Tensor] = {}
 
-    def arrive(self, number: int, seen: Seen) -> None:
-        """A group has been reached, or its output has landed if it has a landing."""
+    def arrive(self, number: int, observation: Observation) -> None:
+        """A group is about to run; one that adds to the residual stream has run, and its output has been added."""
         raise NotImplementedError
 
 
 @contextmanager
-def watched(
+def observed(
     module: nn.Module,
     order: Sequence[Sequence[str]],
-    landings: Mapping[int, str],
+    residual_adds: Mapping[int, str],
     observer: Callable[[], Observer | None],
 ) -> Iterator[None]:
-    """Tell an observer when the first layer of a group is about to run, or has run and its output has landed.
+    """Report to an observer when the first layer of a group is about to run, or when its output has been added.
 
     Args:
         module: the block.
         order: local layer names by group.
-        landings: for some groups, where the output of their layer becomes part of the residual stream.
-        observer: whom to tell.
+        residual_adds: for some groups, where the output of their layer becomes part of the residual stream.
+        observer: returns the observer of the current forward.
     """
-    watch = _Watch(landings, observer)
-    with ExitStack() as stack:
+    relay = _Relay(residual_adds, observer)
+
+    def handles() -> Iterator[RemovableHandle]:
         for number, layers in reversed(list(enumerate(order))):
             first = module.get_submodule(layers[0])
-            stack.callback(_before(first, partial(watch.reach, number)).remove)
-            if number in landings:
-                stack.callback(_behind(first, partial(watch.make, number)).remove)
-        for place in set(landings.values()):
-            land = partial(watch.land, place)
-            hook = _behind(module, land) if place == BLOCK else _before(module.get_submodule(place), land)
-            stack.callback(hook.remove)
+            yield before(first, partial(relay.inputs, number))
+            if number in residual_adds:
+                yield _after(first, partial(relay.output, number))
+        for place in set(residual_adds.values()):
+            tell = partial(relay.residual, place)
+            yield _after(module, tell) if place == BLOCK else before(module.get_submodule(place), tell)
+
+    with hooked(handles()):
         yield
 
 
-class _Watch:
-    """Passes on to the observer of the moment what hooks see."""
+class _Relay:
+    """Passes what hooks see on to the observer of the current forward."""
 
-    def __init__(self, landings: Mapping[int, str], observer: Callable[[], Observer | None]) -> None:
-        self.landings, self.observer = landings, observer
+    def __init__(self, residual_adds: Mapping[int, str], observer: Callable[[], Observer | None]) -> None:
+        self.residual_adds, self.observer = residual_adds, observer
 
-    def reach(self, number: int, inputs: Tensor) -> None:
-        if (told := self.observer()) is None:
+    def inputs(self, number: int, inputs: Tensor) -> None:
+        if (observer := self.observer()) is None:
             return
-        if number in self.landings:
-            told.passing.setdefault(number, inputs)
+        if number in self.residual_adds:
+            observer.pending_inputs.setdefault(number, inputs)
         else:
-            told.arrive(number, Seen(inputs))
+            observer.arrive(number, Observation(inputs))
 
-    def make(self, number: int, output: Tensor) -> None:
-        if (told := self.observer()) is not None and told.outputs and number not in told.made:
-            # What comes next may add to it in place.
-            told.made[number] = output.clone()
+    def output(self, number: int, output: Tensor) -> None:
+        observer = self.observer()
+        if observer is not None and observer.outputs and number not in observer.pending_outputs:
+            # A later module may add to it in place.
+            observer.pending_outputs[number] = output.clone()
 
-    def land(self, place: str, stream: Tensor) -> None:
-        for number, landing in sorted(self.landings.items()):
-            if landing == place and (told := self.observer()) is not None and number in told.passing:
-                told.arrive(number, Seen(told.passing.pop(number), stream, told.made.pop(number, None)))
-
-
-def _before(module: nn.Module, tell: Callable[[Tensor], None]) -> RemovableHandle:
-    return module.register_forward_pre_hook(lambda _, args, kwargs: tell(inputs_of(args, kwargs)), with_kwargs=True)
+    def residual(self, place: str, stream: Tensor) -> None:
+        for number, add in sorted(self.residual_adds.items()):
+            if add == place and (observer := self.observer()) is not None and number in observer.pending_inputs:
+                inputs = observer.pending_inputs.pop(number)
+                observer.arrive(number, Observation(inputs, stream, observer.pending_outputs.pop(number, None)))
 
 
-def _behind(module: nn.Module, tell: Callable[[Tensor], None]) -> RemovableHandle:
+def _after(module: nn.Module, tell: Callable[[Tensor], None]) -> RemovableHandle:
     return module.register_forward_hook(lambda _, args, output: tell(hidden_of(output)))
 
 
 @dataclass(frozen=True, slots=True)
 class CallOrder:
-    """How the layers of a block are called.
+    """The order in which the layers of a block are called.
 
     Args:
-        groups: local names in call order, layers fed the very same tensor together.
+        groups: local names in call order, layers with the very same input tensor together.
         uncalled: layers that are never called although the module that holds them is: their weight is used in some
             other way, so neither their inputs nor the moment of their use can be seen.
-        nbytes: size of all groups' inputs for one batch.
+        nbytes: bytes of all groups' inputs for one batch.
     """
 
     groups: list[list[str]]
@@ -130,10 +131,10 @@ class CallOrder:
 
 @torch.no_grad()
 def call_order(module: nn.Module, layers: Collection[str], run: Callable[[], Tensor]) -> CallOrder:
-    """Find out how the layers of a block are called, by running it once.
+    """The call order of the layers of a block, from one forward.
 
-    A layer inside a module that this batch does not reach (an expert nobody chose) forms a group of its own, where its
-    definition stands.
+    A layer inside a module that this batch does not reach (an expert without tokens) forms a group of its own, where
+    its definition stands.
 
     Args:
         module: the block.
@@ -158,12 +159,11 @@ def call_order(module: nn.Module, layers: Collection[str], run: Callable[[], Ten
         inputs.append(tensor)
         groups.append([local])
 
-    with ExitStack() as stack:
-        for local, part in module.named_modules():
-            hook = part.register_forward_pre_hook(
-                lambda _, args, kwargs, local=local: note(local, args, kwargs), with_kwargs=True
-            )
-            stack.callback(hook.remove)
+    handles = (
+        part.register_forward_pre_hook(lambda _, args, kwargs, local=local: note(local, args, kwargs), with_kwargs=True)
+        for local, part in module.named_modules()
+    )
+    with hooked(handles):
         run()
     nbytes = sum(tensor.nbytes for tensor in inputs)
     uncalled, previous = [], -1
@@ -176,13 +176,6 @@ def call_order(module: nn.Module, layers: Collection[str], run: Callable[[], Ten
             previous += 1
             groups.insert(previous, [local])
     return CallOrder(groups, uncalled, nbytes)
-
-
-def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a linear layer is called with."""
-    found = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(found, Tensor)
-    return found
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Forwards that stop where a group of layers is about to run: for good, or to go on when the group has been solved."""
+"""Pausable forwards: they stop where a group of layers is about to run, and resume when the group has been solved."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from contextlib import AbstractContextManager
 import torch
 from greenlet import getcurrent, greenlet
 
-from llmprune.streaming.capture import Batch, Stop
-from llmprune.streaming.hooks import Observer, Seen
+from llmprune.streaming.batch import Batch, StopForward
+from llmprune.streaming.hooks import Observation, Observer
 
 
-class Finder(Observer):
-    """Ends a forward where it comes to a group."""
+class StopAtGroup(Observer):
+    """Ends a forward where it reaches a group."""
 
     def __init__(self, number: int, outputs: bool = False) -> None:
         super().__init__(outputs)
         self.number = number
-        self.seen: Seen | None = None
+        self.observation: Observation | None = None
 
-    def arrive(self, number: int, seen: Seen) -> None:
+    def arrive(self, number: int, observation: Observation) -> None:
         if number == self.number:
-            self.seen = seen
-            raise Stop
+            self.observation = observation
+            raise StopForward
 
 
-class Forward(Observer):
-    """One batch's forward through a block, in a greenlet that pauses where a group begins, or where its output lands.
+class PausableForward(Observer):
+    """One batch's forward through a block, in a greenlet that pauses where a group begins, or behind its residual add.
 
     Args:
         batch: the activations that enter the block.
         run: lets them pass through it.
         observed: within, the block's observer is the one given.
-        outputs: whether outputs of layers that land are wanted.
+        outputs: whether the outputs of layers that add to the residual stream are wanted.
     """
 
     def __init__(
@@ -46,39 +46,39 @@ class Forward(Observer):
         super().__init__(outputs)
         self.batch = batch
         self.at: int | None = None
-        self.seen = NOTHING
+        self.observation = NOTHING
         self._next = 0
         self._hub = getcurrent()
         self._run = greenlet(run, self._hub)
         self._observed = observed
 
-    def __enter__(self) -> Forward:
-        self.go_on()
+    def __enter__(self) -> PausableForward:
+        self.resume()
         return self
 
     def __exit__(self, *_: object) -> None:
         # Its frames refer to itself in ways that the garbage collector cannot see.
         self._run.throw()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Run to the next pause, or to the end of the block."""
-        self.at, self.seen = None, NOTHING
+        self.at, self.observation = None, NOTHING
         with self._observed(self):
             self._run.switch()
 
     def leave(self, number: int) -> None:
-        """Do not pause at this group any more; go on if that is where this forward stands."""
+        """Do not pause at this group any more; resume if this forward is paused there."""
         self._next = number + 1
         if self.at == number:
-            self.go_on()
+            self.resume()
 
-    def arrive(self, number: int, seen: Seen) -> None:
+    def arrive(self, number: int, observation: Observation) -> None:
         if number < self._next:
             return
-        self.at, self.seen = number, seen
+        self.at, self.observation = number, observation
         # A forward that pauses inside autocast must not leave it on for the others.
-        with torch.autocast(seen.inputs.device.type, enabled=False):
+        with torch.autocast(observation.inputs.device.type, enabled=False):
             self._hub.switch()
 
 
-NOTHING = Seen(torch.empty(0))
+NOTHING = Observation(torch.empty(0))

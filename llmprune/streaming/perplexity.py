@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn import functional
 from llmprune.errors import InputError
 from llmprune.model.skeleton import Skeleton
 from llmprune.streaming.capture import Wrap, logits
-from llmprune.streaming.stream import BATCH_TOKENS, BUDGET, BlockStream
+from llmprune.streaming.stream import BlockStream, Resources
 
 CHUNK_ELEMENTS = 2**25
 MAX_LOSS = 700.0  # beyond this, exp leaves the range of floats
@@ -54,27 +53,22 @@ def perplexity(
     skeleton: Skeleton,
     tokens: Tensor,
     step: Callable[[], None] = lambda: None,
-    folder: Path | None = None,
-    budget: int = BUDGET,
-    batch_tokens: int = BATCH_TOKENS,
+    resources: Resources | None = None,
 ) -> Perplexity:
-    """Measure a model on windows of text, each predicted on its own (SparseGPT, Wanda: non-overlapping windows).
+    """Perplexity of a model on non-overlapping windows, each predicted on its own (as SparseGPT and Wanda measure it).
 
     Args:
         skeleton: the model; one block at a time is in memory.
         tokens: `(windows, context)`, int64.
         step: called after every block and once at the end.
-        folder: where hidden states rest that exceed the budget; None if all are to stay in memory.
-        budget: bytes of hidden states that may rest in memory.
-        batch_tokens: tokens per batch.
+        resources: memory and files of the stream.
     """
-    stream = BlockStream(skeleton, tokens, batch_tokens=batch_tokens, folder=folder, budget=budget)
+    stream = BlockStream(skeleton, tokens, resources=resources)
     for _ in stream:
         step()
     with skeleton.loaded(skeleton.outside()):
         losses = [
-            window_losses(skeleton, batch.tokens, batch.hidden, stream.rehearsal.wrap)
-            for batch in stream.rehearsal.batches
+            window_losses(skeleton, batch.tokens, batch.hidden, stream.inputs.wrap) for batch in stream.inputs.batches
         ]
     step()
     return from_losses(torch.cat(losses), tokens.shape[1])

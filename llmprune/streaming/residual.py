@@ -1,22 +1,22 @@
-"""Where the outputs of layers land in the residual stream, found by disturbing them."""
+"""Residual adds: where the outputs of layers join the residual stream, found by perturbing them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.streaming.hooks import BLOCK, inputs_of
+from llmprune.model.hooks import hooked, inputs_of
+from llmprune.streaming.hooks import BLOCK
 
 SAME = 1e-2
 
 
 @torch.no_grad()
-def find_landings(module: nn.Module, groups: Sequence[Sequence[str]], run: Callable[[], Tensor]) -> dict[int, str]:
-    """Where the groups of a single layer add to the residual stream, if no other group has to be solved before that.
+def find_residual_adds(module: nn.Module, groups: Sequence[Sequence[str]], run: Callable[[], Tensor]) -> dict[int, str]:
+    """Where groups of a single layer add to the residual stream, if no other group has to be solved before that.
 
     Args:
         module: the block.
@@ -26,7 +26,7 @@ def find_landings(module: nn.Module, groups: Sequence[Sequence[str]], run: Calla
     called = list(_streams(module, run))
     found: dict[int, str] = {}
     for number in reversed(range(len(groups))):
-        place = find_landing(module, groups[number][0], run) if len(groups[number]) == 1 else None
+        place = find_residual_add(module, groups[number][0], run) if len(groups[number]) == 1 else None
         later = range(number + 1, len(groups))
         if place == BLOCK and all(found.get(other) == BLOCK for other in later):
             found[number] = BLOCK
@@ -39,12 +39,12 @@ def _comes_first(place: str, other: str, called: list[str]) -> bool:
     return other in called and called.index(place) < called.index(other)
 
 
-def find_landing(module: nn.Module, layer: str, run: Callable[[], Tensor]) -> str | None:
+def find_residual_add(module: nn.Module, layer: str, run: Callable[[], Tensor]) -> str | None:
     """Where a layer's output is added to the residual stream: the first module that is fed the sum, or the block's end.
 
-    The layer's output is changed by noise; where exactly this noise is found again, everything else that is there did
-    not depend on the layer. It counts only if adding the noise there, in place, changes the block in the same way. The
-    noise is as large as what it may be added to: less would be lost in the rounding of a sum in half precision.
+    The layer's output is perturbed by noise; where exactly this noise is found again, nothing else depends on the
+    layer. It counts only if adding the noise there, in place, changes the block in the same way. The noise is as large
+    as the stream that it may be added to: less would be lost in the rounding of a sum in half precision.
 
     Args:
         module: the block.
@@ -58,7 +58,7 @@ def find_landing(module: nn.Module, layer: str, run: Callable[[], Tensor]) -> st
     noise = torch.empty(0)
     plain = _streams(module, run)
 
-    def disturb(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def perturb(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         nonlocal noise
         if noise.shape != output.shape:
             size = max(_rms(values) for values in (output, *plain.values()) if values.numel() == output.numel())
@@ -66,24 +66,21 @@ def find_landing(module: nn.Module, layer: str, run: Callable[[], Tensor]) -> st
         outputs.append(output)
         return output + noise
 
-    handle = module.get_submodule(layer).register_forward_hook(disturb)
-    try:
-        disturbed = _streams(module, run)
-    finally:
-        handle.remove()
+    with hooked([module.get_submodule(layer).register_forward_hook(perturb)]):
+        perturbed = _streams(module, run)
     for place, stream in plain.items() if outputs else ():
-        other = disturbed[place]
+        other = perturbed[place]
         # Some models run their layers on flattened tokens.
         if stream.numel() != noise.numel() or other.shape != stream.shape or not _near(other - stream, noise):
             continue
         # A dropout or a norm right behind the layer is fed its output alone.
         if not _near(stream, outputs[0]):
-            return place if place == BLOCK or _same_way(module, place, noise, run, disturbed[BLOCK]) else None
+            return place if place == BLOCK or _same_way(module, place, noise, run, perturbed[BLOCK]) else None
     return None
 
 
 def _streams(module: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """What every module of a block is fed, in call order, and the block's output."""
+    """The input of every module of a block, in call order, and the block's output."""
     found: dict[str, Tensor] = {}
 
     def note(local: str, args: Any, kwargs: Any) -> None:
@@ -91,13 +88,12 @@ def _streams(module: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
         if local not in found and isinstance(first, Tensor) and first.is_floating_point():
             found[local] = first.clone()
 
-    with ExitStack() as stack:
-        for local, part in module.named_modules():
-            if local:
-                hook = part.register_forward_pre_hook(
-                    lambda _, args, kwargs, local=local: note(local, args, kwargs), with_kwargs=True
-                )
-                stack.callback(hook.remove)
+    handles = (
+        part.register_forward_pre_hook(lambda _, args, kwargs, local=local: note(local, args, kwargs), with_kwargs=True)
+        for local, part in module.named_modules()
+        if local
+    )
+    with hooked(handles):
         output = run()
     return {**found, BLOCK: output.clone()}
 
@@ -106,11 +102,8 @@ def _same_way(module: nn.Module, place: str, noise: Tensor, run: Callable[[], Te
     def add(_: nn.Module, args: Any, kwargs: Any) -> None:
         (stream := inputs_of(args, kwargs)).add_(noise.view_as(stream))
 
-    handle = module.get_submodule(place).register_forward_pre_hook(add, with_kwargs=True)
-    try:
+    with hooked([module.get_submodule(place).register_forward_pre_hook(add, with_kwargs=True)]):
         return _near(run(), expected)
-    finally:
-        handle.remove()
 
 
 def _rms(values: Tensor) -> float:

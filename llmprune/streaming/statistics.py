@@ -1,4 +1,4 @@
-"""What the statistics of a group of layers are made of: which batches, against which targets, how each token counts."""
+"""Statistics of the inputs of a group of layers: batches, dense targets, token weights."""
 
 from __future__ import annotations
 
@@ -15,71 +15,73 @@ from llmprune.pruning.problem import InputStats
 from llmprune.pruning.statistics import Landing, QuietCount, RunningGram, RunningPair
 from llmprune.runtime.memory import mapped_memory
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
-from llmprune.streaming.capture import Batch
-from llmprune.streaming.hooks import Seen
+from llmprune.streaming.batch import Batch
+from llmprune.streaming.hooks import Observation
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class StatisticsOptions:
     """How statistics are taken, in all blocks alike.
 
     Args:
-        paired: whether they are taken against the dense model's activations.
-        balanced: whether a token's error counts relative to the residual stream that it lands in, see `even_weight`.
-        quiet: with this share of the root mean square as the limit, count how often inputs that may go are nearly
-            zero; None not to.
-        unfitted: the batches that are left out.
+        dense_targets: whether they are taken against the dense model's activations.
+        token_weights: whether tokens are weighted by the inverse norm of the residual stream.
+        zero_threshold: fraction of the root mean square up to which an input of a layer that loses inputs counts as
+            zero; None where zeros are not counted.
+        channel_scales: whether the learned scale of every input of a layer that loses inputs is wanted.
+        left_out: numbers of the batches that are left out.
         group: the processes that have the other windows of the batches.
     """
 
-    paired: bool = False
-    balanced: bool = False
-    quiet: float | None = None
-    unfitted: frozenset[int] = frozenset()
+    dense_targets: bool = False
+    token_weights: bool = False
+    zero_threshold: float | None = None
+    channel_scales: bool = False
+    left_out: frozenset[int] = frozenset()
     group: ProcessGroup = SINGLE
 
 
 class GroupStatistics:
-    """The running statistics of layers that are fed the very same tensor.
+    """Running statistics of layers with the very same input tensor.
 
     Args:
-        sampling: how they are taken.
+        options: how they are taken.
         layers: the layers.
-        device: where their inputs come from.
-        cut: whether inputs are to go.
+        device: of their inputs.
+        removed: whether inputs are to be removed.
         bias: of the first layer, `(out,)`; None for none.
     """
 
     def __init__(
         self,
-        sampling: Sampling,
+        options: StatisticsOptions,
         layers: Sequence[LayerRef],
         device: torch.device,
-        cut: bool = False,
+        removed: bool = False,
         bias: Tensor | None = None,
     ) -> None:
-        self.sampling, self.names, self.bias = sampling, [layer.name for layer in layers], bias
+        self.options, self.names, self.bias = options, [layer.name for layer in layers], bias
         self._first = False
         width = layers[0].shape[1]
-        limit = sampling.quiet if cut else None
+        limit = options.zero_threshold if removed else None
         with mapped_memory():
-            total = sampling.group.sum
+            total = options.group.sum
             quiet = None if limit is None else QuietCount(width, limit, self._mean_square, total, device)
-            self._running = (RunningPair if sampling.paired or cut else RunningGram)(width, device, quiet)
+            self._running = (RunningPair if options.dense_targets or removed else RunningGram)(width, device, quiet)
 
-    def add(self, batch: Batch, seen: Seen, dense: Seen | None) -> None:
-        """Take in what the layers saw of a batch, and what the dense model's saw.
+    def add(self, batch: Batch, seen: Observation, dense: Observation | None) -> None:
+        """Add the observations of a batch.
 
         Args:
             batch: the batch.
-            seen: in the pruned model.
-            dense: in the dense one; None where there is no such thing.
+            seen: of the pruned model.
+            dense: of the dense model; None where it is not streamed.
         """
-        if batch.part.batch in self.sampling.unfitted:
+        if batch.shard.batch in self.options.left_out:
             return
-        self._first = batch.part.batch == 0
-        landed = dense.landed if dense is not None and dense.landed is not None else seen.landed
-        scale = even_weight(landed) if self.sampling.balanced and landed is not None else None
+        self._first = batch.shard.batch == 0
+        residual = dense.residual if dense is not None and dense.residual is not None else seen.residual
+        scale = inverse_residual_norm(residual) if self.options.token_weights and residual is not None else None
         if isinstance(self._running, RunningGram):
             self._running.add(seen.inputs, scale)
             return
@@ -88,7 +90,7 @@ class GroupStatistics:
         if dense is None or not whole or dense.inputs.shape != seen.inputs.shape:
             self._running.add(seen.inputs, None, scale, batch.fitted if whole else None)
             return
-        self._running.add(seen.inputs, self._landing(seen, dense) or dense.inputs, scale, batch.fitted)
+        self._running.add(seen.inputs, self._residual_target(seen, dense) or dense.inputs, scale, batch.fitted)
 
     def result(self) -> InputStats:
         """Statistics per token over the windows of all processes; the sums are used up.
@@ -106,27 +108,28 @@ class GroupStatistics:
                 f"the inputs of layer {self.names[0]!r} hold NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
-        return all_reduce_statistics(stats, self.names, self.sampling.group)
+        return all_reduce_statistics(stats, self.names, self.options.group)
 
     def _mean_square(self, rows: Tensor) -> float:
         """Of the first batch, of which other processes may have a part, or all."""
         here = rows if self._first else rows[:0]
-        squares, count = self.sampling.group.sum([float(here.square().sum(dtype=torch.float64)), here.numel()])
+        squares, count = self.options.group.sum([float(here.square().sum(dtype=torch.float64)), here.numel()])
         return squares / max(count, 1)
 
-    def _landing(self, seen: Seen, dense: Seen) -> Landing | None:
-        if seen.landed is None or dense.landed is None or dense.made is None:
+    def _residual_target(self, seen: Observation, dense: Observation) -> Landing | None:
+        if seen.residual is None or dense.residual is None or dense.output is None:
             return None
-        return Landing(dense.landed - seen.landed, dense.made if self.bias is None else dense.made - self.bias)
+        output = dense.output if self.bias is None else dense.output - self.bias
+        return Landing(dense.residual - seen.residual, output)
 
 
-def even_weight(landed: Tensor) -> Tensor:
-    """By what to scale a token's error so that it counts relative to the residual stream, `(tokens, 1)`, float32.
+def inverse_residual_norm(residual: Tensor) -> Tensor:
+    """The token weights that make errors count relative to the residual stream, `(tokens, 1)`, float32.
 
     The next norm divides every token by its own size, and that differs a hundredfold: at a few tokens, such as the
     first, the stream is so large that they alone would make up all of a Gram.
     """
-    size = landed.float().square().mean(-1).sqrt().flatten()[:, None]
+    size = residual.float().square().mean(-1).sqrt().flatten()[:, None]
     return size.clamp(min=torch.finfo(torch.float32).tiny ** 0.5).reciprocal()
 
 

@@ -1,8 +1,9 @@
-"""The blocks of a model one after the other: calibration activations travel while only one block is in memory."""
+"""The blocks of a model one after the other: calibration activations stream while only one block is in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +13,108 @@ from llmprune.model.skeleton import Skeleton
 from llmprune.runtime.memory import give_back_memory
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.streaming.activations import Activations
-from llmprune.streaming.batch_shards import parts, unfitted
-from llmprune.streaming.block import Block, Group
-from llmprune.streaming.block_types import Kinds, short_batch
-from llmprune.streaming.capture import SPENT, rehearse
-from llmprune.streaming.cross_block_state import Baggage, saved_wrap
-from llmprune.streaming.statistics import Sampling
-from llmprune.structure.coupling import Coupling
+from llmprune.streaming.batch import RELEASED
+from llmprune.streaming.batch_shards import BatchSharding, unseen_by_solves
+from llmprune.streaming.block import Block
+from llmprune.streaming.block_types import BlockAnalysis, BlockTypes, short_batch
+from llmprune.streaming.capture import capture_block_inputs
+from llmprune.streaming.cross_block_state import CrossBlockState, saved_wrap
+from llmprune.streaming.schedule import GroupSchedule
+from llmprune.streaming.statistics import StatisticsOptions
+from llmprune.structure.cut import Cut
 
 BATCH_TOKENS = 2048
 """Tokens that pass through a block together."""
 
-BUDGET = 2 * 2**30
-"""Bytes of hidden states that rest in memory between blocks."""
+HIDDEN_MEMORY = 2 * 2**30
+"""Bytes of hidden states that are kept in memory between blocks."""
 
-MEMORY = 4 * 2**30
-"""Bytes that a block's intermediate activations may take."""
+BLOCK_MEMORY = 4 * 2**30
+"""Bytes of intermediate activations of one block that are kept in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observe:
+    """What a stream observes on the way.
+
+    Args:
+        chosen: full names of the layers to be pruned.
+        dense_stream: whether the dense model's activations are propagated in parallel.
+        dense_targets: whether statistics are taken against them, where there are any.
+        permute: whether to find the inputs that may be permuted.
+        removed: the layers that lose inputs, by full name.
+        needs: statistics that methods and criteria declare beyond the Gram: `norm_scale`, `channel_scale`.
+        zero_threshold: fraction of the root mean square up to which an input counts as zero, where zeros are counted.
+        reconstruct: whether blocks are reconstructed; validation batches are then left out of the statistics.
+    """
+
+    chosen: frozenset[str] = frozenset()
+    dense_stream: bool = False
+    dense_targets: bool = True
+    permute: bool = False
+    removed: Mapping[str, Cut] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
+    zero_threshold: float | None = None
+    reconstruct: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a stream may use.
+
+    Args:
+        batch_tokens: tokens per batch; fewer if `saved` says so.
+        block_memory: bytes of a block's intermediate activations; None for `BLOCK_MEMORY`.
+        hidden_memory: bytes of hidden states that are kept in memory between blocks.
+        folder: for hidden states beyond that, and for `save`; None for neither.
+        group: the processes that share the tokens; statistics are those of all.
+        saved: what `save` returned in a run that was stopped; the stream resumes from there.
+    """
+
+    batch_tokens: int = BATCH_TOKENS
+    block_memory: int | None = None
+    hidden_memory: int = HIDDEN_MEMORY
+    folder: Path | None = None
+    group: ProcessGroup = SINGLE
+    saved: dict[str, Any] | None = None
 
 
 class BlockStream:
     """Iterates over the blocks of a model, each with its weights in memory and the activations that reach it.
 
-    Without a method applied, what leaves the last block is bit-equal to what the whole model computes.
+    With no layer chosen, the output of the last block is bit-equal to that of the whole model.
 
     Args:
         skeleton: the model.
         tokens: `(samples, length)`, int64.
-        batch_tokens: tokens per batch; fewer if `saved` says so.
-        chosen: full names of the layers to be pruned.
-        memory: bytes that a block's intermediate activations may take; `MEMORY` by default.
-        twin: whether the dense model's activations travel along.
-        paired: whether the layers' statistics are taken against them, where there are such.
-        permute: whether to find out which inputs may change places.
-        cuts: by their full names, the layers that lose inputs, with what these hang together with.
-        scales: whether to look for the norms that feed the layers.
-        quiet: with this share of the root mean square as the limit, count how often their inputs are nearly zero.
-        again: whether blocks will be trained, and passed once more, see `Block.rewind`; statistics then leave out the
-            batches that are to judge them, see `unfitted`.
-        folder: where hidden states rest that exceed the budget, and what `save` writes; None for neither.
-        budget: bytes of hidden states that may rest in memory.
-        saved: what `save` returned in a run that was stopped; the stream goes on from there.
-        group: the processes that share the tokens; statistics are those of all.
+        observe: what is observed.
+        resources: memory, files, processes.
+
+    Attributes:
+        sharding: the batches of all processes.
+        inputs: the batches of this process.
+        uncalled: layers whose weight is used without a call.
+        done: number of finished blocks.
     """
 
     def __init__(
-        self,
-        skeleton: Skeleton,
-        tokens: Tensor,
-        *,
-        batch_tokens: int = BATCH_TOKENS,
-        chosen: frozenset[str] = frozenset(),
-        memory: int | None = None,
-        twin: bool = False,
-        paired: bool = True,
-        permute: bool = False,
-        cuts: Mapping[str, Coupling] | None = None,
-        quiet: float | None = None,
-        scales: bool = False,
-        again: bool = False,
-        folder: Path | None = None,
-        budget: int = BUDGET,
-        saved: dict[str, Any] | None = None,
-        group: ProcessGroup = SINGLE,
+        self, skeleton: Skeleton, tokens: Tensor, observe: Observe | None = None, resources: Resources | None = None
     ) -> None:
-        self.skeleton, self.chosen, self.folder = skeleton, chosen, folder
-        self.memory = MEMORY if memory is None else memory
-        self.cuts, self.permute, self.scales = cuts or {}, permute, scales
-        # What enters a block and what leaves it are there at once.
-        limit = budget // (4 if twin else 2)
-        self._pruned = Activations("pruned", folder, limit, keep=again)
-        self._dense = Activations("dense", folder, limit) if twin else None
-        self._streams = [self._pruned] if self._dense is None else [self._pruned, self._dense]
-        wrap = saved_wrap(folder, saved["carried"]) if folder and saved else None
-        self.batch_size = max(1, batch_tokens // tokens.shape[1])
-        if saved:
-            self.batch_size = min(self.batch_size, saved["batch_size"])
-        self.group, self.count = group, -(-len(tokens) // self.batch_size)
-        left_out = unfitted(self.count) if again else frozenset()
-        self.sampling = Sampling(paired and twin, bool(cuts), quiet, left_out, group)
-        own = parts(len(tokens), self.batch_size, group.rank, group.world_size)
-        tokens = tokens[group.rank :: group.world_size]
-        self.rehearsal = rehearse(skeleton, tokens, self.batch_size, self._pruned, self._dense, wrap, own)
-        short = short_batch(skeleton, tokens, self.rehearsal.wrap) if permute or scales else None
-        self.kinds = Kinds(skeleton, chosen, short)
-        self._baggage = Baggage(self.rehearsal) if folder else None
+        self.skeleton, self.observe = skeleton, observe or Observe()
+        self.resources = resources = resources or Resources()
+        self.group, self.folder, saved = resources.group, resources.folder, resources.saved
+        self.sharding = _sharding(tokens, resources)
+        self._pruned, self._dense = self._activations()
+        wrap = saved_wrap(self.folder, saved["cross_block_state"]) if self.folder and saved else None
+        own = tokens[self.sharding.own]
+        self.inputs = capture_block_inputs(
+            skeleton, own, self.sharding.batch_size, self._pruned, self._dense, wrap, self.sharding.shards()
+        )
+        analysed = self.observe.permute or "norm_scale" in self.observe.needs
+        short = short_batch(skeleton, own, self.inputs.wrap) if analysed else None
+        self.types = BlockTypes(skeleton, self.observe.chosen, short)
+        self._state = CrossBlockState(self.inputs) if self.folder else None
         self.uncalled: list[str] = []
-        self.rows: list[int] = []
         self.done = 0
         if saved:
             self._load(saved)
@@ -108,67 +125,103 @@ class BlockStream:
     def __iter__(self) -> Iterator[Block]:
         for index in range(self.done, len(self)):
             with self.skeleton.loaded(self.skeleton.block_parameters(index)):
-                batches = self.rehearsal.batches
-                block = Block(self.skeleton, index, batches, self.chosen, self.sampling, self.count)
+                block = Block(self.skeleton, index, self.inputs.batches, self.observe.chosen)
                 yield block
                 block.finish()
             self.done = index + 1
-            for batch in self.rehearsal.batches:
-                batch.calls[index] = batch.dense_calls[index] = SPENT
+            for batch in self.inputs.batches:
+                batch.calls[index] = batch.dense_calls[index] = RELEASED
             for stream in self._streams:
                 stream.turn()
             give_back_memory()
 
+    def groups(self, block: Block) -> GroupSchedule:
+        """The groups of a block in call order, to be solved one after the other."""
+        analysis = self._analysis(block)
+        self.uncalled += [block.layers[local].name for local in analysis.order.uncalled]
+        # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
+        forwards = len(self.inputs.batches) * len(self._streams)
+        limit = BLOCK_MEMORY if self.resources.block_memory is None else self.resources.block_memory
+        return GroupSchedule(block, analysis, self._statistics(), 2 * analysis.order.nbytes * forwards <= limit)
+
     @property
-    def unmoved(self) -> list[str]:
-        """Why inputs of blocks that were met could not change places at all."""
+    def immovable(self) -> list[str]:
+        """Why the inputs of some blocks could not be permuted, one sentence a block type."""
         return [
-            f"no channels of {self.skeleton.block_name(kind)!r} and of blocks like it were reordered: it {reason}"
-            for kind, reason in self.kinds.opaque.items()
+            f"no channels of {self.skeleton.block_name(first)!r} and of blocks like it were reordered: it {reason}"
+            for first, reason in self.types.opaque.items()
         ]
 
-    def groups(self, block: Block) -> Iterator[Group]:
-        """The groups of a block; blocks of one kind share their call order."""
-        order = self.kinds.order(block.index, list(block.layers), block.try_out)
-        seen = self.sampling.paired or bool(self.cuts)
-        block.landings = self.kinds.landings(block.index, block.try_out) if seen else {}
-        self.uncalled += [block.layers[local].name for local in order.uncalled]
-        # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
-        forwards = len(self.rehearsal.batches) * (2 if block.twin else 1)
-        block.paused = 2 * order.nbytes * forwards <= self.memory
-        if self.scales:
-            block.scales = self.kinds.scales(block.index)
-        if self.permute:
-            block.couplings = {c.sink: c for c in self.kinds.couplings(block.index) if block.movable(c)}
-        prefix = f"{block.name}."
-        block.cuts = {n.removeprefix(prefix): c for n, c in self.cuts.items() if n.startswith(prefix)}
-        return block.groups(order.groups)
-
     def save(self) -> dict[str, Any]:
-        """Make durable all that the blocks behind the one at hand need from it and those before; returns it as JSON.
+        """Make durable what later blocks need of the current one and of those before; returns it as JSON.
 
         Raises:
-            CannotBeSavedError: blocks hand on what cannot be written.
+            CannotBeSavedError: state between blocks that cannot be written.
         """
         assert self.folder is not None
-        assert self._baggage is not None
+        assert self._state is not None
         return {
             "done": self.done + 1,
-            "batch_size": self.batch_size,
-            "carried": self._baggage.save(self.done + 1, self.folder),
+            "batch_size": self.sharding.batch_size,
+            "cross_block_state": self._state.save(self.done + 1, self.folder),
             "hidden": [stream.save() for stream in self._streams],
-            "kinds": self.kinds.save(),
+            "block_types": self.types.save(),
             "uncalled": self.uncalled,
-            "rows": self.rows,
         }
+
+    @property
+    def _streams(self) -> list[Activations]:
+        return [self._pruned] if self._dense is None else [self._pruned, self._dense]
+
+    def _activations(self) -> tuple[Activations, Activations | None]:
+        """Where the hidden states of the pruned model are stored, and those of the dense one if it is streamed."""
+        observe, folder = self.observe, self.folder
+        # The inputs and the outputs of a block are there at once.
+        limit = self.resources.hidden_memory // (4 if observe.dense_stream else 2)
+        pruned = Activations("pruned", folder, limit, keep=observe.reconstruct)
+        return pruned, Activations("dense", folder, limit) if observe.dense_stream else None
+
+    def _analysis(self, block: Block) -> BlockAnalysis:
+        """How the layers of a block are called and coupled; blocks of one type share it."""
+        observe, index = self.observe, block.index
+        order = self.types.order(index, list(block.layers), block.trial)
+        residual = self._statistics().dense_targets or bool(observe.removed)
+        prefix = f"{block.name}."
+        return BlockAnalysis(
+            order,
+            self.types.residual_adds(index, block.trial) if residual else {},
+            self.types.norm_scales(index) if "norm_scale" in observe.needs else {},
+            {c.sink: c for c in self.types.couplings(index) if block.movable(c)} if observe.permute else {},
+            {name.removeprefix(prefix): cut for name, cut in observe.removed.items() if name.startswith(prefix)},
+        )
+
+    def _statistics(self) -> StatisticsOptions:
+        observe = self.observe
+        return StatisticsOptions(
+            dense_targets=observe.dense_targets and observe.dense_stream,
+            token_weights=bool(observe.removed),
+            zero_threshold=observe.zero_threshold,
+            channel_scales="channel_scale" in observe.needs,
+            left_out=unseen_by_solves(self.sharding.batches) if observe.reconstruct else frozenset(),
+            group=self.group,
+        )
 
     def _load(self, saved: dict[str, Any]) -> None:
         assert self.folder is not None
-        assert self._baggage is not None
+        assert self._state is not None
         self.done, self.uncalled = saved["done"], list(saved["uncalled"])
         for stream, hidden in zip(self._streams, saved["hidden"], strict=True):
-            stream.load(hidden, self.done, [len(batch.tokens) for batch in self.rehearsal.batches])
-        self._baggage.load(self.done, self.folder, saved["carried"])
-        self.kinds.load(saved["kinds"])
-        for batch in self.rehearsal.batches:
-            batch.calls[: self.done] = batch.dense_calls[: self.done] = [SPENT] * self.done
+            stream.load(hidden, self.done, [len(batch.tokens) for batch in self.inputs.batches])
+        self._state.load(self.done, self.folder, saved["cross_block_state"])
+        self.types.load(saved["block_types"])
+        for batch in self.inputs.batches:
+            batch.calls[: self.done] = batch.dense_calls[: self.done] = [RELEASED] * self.done
+
+
+def _sharding(tokens: Tensor, resources: Resources) -> BatchSharding:
+    """The batches of all processes."""
+    windows, length = tokens.shape
+    size = max(1, resources.batch_tokens // length)
+    if resources.saved:
+        size = min(size, resources.saved["batch_size"])
+    return BatchSharding(windows, size, resources.group.rank, resources.group.world_size)

@@ -96,6 +96,11 @@ class Structure:
         )
 
 
+def unchanged(skeleton: Skeleton) -> Structure:
+    """The structure of a model that loses neither channels nor heads."""
+    return Structure((), {}, skeleton.config, ())
+
+
 def scale_of(block: nn.Module, coupling: Coupling) -> Tensor:
     """The learned scale that multiplies every input of a sink, `(in,)`, float64."""
     source = scale_source(block, coupling)

@@ -8,7 +8,7 @@ here, one line in the table.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 from llmprune.pruning.methods import MethodEntry, load_entry
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 class Criterion(Protocol):
     """What every criterion provides."""
+
+    needs: ClassVar[frozenset[str]]
+
+    @property
+    def zero_threshold(self) -> float | None:
+        """Fraction of the root mean square up to which an input counts as zero, if zeros are counted."""
+        ...
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """The units that go, exactly `count` of every pool."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class Lasso:
             to a tenth of the mean from the default. That changes which units are chosen, never what is fitted, and is
             reported.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    zero_threshold: ClassVar[float | None] = None
 
     jitter: float = 1e-8
 

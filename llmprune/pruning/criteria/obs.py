@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ class OBS:
         damping: λ as a fraction of the mean diagonal of H.
         swaps: most rounds of swaps.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    zero_threshold: ClassVar[float | None] = None
 
     damping: float = 0.01
     swaps: int = ROUNDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llmprune.pruning.criteria.problem import Choice, RemovalProblem
 
@@ -10,6 +11,9 @@ from llmprune.pruning.criteria.problem import Choice, RemovalProblem
 @dataclass(frozen=True, slots=True)
 class Magnitude:
     """The units with the smallest `Σ_j ‖W_:j‖²` go (Han et al. 2015, by columns)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    zero_threshold: ClassVar[float | None] = None
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the size of the weights."""
@@ -19,6 +23,9 @@ class Magnitude:
 @dataclass(frozen=True, slots=True)
 class Wanda:
     """The units with the smallest `Σ_j ‖W_:j‖ · ‖X_j‖` go (Sun et al. 2023, by columns)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    zero_threshold: ClassVar[float | None] = None
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the size of the weights times that of the inputs."""
@@ -33,6 +40,9 @@ class OBD:
     For single channels this is half of Wanda's score squared, so the same channels go; for heads the two sums differ.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset()
+    zero_threshold: ClassVar[float | None] = None
+
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the diagonal of the second-order loss."""
         loss = problem.weight.square().sum(0) * problem.gram.diagonal() / 2
@@ -42,6 +52,9 @@ class OBD:
 @dataclass(frozen=True, slots=True)
 class Scaling:
     """The units with the smallest `Σ_j |γ_j|` go, γ the learned scale that multiplies the inputs (Liu et al. 2017)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"channel_scale"})
+    zero_threshold: ClassVar[float | None] = None
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the learned scale."""
@@ -61,7 +74,14 @@ class APoZ:
         epsilon: what counts as nearly zero (fraction).
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"zero_fraction"})
+
     epsilon: float = 0.05
+
+    @property
+    def zero_threshold(self) -> float:
+        """Fraction of the root mean square up to which an input counts as zero."""
+        return self.epsilon
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove what is most often zero."""

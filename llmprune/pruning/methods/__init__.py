@@ -23,6 +23,7 @@ class Method(Protocol):
     """What every method provides."""
 
     scope: ClassVar[Scope]
+    needs: ClassVar[frozenset[str]]
 
     def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Prune the layers of one group; pure: no modules, no device policy."""

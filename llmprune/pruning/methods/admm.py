@@ -51,6 +51,7 @@ class ADMM:
     """
 
     scope: ClassVar[Scope] = "layer"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     damping: float = 0.01
     iterations: int = 8

@@ -16,6 +16,7 @@ class Magnitude:
     """Prune the weights with the smallest `|W_ij|` and leave the others as they are (Han et al. 2015)."""
 
     scope: ClassVar[Scope] = "layer"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Prune each layer of the group by the size of its weights."""

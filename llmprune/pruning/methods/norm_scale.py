@@ -18,6 +18,7 @@ class Scaling:
     """
 
     scope: ClassVar[Scope] = "layer"
+    needs: ClassVar[frozenset[str]] = frozenset({"norm_scale"})
 
     def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Prune each layer of the group by weight times scale."""

@@ -20,6 +20,7 @@ class OBD:
     """
 
     scope: ClassVar[Scope] = "layer"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Prune each layer of the group by the diagonal of the second-order loss."""

@@ -36,6 +36,7 @@ class SparseGPT:
     """
 
     scope: ClassVar[Scope] = "layer"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     damping: float = 0.03
 

@@ -18,6 +18,7 @@ class Wanda:
     """
 
     scope: ClassVar[Scope] = "row"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Prune each layer of the group by weight times input norm."""

@@ -1,0 +1,178 @@
+"""The groups of a block in call order, each with the statistics of the inputs that the pruned groups before produce.
+
+A block's forward pauses where a group of layers that share their inputs is about to run; when all batches have paused
+there, the group's Gram is complete, the group is pruned, and the forwards resume with the pruned weights. So a block
+costs one forward, whatever its number of groups, at the price of keeping its intermediate activations for all batches.
+Where these exceed the memory budget, the forward is repeated up to every group instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from llmprune.model.blocks import LayerRef
+from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem, LayerSolution, UnitRemoval
+from llmprune.runtime.memory import give_back_memory, mapped_memory
+from llmprune.streaming.batch import Batch, StopForward
+from llmprune.streaming.block import Block
+from llmprune.streaming.block_types import BlockAnalysis
+from llmprune.streaming.hooks import Observation, Observer, observed
+from llmprune.streaming.pausable import PausableForward, StopAtGroup
+from llmprune.streaming.statistics import GroupStatistics, StatisticsOptions
+from llmprune.structure.cut import Cut, scale_of
+
+
+@dataclass(slots=True)
+class Group:
+    """Layers of a block with the very same input tensor.
+
+    Args:
+        problem: the layer problems to be solved.
+        refs: the layers.
+        write: stores the solutions (one per layer, in order) with the order of their inputs in the file (None for the
+            order as it is; inputs that it does not name are removed); returns the stored weights in the present order.
+    """
+
+    problem: GroupProblem
+    refs: tuple[LayerRef, ...]
+    write: Callable[[list[LayerSolution], Tensor | None], list[Tensor]]
+
+
+class GroupSchedule:
+    """Iterates over the groups of a block; behind the last one, the batches have passed the pruned block.
+
+    Args:
+        block: the block.
+        analysis: how its layers are called and coupled.
+        options: how statistics are taken.
+        pausing: whether forwards pause at every group; else they are repeated up to it.
+    """
+
+    def __init__(self, block: Block, analysis: BlockAnalysis, options: StatisticsOptions, pausing: bool) -> None:
+        self.block, self.analysis, self.options, self.pausing = block, analysis, options, pausing
+        self.order = analysis.order.groups
+        self._observer: Observer | None = None
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Group]:
+        with observed(self.block.module, self.order, self.analysis.residual_adds, lambda: self._observer):
+            for number, stats in self._pausing() if self.pausing else self._repeating():
+                yield self._group(self.order[number], stats)
+                # Memory of the group that was freed would be scattered by the activations that come next.
+                give_back_memory()
+        self.block.advanced = True
+
+    def _group(self, layers: list[str], stats: InputStats) -> Group:
+        block, first = self.block, layers[0]
+        refs = tuple(block.layers[local] for local in layers)
+        with mapped_memory():
+            problems = tuple(
+                LayerProblem(ref.name, block.weight(ref.local).to(torch.float32, copy=True)) for ref in refs
+            )
+        if first in self.analysis.norm_scales:
+            norm, offset = self.analysis.norm_scales[first]
+            stats = replace(stats, scale=block.module.get_parameter(f"{norm}.weight").float() + offset)
+        coupling = self.analysis.couplings.get(first) if len(layers) == 1 else None
+        removed = self.analysis.removed.get(first) if len(layers) == 1 else None
+        keep_dense = block.dense_stream or bool(self.analysis.residual_adds)
+
+        def write(solutions: list[LayerSolution], order: Tensor | None = None) -> list[Tensor]:
+            moved = removed.coupling if removed else coupling
+            if order is not None and moved is not None:
+                block.reorder(moved, order)
+            return [block.write(ref, solution, keep_dense) for ref, solution in zip(refs, solutions, strict=True)]
+
+        classes = coupling.classes if coupling else ()
+        return Group(GroupProblem(problems, stats, classes, self._removal(removed)), refs, write)
+
+    def _removal(self, cut: Cut | None) -> UnitRemoval | None:
+        if cut is None:
+            return None
+        scale = scale_of(self.block.module, cut.coupling) if self.options.channel_scales else None
+        return UnitRemoval(cut.units, cut.count, scale)
+
+    # One forward per batch, paused at every group
+
+    def _pausing(self) -> Iterator[tuple[int, InputStats]]:
+        """One forward per batch, each in a greenlet that pauses where a group begins.
+
+        The dense model's forwards leave a group before it is pruned, with dense weights in the ones before.
+        """
+        batches, dense_stream = self.block.batches, self.block.dense_stream
+        with ExitStack() as stack:
+            pruned = [stack.enter_context(self._begun(batch)) for batch in batches]
+            dense = [stack.enter_context(self._begun(batch, dense=True)) for batch in batches if dense_stream]
+            yield from self._in_lockstep(pruned, dense)
+
+    def _begun(self, batch: Batch, dense: bool = False) -> PausableForward:
+        run = partial(self.block.pass_through, batch, dense)
+        return PausableForward(batch, run, self._observed_by, outputs=dense)
+
+    @contextmanager
+    def _observed_by(self, observer: Observer) -> Iterator[None]:
+        self._observer = observer
+        try:
+            yield
+        finally:
+            self._observer = None
+
+    def _in_lockstep(
+        self, pruned: list[PausableForward], dense: list[PausableForward]
+    ) -> Iterator[tuple[int, InputStats]]:
+        for number, layers in enumerate(self.order):
+            stats = self._statistics(layers)
+            for forward, other in zip_longest(pruned, dense):
+                if forward.at == number:
+                    paired = other.observation if other and other.at == number else None
+                    stats.add(forward.batch, forward.observation, paired)
+            # A member of a group may be called after later groups have begun.
+            with self.block.dense():
+                for forward in dense:
+                    forward.leave(number)
+            yield number, stats.result()
+            for forward in pruned:
+                if forward.at == number:
+                    self._update_residual(layers[0], forward.observation)
+                forward.leave(number)
+
+    def _update_residual(self, local: str, observation: Observation) -> None:
+        """Add to the residual stream what pruning changed in a layer that had run already."""
+        change = self.block.change_of(local)
+        if change is not None and observation.residual is not None:
+            moved = observation.inputs @ (change if self.block.layers[local].transposed else change.T)
+            observation.residual.add_(moved.view_as(observation.residual))
+
+    # A forward up to every group
+
+    def _repeating(self) -> Iterator[tuple[int, InputStats]]:
+        """A forward up to every group, and one through the whole block."""
+        for number, layers in enumerate(self.order):
+            stats = self._statistics(layers)
+            for batch in self.block.batches:
+                observation = self._observation_at(number, batch)
+                if observation is not None:
+                    other = self._observation_at(number, batch, dense=True) if self.options.dense_targets else None
+                    stats.add(batch, observation, other)
+            yield number, stats.result()
+        self.block.advance()
+
+    def _observation_at(self, number: int, batch: Batch, dense: bool = False) -> Observation | None:
+        """The observation of a group in a forward of its own, None if the forward does not reach the group."""
+        stop = StopAtGroup(number, outputs=dense)
+        with self._observed_by(stop), self.block.dense() if dense else nullcontext(), suppress(StopForward):
+            self.block.forward(batch, dense, isolated=True)
+        return stop.observation
+
+    def _statistics(self, layers: list[str]) -> GroupStatistics:
+        module = self.block.module.get_submodule(layers[0])
+        bias = dict(module.named_parameters()).get("bias")
+        refs = [self.block.layers[local] for local in layers]
+        removed = layers[0] in self.analysis.removed
+        return GroupStatistics(self.options, refs, self.block.skeleton.device, removed, bias)
