@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.skeleton import Skeleton
 from llmprune.sources.tokens import save_tokens, token_batch
 from llmprune.streaming.capture import logits
-from llmprune.streaming.stream import BlockStream
+from llmprune.streaming.stream import BlockStream, Observe, Resources
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
@@ -258,14 +259,21 @@ def reload(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
+def stream_through(skeleton: Skeleton, tokens: Tensor, **options: Any) -> BlockStream:
+    """A stream with fields of `Observe` and `Resources` as options."""
+    kinds = (Observe, Resources)
+    observe, resources = ({f.name: options.pop(f.name) for f in fields(kind) if f.name in options} for kind in kinds)
+    assert not options
+    return BlockStream(skeleton, tokens, Observe(**observe), Resources(**resources))
+
+
 def streamed_logits(skeleton: Skeleton, tokens: Tensor, batch: int = BATCH) -> Tensor:
     """Logits with one block in memory at a time."""
-    stream = BlockStream(skeleton, tokens, batch_tokens=batch * tokens.shape[1])
+    stream = stream_through(skeleton, tokens, batch_tokens=batch * tokens.shape[1])
     for _ in stream:
         pass
-    rehearsal = stream.rehearsal
     with skeleton.loaded(skeleton.outside()):
-        return torch.cat([logits(skeleton, b.tokens, b.hidden, rehearsal.wrap) for b in rehearsal.batches])
+        return torch.cat([logits(skeleton, b.tokens, b.hidden, stream.inputs.wrap) for b in stream.inputs.batches])
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from helpers import (
     TOY_BLOCKS,
+    Plain,
     save_tiny,
+    toy_block,
 )
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from llmprune.model.blocks import LayerRef
 from llmprune.pruning.methods import load_method
 from llmprune.pruning.pattern import NM
 from llmprune.pruning.problem import LayerSolution
-from llmprune.streaming.block import Group
+from llmprune.streaming.schedule import Group
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.find_couplings import find_couplings
 
@@ -57,3 +59,37 @@ def prune_group(group: Group) -> list[LayerSolution]:
     solutions = load_method("sparsegpt").solve(group.problem, PATTERN)
     group.write(solutions, None)
     return solutions
+
+
+@toy_block
+class Odd(nn.Module):
+    """Gate and up interleaved, reversed, and a LayerNorm before the sink."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fused, self.norm, self.down = (
+            nn.Linear(width, 4 * width),
+            nn.LayerNorm(2 * width),
+            nn.Linear(2 * width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.fused(x).unflatten(-1, (-1, 2)).unbind(-1)
+        return x + self.down(self.norm((gate.relu() * up).flip(-1)))
+
+
+@toy_block
+class Experts(nn.Module):
+    """Three experts as plain linear layers; a token goes to the one that its first feature names, never to the last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Plain(width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        choice = (x[..., 0] > 0).long()
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if bool((choice == number).any()):
+                out[choice == number] = expert(x[choice == number])
+        return x + out

@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import chosen, random_tokens, save_tiny, skeleton_of
+from helpers import chosen, random_tokens, save_tiny, skeleton_of, stream_through
 from pretend import FAR, pretended_device
 from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.pipeline.allocation import allocate
 from llmprune.pruning.criteria import CRITERIA, load_criterion
-from llmprune.pruning.layer_solver import Solver
+from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.methods import METHODS, load_method
 from llmprune.pruning.pattern import NM, Unstructured, parse_pattern
-from llmprune.pruning.problem import GroupProblem, LayerProblem
+from llmprune.pruning.problem import GroupProblem, LayerProblem, UnitRemoval
 from llmprune.pruning.recipe import Recipe
 from llmprune.pruning.statistics import QuietCount, RunningPair
-from llmprune.pruning.structured_solver import Remover
+from llmprune.pruning.structured_solver import StructuredSolver
 from llmprune.runtime.device import pick_device
-from llmprune.streaming.block_reconstruction import refine
-from llmprune.streaming.stream import BlockStream
+from llmprune.runtime.process_group import SINGLE
+from llmprune.streaming.block_reconstruction import Peers, reconstruct_block
 
 NEAR = torch.device("cpu")
 
@@ -66,18 +66,25 @@ def pruned_blocks(folder: Path, device: torch.device) -> list[dict[str, Tensor]]
     """The tensors of all blocks after every stage there is, for weights."""
     skeleton = skeleton_of(folder, device=device)
     recipe = Recipe("admm", targets="dense", permute=True, ridge=0.3, steps=2, refit=True)
-    solver = Solver(load_method("admm"), recipe)
-    stream = BlockStream(
-        skeleton, random_tokens(8), batch_tokens=48, chosen=chosen(skeleton), twin=True, permute=True, again=True
+    solver = LayerSolver(load_method("admm"), recipe)
+    stream = stream_through(
+        skeleton,
+        random_tokens(8),
+        batch_tokens=48,
+        chosen=chosen(skeleton),
+        dense_stream=True,
+        permute=True,
+        reconstruct=True,
     )
     found = []
     for block in stream:
         for group in stream.groups(block):
-            group.write(*solver.solve(group.problem, NM(2, 4), group.classes))
-        refine(block, 1)
+            solution = solver.solve(group.problem, NM(2, 4))
+            group.write(solution.layers, solution.order)
+        reconstruct_block(block, Peers(SINGLE, stream.sharding.batches), 1)
         found.append({name: tensor.clone() for name, tensor in block.export()})
         block.finish()
-    assert not stream.unmoved
+    assert not stream.immovable
     return found
 
 
@@ -99,8 +106,10 @@ def test_shares_are_found_on_another_device(kind: str, tmp_path: Path) -> None:
     assert isinstance(pattern, Unstructured)
     with pretended_device():
         skeleton = skeleton_of(folder, device=FAR)
-        stream = BlockStream(skeleton, random_tokens(8), batch_tokens=48, chosen=chosen(skeleton))
-        assert len(allocate(stream, pattern, kind, load_method("admm"), lambda: None)) == len(skeleton.blocks)  # type: ignore[arg-type]
+        stream = stream_through(skeleton, random_tokens(8), batch_tokens=48, chosen=chosen(skeleton))
+        assert len(
+            allocate(stream, pattern, kind, LayerSolver(load_method("admm"), Recipe("admm")), lambda: None)
+        ) == len(skeleton.blocks)  # type: ignore[arg-type]
 
 
 def problem_on(device: torch.device) -> GroupProblem:
@@ -126,10 +135,12 @@ def test_methods_solve_on_another_device(name: str, pattern: str, scope: str) ->
 @pytest.mark.parametrize("name", CRITERIA)
 def test_inputs_are_removed_on_another_device(name: str) -> None:
     with pretended_device():
-        solver = Solver(load_method("admm"), Recipe("admm", permute=True))
-        remover = Remover(load_criterion(name, {}), dense=True, steps=2, solver=solver)
-        scale = torch.rand(16, dtype=torch.float64) if remover.scaled else None
-        units, classes = torch.arange(16).view(1, 16, 1), (torch.arange(16)[None],)
-        (solution,), kept = remover.solve(problem_on(FAR), units, 8, NM(2, 4), classes, scale)
-        assert solution.weight.device == FAR
-        assert len(kept) == 8
+        recipe = Recipe("admm", targets="dense", permute=True, steps=2)
+        solver = StructuredSolver(load_criterion(name, {}), recipe, LayerSolver(load_method("admm"), recipe))
+        scale = torch.rand(16, dtype=torch.float64) if "channel_scale" in solver.needs else None
+        removal = UnitRemoval(torch.arange(16).view(1, 16, 1), 8, scale)
+        problem = replace(problem_on(FAR), classes=(torch.arange(16)[None],), removal=removal)
+        found = solver.solve(problem, NM(2, 4))
+        assert found.layers[0].weight.device == FAR
+        assert found.order is not None
+        assert len(found.order) == 8

@@ -26,7 +26,7 @@ from llmprune import Job, prune
 from llmprune.streaming import stream
 
 model, out, calib, method, memory = sys.argv[1:]
-stream.MEMORY = 2 * int(memory)
+stream.BLOCK_MEMORY = 2 * int(memory)
 options = {"evaluate": False, "device": "cpu", "threads": 1, "activation_memory": int(memory)}
 prune(Job(model, "2:4", method, calib=calib, out=Path(out), **options))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

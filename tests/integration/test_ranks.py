@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from llmprune import Job, prune
 from llmprune.errors import InputError
 from llmprune.pipeline.prepare import prepare
-from llmprune.pipeline.steps import spread_over
 from llmprune.progress import Progress
 from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import NM, Unstructured
@@ -29,12 +28,13 @@ from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.pruning.statistics import HELD_OUT
 from llmprune.runtime.launch import join
 from llmprune.runtime.process_group import ProcessGroup
-from llmprune.streaming.batch_shards import parts, unfitted
-from llmprune.streaming.capture import Call
+from llmprune.streaming.batch import Call
+from llmprune.streaming.batch_shards import BatchSharding, unseen_by_solves
 from llmprune.streaming.statistics import all_reduce_statistics
 
 WINDOWS, LENGTH, BLOCKS = 10, 256, 3
 LIMIT = 600
+T = TypeVar("T")
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
 FREE = {"seconds", "peak_memory", "baseline_memory", "blocks", "out", "command"}
 
@@ -48,7 +48,7 @@ import torch
 from llmprune import Job, prune, run
 from llmprune.runtime.launch import join
 from llmprune.runtime.process_group import ProcessGroup
-from llmprune.streaming.capture import Call
+from llmprune.streaming.batch import Call
 from llmprune.pruning.statistics import HELD_OUT
 
 forward = Call.run
@@ -69,11 +69,11 @@ with join("cpu") as (group, device):
 BROKEN = """
 import os, sys
 from llmprune.cli import main as cli
-from llmprune.pipeline import steps as together
+from llmprune.pruning.layer_solver import LayerSolver
 if os.environ["RANK"] == "1":
     def broken(*_):
         raise ValueError("this process is broken")
-    together.solve = broken
+    LayerSolver.solve = broken
 sys.exit(cli.main(sys.argv[1:]))
 """
 KILLED = """
@@ -205,7 +205,7 @@ def test_two_processes_find_what_one_finds(
     windows = WINDOWS + before["calibration"]["own"]
     tokens = windows * LENGTH
     # Blocks are trained on batches of one window here.
-    fitted = (windows - len(unfitted(windows))) * LENGTH if before["refinements"] else tokens
+    fitted = (windows - len(unseen_by_solves(windows))) * LENGTH if before["refinements"] else tokens
     assert before["calibration"] == after["calibration"]
     for alone, shared in zip(before["layers"], after["layers"], strict=True):
         assert shared["tokens"] == alone["tokens"] == fitted
@@ -262,10 +262,12 @@ def prepared(given: Path, out: Path, **options: object) -> Job:
 
 
 def test_too_many_processes_are_refused(given: Path, tmp_path: Path) -> None:
-    run = prepare(prepared(given, tmp_path / "out", method="wanda"), Progress())
-    assert spread_over(run, ProcessGroup()) is run
+    class Eleven(ProcessGroup):
+        def all_gather_object(self, value: T) -> list[T]:
+            return [value] * self.world_size
+
     with pytest.raises(InputError, match="11 processes cannot share 10 calibration windows"):
-        spread_over(run, ProcessGroup(0, 11))
+        prepare(prepared(given, tmp_path / "out", method="wanda"), Progress(), Eleven(0, 11))
 
 
 def test_processes_that_have_not_met_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,11 +297,11 @@ def test_every_window_is_in_one_process_and_as_many_tokens_are_held_out(windows:
     found: dict[int, list[int]] = {}
     fitted: dict[int, int] = {}
     for rank in range(size):
-        own = tokens[rank::size, 0].tolist()
-        for part in parts(windows, batch, rank, size):
-            found.setdefault(part.batch, []).extend(part.batch * batch + at for at in part.own)
-            fitted[part.batch] = fitted.get(part.batch, 0) + part.fitted(length)
-            assert [part.batch * batch + at for at in part.own] == [own.pop(0) for _ in part.own]
+        own = tokens[BatchSharding(windows, batch, rank, size).own, 0].tolist()
+        for shard in BatchSharding(windows, batch, rank, size).shards():
+            found.setdefault(shard.batch, []).extend(shard.batch * batch + at for at in shard.own)
+            fitted[shard.batch] = fitted.get(shard.batch, 0) + shard.fitted(length)
+            assert [shard.batch * batch + at for at in shard.own] == [own.pop(0) for _ in shard.own]
         assert own == []
     assert sorted(window for group in found.values() for window in group) == list(range(windows))
     for number, group in found.items():

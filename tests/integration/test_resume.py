@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from llmprune import Job, prune
 from llmprune.errors import InputError, PruneError
 from llmprune.model.skeleton import Skeleton
-from llmprune.pipeline.state import LOCK, STATE, Journal, read_state
+from llmprune.pipeline.state import LOCK, STATE, RunState, read_state
 from llmprune.progress import Progress
 from llmprune.reporting.html_report import PAGE
 from llmprune.streaming.activations import Filed
@@ -86,15 +86,15 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run a job and stop it right behind a block."""
 
     def call(work: Job, blocks: int, error: BaseException | None = None) -> None:
-        save = Journal.save
+        commit = RunState.commit
 
-        def stopping(journal: Journal, *arguments: Any) -> None:
-            save(journal, *arguments)
+        def stopping(journal: RunState, *arguments: Any) -> None:
+            commit(journal, *arguments)
             if journal.blocks == blocks:
                 raise error or Stopped
 
         with monkeypatch.context() as patch:
-            patch.setattr(Journal, "save", stopping)
+            patch.setattr(RunState, "commit", stopping)
             with pytest.raises((Stopped, PruneError)):
                 prune(work)
 
@@ -148,13 +148,13 @@ def test_a_resumed_run_gives_the_same_bytes_and_runs_no_block_again(
     stop(work, blocks)
     ran: set[int] = set()
     loaded: set[str] = set()
-    forward, load = Block._forward, Skeleton.loaded
+    forward, load = Block.forward, Skeleton.loaded
 
     def counted(block: Block, *rest: Any, **how: Any) -> Tensor:
         ran.add(block.index)
         return forward(block, *rest, **how)
 
-    monkeypatch.setattr(Block, "_forward", counted)
+    monkeypatch.setattr(Block, "forward", counted)
     monkeypatch.setattr(Skeleton, "loaded", lambda model, names: (loaded.update(names), load(model, names))[1])
     assert result(work) == wanted
     assert ran == set(range(blocks, BLOCKS))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chosen, random_tokens, save_tiny, skeleton_of
+from helpers import chosen, random_tokens, save_tiny, skeleton_of, stream_through
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_problems import gram_of, group, weight_of
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.pipeline.allocation import REACH, Curve, Survey, allocate, bounds, by_error, by_outliers, exact
+from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.linalg import relative_error
 from llmprune.pruning.methods import load_method
 from llmprune.pruning.pattern import Unstructured
-from llmprune.pruning.recipe import Allocate
-from llmprune.runtime.process_group import ALONE
-from llmprune.streaming.stream import BlockStream
+from llmprune.pruning.recipe import Allocate, Recipe
 
 surveys = st.lists(
     st.builds(
@@ -95,16 +94,19 @@ def test_the_errors_of_a_block_are_those_of_the_method(name: str) -> None:
         sum(relative_error(layer.weight, masked.weight, problem.stats) for layer, masked in zip(*pair, strict=True))
         for pair in ((problem.layers, method.solve(problem, Unstructured(share))) for share in ends)
     ]
-    assert Curve(method, "layer", ALONE, ends).errors(problem) == pytest.approx(expected)
+    assert Curve(LayerSolver(method, Recipe("admm")), "layer", ends).errors(problem) == pytest.approx(expected)
+
+
+SOLVER = LayerSolver(load_method("admm"), Recipe("admm"))
 
 
 @pytest.mark.parametrize("kind", ["error", "owl"])
 def test_a_model_s_blocks_get_their_shares(kind: Allocate, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, tokenizer=False)
     skeleton = skeleton_of(tmp_path)
-    stream = BlockStream(skeleton, random_tokens(16), chosen=chosen(skeleton))
+    stream = stream_through(skeleton, random_tokens(16), chosen=chosen(skeleton))
     steps: list[int] = []
-    patterns = allocate(stream, Unstructured(Fraction(7, 10)), kind, load_method("admm"), lambda: steps.append(1))
+    patterns = allocate(stream, Unstructured(Fraction(7, 10)), kind, SOLVER, lambda: steps.append(1))
     assert len(patterns) == len(steps) == len(skeleton.blocks)
     assert sum(pattern.share for pattern in patterns) == Fraction(7, 10) * len(patterns)
     assert len({pattern.share for pattern in patterns}) > 1
@@ -113,9 +115,9 @@ def test_a_model_s_blocks_get_their_shares(kind: Allocate, tmp_path: Path) -> No
 def test_a_share_that_prunes_nothing_is_refused(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, tokenizer=False)
     skeleton = skeleton_of(tmp_path)
-    stream = BlockStream(skeleton, random_tokens(16), chosen=chosen(skeleton))
+    stream = stream_through(skeleton, random_tokens(16), chosen=chosen(skeleton))
     with pytest.raises(InputError, match="rounds to 0"):
-        allocate(stream, Unstructured(Fraction(1, 200), "row"), "owl", load_method("admm"), lambda: None)
+        allocate(stream, Unstructured(Fraction(1, 200), "row"), "owl", SOLVER, lambda: None)
 
 
 def test_a_block_that_stays_dense_has_no_part_in_the_range() -> None:
@@ -129,6 +131,6 @@ def test_a_share_of_nothing_is_refused_by_its_own_name(tmp_path: Path, monkeypat
     save_tiny("llama", tmp_path, tokenizer=False)
     skeleton = skeleton_of(tmp_path)
     monkeypatch.setattr("llmprune.pipeline.allocation.exact", lambda shares, *_: [Fraction(0)] * len(shares))
-    stream = BlockStream(skeleton, random_tokens(16), chosen=chosen(skeleton))
+    stream = stream_through(skeleton, random_tokens(16), chosen=chosen(skeleton))
     with pytest.raises(InputError, match="--allocate owl gives a block 0 %, and that is nothing"):
-        allocate(stream, Unstructured(Fraction(1, 2)), "owl", load_method("admm"), lambda: None)
+        allocate(stream, Unstructured(Fraction(1, 2)), "owl", SOLVER, lambda: None)

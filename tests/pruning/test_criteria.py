@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from itertools import combinations
 from typing import Any
@@ -16,17 +17,30 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import NumericalError
-from llmprune.pruning.criteria import CRITERIA, load_criterion
+from llmprune.pruning.criteria import CRITERIA, Criterion, load_criterion
 from llmprune.pruning.criteria.lasso import RAISES, Lasso, _path, _solve, at_count, design_gram
 from llmprune.pruning.criteria.obs import OBS, Search
 from llmprune.pruning.criteria.problem import RemovalProblem
 from llmprune.pruning.criteria.reconstruct import FLOOR, RIDGE, RIDGES, least_squares, reconstruct
 from llmprune.pruning.linalg import ridge_of
-from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem, Status
+from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem, LayerSolution, Status, UnitRemoval
+from llmprune.pruning.recipe import Recipe
 from llmprune.pruning.statistics import EXACT, QuietCount, RunningGram, RunningPair
-from llmprune.pruning.structured_solver import Remover
+from llmprune.pruning.structured_solver import StructuredSolver
 
 DAMPING = OBS().damping
+
+
+def remove(
+    criterion: Criterion, problem: GroupProblem, units: Tensor, count: int, **recipe: Any
+) -> tuple[LayerSolution, Tensor]:
+    """The solution of a layer that loses inputs, and the kept inputs."""
+    solver = StructuredSolver(criterion, Recipe("", **recipe))
+    found = solver.solve(replace(problem, removal=UnitRemoval(units, count)), None)
+    assert found.order is not None
+    return found.layers[0], found.order
+
+
 GRAM_ONLY = [name for name in CRITERIA if name not in {"scaling", "apoz"}]
 SHAPES = {"channels": (1, 12, 1), "heads": (1, 4, 3), "query heads": (2, 3, 2)}
 
@@ -284,7 +298,7 @@ def test_a_choice_that_took_a_larger_diagonal_says_so(name: str, monkeypatch: py
     """Here the first two of them fail; the choice is that of the third."""
     given, raised = problem_of(), {"lasso": Lasso(jitter=1e-6), "obs": OBS(damping=1.0)}[name]
     problem = GroupProblem((LayerProblem("mlp.down", given.weight.float()),), InputStats(64, given.gram.float()))
-    (quiet,), expected = Remover(raised).solve(problem, given.units, 5)
+    quiet, expected = remove(raised, problem, given.units, 5)
     failures = iter([True, True])
     if name == "lasso":
 
@@ -296,7 +310,7 @@ def test_a_choice_that_took_a_larger_diagonal_says_so(name: str, monkeypatch: py
         monkeypatch.setattr("llmprune.pruning.criteria.lasso.at_count", at_count_or_not)
     else:
         fail_to_factor(monkeypatch, failures)
-    (solution,), kept = Remover(load_criterion(name)).solve(problem, given.units, 5)
+    solution, kept = remove(load_criterion(name), problem, given.units, 5)
     assert torch.equal(kept, expected)
     assert (solution.status, solution.stats["choice_raises"]) == (Status.DAMPING_RAISED, 2.0)
     assert quiet.status is Status.OK
@@ -307,7 +321,7 @@ def test_a_fit_between_two_steps_that_took_a_larger_ridge_says_so(monkeypatch: p
     given = problem_of()
     problem = GroupProblem((LayerProblem("mlp.down", given.weight.float()),), InputStats(64, given.gram.float()))
     fail_to_factor(monkeypatch, iter([True]))
-    (solution,), _ = Remover(load_criterion("wanda"), steps=2).solve(problem, given.units, 6)
+    solution, _ = remove(load_criterion("wanda"), problem, given.units, 6, steps=2)
     assert solution.status is Status.DAMPING_RAISED
     assert solution.stats["choice_raises"] == 1.0
     assert "refit_raises" not in solution.stats
@@ -433,8 +447,8 @@ def test_zeros_of_the_source_stay_zero() -> None:
     holes = torch.rand(given.weight.shape, generator=torch.Generator().manual_seed(3)) < 0.3
     weight = given.weight.masked_fill(holes, 0).float()
     problem = GroupProblem((LayerProblem("sink", weight),), InputStats(100, given.gram.float()))
-    (fitted,), kept = Remover(load_criterion("wanda")).solve(problem, given.units, 5)
-    (bare,), same = Remover(load_criterion("wanda"), reconstruct=False).solve(problem, given.units, 5)
+    fitted, kept = remove(load_criterion("wanda"), problem, given.units, 5)
+    bare, same = remove(load_criterion("wanda"), problem, given.units, 5, reconstruct=False)
     assert torch.equal(kept, same)
     assert not fitted.weight[holes].any()
     A = ridged(given).numpy()
@@ -450,8 +464,7 @@ def test_zeros_of_the_source_stay_zero() -> None:
 def test_steps_are_nested_and_end_at_the_count(steps: int, reconstruct: bool) -> None:
     given = problem_of()
     problem = GroupProblem((LayerProblem("sink", given.weight.float()),), InputStats(100, given.gram.float()))
-    remover = Remover(load_criterion("wanda"), steps=steps, reconstruct=reconstruct)
-    (solution,), kept = remover.solve(problem, given.units, 5)
+    solution, kept = remove(load_criterion("wanda"), problem, given.units, 5, steps=steps, reconstruct=reconstruct)
     assert len(kept) == 7
     assert torch.equal(solution.mask.all(0).nonzero().flatten(), kept)
     assert not solution.weight[:, ~solution.mask[0]].any()

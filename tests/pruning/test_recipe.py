@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from llmprune.job import Job
-from llmprune.pipeline.resolve import stages
+from llmprune.pipeline.resolve import resolve
 from llmprune.pruning.methods import METHODS
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe, make_recipe
+from llmprune.pruning.structured_solver import StructuredSolver
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -44,15 +45,16 @@ def test_a_recipe_says_all_its_stages() -> None:
 @pytest.mark.parametrize(("sparsity", "asked", "done"), [("2:4", 100, 2), ("4:8", 3, 3), ("50%", 3, 3)])
 def test_steps_are_those_that_the_pattern_has(sparsity: str, asked: int, done: int) -> None:
     job = Job("model", sparsity, steps=asked)
-    _, recipe, _, _ = stages(job)
+    recipe = resolve(job).recipe
     assert recipe.steps == done
 
 
 def test_steps_of_a_removal_are_not_those_of_the_pattern_behind_it() -> None:
-    _, recipe, _, remover = stages(Job("model", "channels:25%+2:4", steps=3))
+    procedure = resolve(Job("model", "channels:25%+2:4", steps=3))
+    recipe = procedure.recipe
     assert recipe.steps == 3
-    assert remover is not None
-    assert remover.steps == 3
+    assert isinstance(procedure.solver, StructuredSolver)
+    assert procedure.solver.recipe.steps == 3
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from llmprune.pruning.linalg import error_terms, relative_error
 from llmprune.pruning.problem import InputStats
 from llmprune.pruning.statistics import Landing, RunningGram, RunningPair
 from llmprune.streaming.activations import Activations
-from llmprune.streaming.batch_shards import parts
+from llmprune.streaming.batch_shards import whole_batches
 from llmprune.streaming.capture import Batch
-from llmprune.streaming.hooks import Seen
-from llmprune.streaming.statistics import GroupStatistics, Sampling
+from llmprune.streaming.hooks import Observation
+from llmprune.streaming.statistics import GroupStatistics, StatisticsOptions
 
 CPU = torch.device("cpu")
 
@@ -140,16 +140,16 @@ def test_products_with_dense_outputs_judge_as_dense_inputs_do() -> None:
 @pytest.mark.parametrize("where", ["inputs", "dense", "landed"])
 def test_statistics_that_are_not_finite_are_refused(where: str, landing: bool) -> None:
     """Whichever of them it is: of the dense model's activations, too."""
-    tokens, (part,) = torch.zeros(2, 8, dtype=torch.int64), parts(2, 2)
+    tokens, (part,) = torch.zeros(2, 8, dtype=torch.int64), whole_batches(2, 2)
     batch = Batch(tokens, [], [], 0, (Activations(), None), part)
     values = {name: torch.randn(2, 8, 4) for name in ("inputs", "dense", "landed", "made")}
 
     def result() -> InputStats:
         layer = LayerRef("block.down", "down", (4, 4), False)
-        running = GroupStatistics(Sampling(paired=True), [layer], torch.device("cpu"))
+        running = GroupStatistics(StatisticsOptions(dense_targets=True), [layer], torch.device("cpu"))
         landed = values["landed"] if landing else None
-        seen = Seen(values["inputs"], None if landed is None else torch.zeros(2, 8, 4))
-        running.add(batch, seen, Seen(values["dense"], landed, values["made"]))
+        seen = Observation(values["inputs"], None if landed is None else torch.zeros(2, 8, 4))
+        running.add(batch, seen, Observation(values["dense"], landed, values["made"]))
         return running.result()
 
     assert result().tokens == 16

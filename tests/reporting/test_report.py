@@ -16,10 +16,10 @@ from huggingface_hub import ModelCard
 
 from llmprune import Job, PruneReport, prune
 from llmprune.errors import InputError
-from llmprune.pipeline.report_builder import steps_left_out
+from llmprune.pipeline.report_builder import skipped_steps
 from llmprune.reporting.model_card import model_card
 from llmprune.reporting.report import FILE
-from llmprune.streaming.batch_shards import unfitted
+from llmprune.streaming.batch_shards import unseen_by_solves
 
 DOCS = ROOT / "docs" / "report.md"
 FREE = ("versions", "method.options", "sparsity.config", "coverage.skipped", "layers[].stats")
@@ -134,7 +134,7 @@ def test_the_figures_agree_with_each_other(report: PruneReport) -> None:
     assert all(0 < layer.error < 1 for layer in report.layers)
     windows = 4 + report.calibration["own"]
     assert report.calibration["tokens"] == windows * 32
-    assert all(layer.tokens == (windows - len(unfitted(windows))) * 32 for layer in report.layers)
+    assert all(layer.tokens == (windows - len(unseen_by_solves(windows))) * 32 for layer in report.layers)
     seconds = report.seconds
     parts = ("prepare", "dense_evaluation", "prune", "verify", "pruned_evaluation")
     assert sum(seconds[part] for part in parts) <= seconds["total"] + 0.01
@@ -236,7 +236,7 @@ def test_a_source_without_a_proper_card_is_no_obstacle(report: PruneReport, tmp_
 
 
 def test_steps_of_refinement_that_were_left_out_are_told(report: PruneReport) -> None:
-    assert steps_left_out(report) == []
+    assert skipped_steps(report) == []
     first, *others = report.refinements
-    (warning,) = steps_left_out(replace(report, refinements=[replace(first, left_out=3), *others]))
+    (warning,) = skipped_steps(replace(report, refinements=[replace(first, left_out=3), *others]))
     assert warning.startswith(f"3 steps of refinement were left out in 1 of {len(report.refinements)} blocks")

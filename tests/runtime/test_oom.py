@@ -16,7 +16,7 @@ from llmprune.errors import PruneError
 from llmprune.progress import Progress
 from llmprune.runtime.oom import half, with_oom_retry
 from llmprune.sources.tokens import save_tokens, token_batch
-from llmprune.streaming.capture import Call
+from llmprune.streaming.batch import Call
 
 WINDOWS, BLOCKS = 12, 3
 

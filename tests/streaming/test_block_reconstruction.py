@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BATCH, chosen, random_tokens, reload, save_tiny, skeleton_of, whole_logits
+from helpers import BATCH, chosen, random_tokens, reload, save_tiny, skeleton_of, stream_through, whole_logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from variants import prune_group
 
 from llmprune.pruning.problem import InputStats
 from llmprune.reporting.report import Refinement
+from llmprune.runtime.process_group import SINGLE
 from llmprune.streaming import block_reconstruction as module
-from llmprune.streaming.batch_shards import judges, unfitted
+from llmprune.streaming.batch import Batch, hidden_of
+from llmprune.streaming.batch_shards import unseen_by_solves, validation_batches
 from llmprune.streaming.block import Block
-from llmprune.streaming.block_reconstruction import batch_tokens, refine
-from llmprune.streaming.capture import Batch, hidden_of
-from llmprune.streaming.stream import BlockStream
+from llmprune.streaming.block_reconstruction import Peers, batch_tokens, reconstruct_block
 
 SAMPLES = 16
 
@@ -31,12 +31,17 @@ def refined(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Refinement], Tensor]:
     """Weights before and after refinement, what was gained, and what leaves the last block.
 
-    What is said to be gained is what the stored block gives on the judges, by the loss's formula.
+    What is said to be gained is what the stored block gives on the validation batches, by the loss's formula.
     """
     skeleton = skeleton_of(folder, dtype=dtype)
     tokens = random_tokens(SAMPLES)
-    stream = BlockStream(
-        skeleton, tokens, batch_tokens=BATCH * tokens.shape[1], chosen=chosen(skeleton), twin=True, again=True
+    stream = stream_through(
+        skeleton,
+        tokens,
+        batch_tokens=BATCH * tokens.shape[1],
+        chosen=chosen(skeleton),
+        dense_stream=True,
+        reconstruct=True,
     )
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
@@ -45,27 +50,28 @@ def refined(
         for group in stream.groups(block):
             prune_group(group)
         before |= {name: tensor.clone() for name, tensor in block.changed.items()}
-        start = loss_of(block)
-        gained.append(refine(block, epochs, seed))
+        peers = Peers(SINGLE, stream.sharding.batches)
+        start = loss_of(block, peers)
+        gained.append(reconstruct_block(block, peers, epochs, seed))
         assert gained[-1].before == pytest.approx(start, rel=1e-5)
-        assert gained[-1].after == pytest.approx(loss_of(block), rel=1e-5)
+        assert gained[-1].after == pytest.approx(loss_of(block, peers), rel=1e-5)
         after |= block.changed
-    return before, after, gained, torch.cat([batch.hidden for batch in stream.rehearsal.batches])
+    return before, after, gained, torch.cat([batch.hidden for batch in stream.inputs.batches])
 
 
 @torch.no_grad()
-def loss_of(block: Block) -> float:
-    """On the judges, of the block as it is stored: its outputs against the dense block's, in float64."""
+def loss_of(block: Block, peers: Peers) -> float:
+    """On the validation batches, of the block as it is stored: its outputs against the dense block's, in float64."""
     given = {name.removeprefix(f"{block.name}."): tensor for name, tensor in block.changed.items()}
     for local, tensor in given.items():
         assert torch.equal(block.module.get_parameter(local), tensor.to(block.skeleton.compute))
-    dense = {batch.part.batch: batch.dense.double() for batch in block.batches if batch.dense is not None}
+    dense = {batch.shard.batch: batch.dense.double() for batch in block.batches if batch.dense is not None}
     energy = torch.stack([target.square().mean((0, 1)) for target in dense.values()]).mean(0)
     weights = (energy / energy.mean()).clamp(min=1e-6) ** -0.5
     losses = []
     for batch in block.batches:
-        if batch.part.batch in judges(block.count):
-            call, target = batch.calls[block.index], dense[batch.part.batch]
+        if batch.shard.batch in validation_batches(peers.batches):
+            call, target = batch.calls[block.index], dense[batch.shard.batch]
             output = hidden_of(block.module(batch.entered(), *call.args, **call.kwargs)).double()
             missed = ((output - target).square() * weights).sum(-1) / (target.square() * weights).sum(-1)
             losses.append(float(missed.mean()))
@@ -92,12 +98,14 @@ def test_a_block_with_nothing_to_train_is_left_alone(tmp_path: Path) -> None:
     skeleton = skeleton_of(tmp_path)
     first = frozenset(name for name in chosen(skeleton) if ".0." in name)
     tokens = random_tokens(SAMPLES)
-    stream = BlockStream(skeleton, tokens, batch_tokens=BATCH * tokens.shape[1], chosen=first, twin=True, again=True)
+    stream = stream_through(
+        skeleton, tokens, batch_tokens=BATCH * tokens.shape[1], chosen=first, dense_stream=True, reconstruct=True
+    )
     gained = []
     for block in stream:
         for group in stream.groups(block):
             prune_group(group)
-        gained.append(refine(block, 1))
+        gained.append(reconstruct_block(block, Peers(SINGLE, stream.sharding.batches), 1))
     assert gained[0].after < gained[0].before
     assert gained[1].after == gained[1].before
 
@@ -192,12 +200,14 @@ def test_gradients_do_not_vanish_in_half_precision(compute: torch.dtype, tmp_pat
     found = []
     for dtype in (torch.float32, compute):
         skeleton = skeleton_of(tmp_path, compute=dtype)
-        stream = BlockStream(skeleton, random_tokens(SAMPLES), chosen=chosen(skeleton), twin=True, again=True)
+        stream = stream_through(
+            skeleton, random_tokens(SAMPLES), chosen=chosen(skeleton), dense_stream=True, reconstruct=True
+        )
         blocks = iter(stream)
         block = next(blocks)
         block.finish()
         values = {name: nn.Parameter(value.float() * 1.01) for name, value in block.module.named_parameters()}
-        gradients = SmallPart(block, values).gradients(0)
+        gradients = SmallPart(block, values, Peers(SINGLE, stream.sharding.batches)).gradients(0)
         found.append(torch.cat([gradient.flatten() for gradient in gradients]))
     assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.98
 
@@ -222,7 +232,9 @@ def test_without_dense_targets_the_statistics_are_those_of_the_pruned_model_alon
     seen = []
     for twin in (False, True):
         skeleton = skeleton_of(tmp_path)
-        stream = BlockStream(skeleton, random_tokens(), chosen=chosen(skeleton), twin=twin, paired=False)
+        stream = stream_through(
+            skeleton, random_tokens(), chosen=chosen(skeleton), dense_stream=twin, dense_targets=False
+        )
         for block in stream:
             for group in stream.groups(block):
                 assert group.problem.stats.cross is None
@@ -239,15 +251,15 @@ def test_batches_are_small_enough_for_many_steps(shape: tuple[int, int], size: i
 
 
 @pytest.mark.parametrize("batches", [1, 2, 8, 9, 15, 16, 17, 24, 25, 128])
-def test_judges_are_few_and_some_are_left_to_train_on(batches: int) -> None:
-    found = judges(batches)
+def test_validation_batches_are_few_and_some_are_left_to_train_on(batches: int) -> None:
+    found = validation_batches(batches)
     assert 1 <= len(found) <= max(1, batches // 8)
     assert set(found) <= set(range(batches))
-    assert unfitted(batches) == (frozenset(found) if batches >= 16 else frozenset())
+    assert unseen_by_solves(batches) == (frozenset(found) if batches >= 16 else frozenset())
 
 
 @pytest.mark.parametrize(("samples", "left_out"), [(16, [8]), (30, [8, 24]), (15, [])])
-def test_the_solves_do_not_see_the_judges(samples: int, left_out: list[int], tmp_path: Path) -> None:
+def test_the_solves_do_not_see_the_validation_batches(samples: int, left_out: list[int], tmp_path: Path) -> None:
     """The statistics are those of a text without them, in every group of every block."""
     save_tiny("llama", tmp_path, tokenizer=False)
     tokens = random_tokens(samples)
@@ -255,8 +267,8 @@ def test_the_solves_do_not_see_the_judges(samples: int, left_out: list[int], tmp
     seen: list[list[InputStats]] = []
     for text, again in ((tokens, True), (rest, False)):
         skeleton = skeleton_of(tmp_path)
-        stream = BlockStream(
-            skeleton, text, batch_tokens=text.shape[1], chosen=chosen(skeleton), twin=True, again=again
+        stream = stream_through(
+            skeleton, text, batch_tokens=text.shape[1], chosen=chosen(skeleton), dense_stream=True, reconstruct=again
         )
         seen.append([])
         for block in stream:

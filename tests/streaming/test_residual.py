@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import chosen, edit_tensor, random_tokens, recorded_inputs, reload, save_tiny, skeleton_of, whole_logits
+from helpers import (
+    chosen,
+    edit_tensor,
+    random_tokens,
+    recorded_inputs,
+    reload,
+    save_tiny,
+    skeleton_of,
+    stream_through,
+    whole_logits,
+)
 from torch import Tensor, nn
 from variants import prune_group
 
-from llmprune.pruning.layer_solver import Solver
+from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.linalg import relative_error
 from llmprune.pruning.methods import load_method
 from llmprune.pruning.pattern import NM
@@ -21,8 +31,13 @@ from llmprune.streaming.stream import BlockStream
 
 def twin_stream(folder: Path, memory: int = 2**30, samples: int = 5) -> BlockStream:
     skeleton = skeleton_of(folder)
-    return BlockStream(
-        skeleton, random_tokens(samples), batch_tokens=48, chosen=chosen(skeleton), memory=memory, twin=True
+    return stream_through(
+        skeleton,
+        random_tokens(samples),
+        batch_tokens=48,
+        chosen=chosen(skeleton),
+        block_memory=memory,
+        dense_stream=True,
     )
 
 
@@ -39,45 +54,47 @@ def twin_stream(folder: Path, memory: int = 2**30, samples: int = 5) -> BlockStr
         ("olmo2", {}),
     ],
 )
-def test_landings(model_type: str, expected: dict[str, str], tmp_path: Path) -> None:
+def test_residual_adds(model_type: str, expected: dict[str, str], tmp_path: Path) -> None:
     save_tiny(model_type, tmp_path, tokenizer=False)
     stream = twin_stream(tmp_path)
     for block in stream:
         found = {}
-        for number, group in enumerate(stream.groups(block)):
-            if number in block.landings:
-                found[group.refs[0].local] = block.landings[number]
+        schedule = stream.groups(block)
+        for number, group in enumerate(schedule):
+            if number in schedule.analysis.residual_adds:
+                found[group.refs[0].local] = schedule.analysis.residual_adds[number]
         assert found == expected
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("factor", [1, 10, 100])
-def test_landings_are_found_beside_a_much_larger_stream(compute: torch.dtype, factor: int, tmp_path: Path) -> None:
+def test_residual_adds_are_found_beside_a_much_larger_stream(compute: torch.dtype, factor: int, tmp_path: Path) -> None:
     """Which is rounded by more than a layer adds to it."""
     save_tiny("llama", tmp_path, tokenizer=False, dtype=torch.bfloat16)
     edit_tensor(tmp_path, "model.embed_tokens.weight", lambda weight: weight.mul_(factor))
     skeleton = skeleton_of(tmp_path, compute=compute)
-    stream = BlockStream(skeleton, random_tokens(), batch_tokens=48, chosen=chosen(skeleton), twin=True)
+    stream = stream_through(skeleton, random_tokens(), batch_tokens=48, chosen=chosen(skeleton), dense_stream=True)
     for block in stream:
-        for _ in stream.groups(block):
+        schedule = stream.groups(block)
+        for _ in schedule:
             pass
-        assert block.landings == {1: "post_attention_layernorm", 3: BLOCK}
+        assert schedule.analysis.residual_adds == {1: "post_attention_layernorm", 3: BLOCK}
 
 
 @pytest.mark.parametrize("memory", [2**30, 0], ids=["pausing", "repeating"])
 @pytest.mark.parametrize("model_type", ["llama", "falcon", "gpt2"])
 def test_what_a_layer_lacks_is_what_the_stream_behind_it_lacks(model_type: str, memory: int, tmp_path: Path) -> None:
-    """With the statistics of a landing, the full correction brings the stream nearer to the dense one than none."""
+    """With the statistics of a residual add, the correction brings the stream nearer to the dense one than none."""
     save_tiny(model_type, tmp_path, tokenizer=False)
 
     def distance(targets: str) -> float:
         stream = twin_stream(tmp_path, memory, samples=24)
-        solver = Solver(load_method("sparsegpt"), Recipe("sparsegpt", targets=targets))  # type: ignore[arg-type]
+        solver = LayerSolver(load_method("sparsegpt"), Recipe("sparsegpt", targets=targets))  # type: ignore[arg-type]
         for block in stream:
             for group in stream.groups(block):
-                solutions, order = solver.solve(group.problem, NM(2, 4))
-                group.write(solutions, order)
-        missed = [(b.hidden - b.dense).square().sum() for b in stream.rehearsal.batches if b.dense is not None]
+                solution = solver.solve(group.problem, NM(2, 4))
+                group.write(solution.layers, solution.order)
+        missed = [(b.hidden - b.dense).square().sum() for b in stream.inputs.batches if b.dense is not None]
         return float(torch.stack(missed).sum())
 
     assert distance("dense") < 0.95 * distance("pruned")
@@ -92,11 +109,13 @@ def test_statistics_behind_a_layer_are_those_of_the_whole_models(memory: int, tm
     tokens = random_tokens(5)
     checked = 0
     for block in stream:
-        for number, group in enumerate(stream.groups(block)):
+        schedule = stream.groups(block)
+        for number, group in enumerate(schedule):
             stats, name = group.problem.stats, group.refs[0].name
             if stats.missed is not None:
                 after = "model.norm" if block.index else "model.layers.1.input_layernorm"
-                place = f"{block.name}.{block.landings[number]}" if block.landings[number] else after
+                add = schedule.analysis.residual_adds[number]
+                place = f"{block.name}.{add}" if add else after
                 seen: list[dict[str, list[Tensor]]] = []
                 for model in (dense, plain):
                     with recorded_inputs(model, [name, place]) as found:

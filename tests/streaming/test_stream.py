@@ -14,7 +14,6 @@ from helpers import (
     BATCH,
     LENGTH,
     TOY_BLOCKS,
-    Plain,
     chosen,
     edit_tensor,
     random_tokens,
@@ -22,6 +21,7 @@ from helpers import (
     reload,
     save_tiny,
     skeleton_of,
+    stream_through,
     streamed_logits,
     toy_block,
     whole_logits,
@@ -38,11 +38,13 @@ every_mode = pytest.mark.parametrize("memory", MODES.values(), ids=MODES)
 FAMILIES = ["llama", "gemma3_text", "gpt2", "cohere", "falcon", "bloom", "opt", "qwen2_moe", "gptj"]
 
 
-def stream_of(folder: Path, tokens: Tensor, memory: int = 2**30, twin: bool = False) -> BlockStream:
+def stream_of(folder: Path, tokens: Tensor, memory: int = 2**30, dense: bool = False) -> BlockStream:
     skeleton = skeleton_of(folder)
     batch_tokens = BATCH * tokens.shape[1]
     names = chosen(skeleton)
-    return BlockStream(skeleton, tokens, batch_tokens=batch_tokens, chosen=names, memory=memory, twin=twin)
+    return stream_through(
+        skeleton, tokens, batch_tokens=batch_tokens, chosen=names, block_memory=memory, dense_stream=dense
+    )
 
 
 def pruned(stream: BlockStream) -> tuple[dict[str, Tensor], dict[str, LayerSolution], Tensor]:
@@ -53,24 +55,7 @@ def pruned(stream: BlockStream) -> tuple[dict[str, Tensor], dict[str, LayerSolut
         for group in stream.groups(block):
             solutions |= dict(zip((ref.name for ref in group.refs), prune_group(group), strict=True))
         stored |= block.changed
-    return stored, solutions, torch.cat([batch.hidden for batch in stream.rehearsal.batches])
-
-
-@toy_block
-class Experts(nn.Module):
-    """Three experts as plain linear layers; a token goes to the one that its first feature names, never to the last."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(Plain(width) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        choice = (x[..., 0] > 0).long()
-        out = torch.zeros_like(x)
-        for number, expert in enumerate(self.experts):
-            if bool((choice == number).any()):
-                out[choice == number] = expert(x[choice == number])
-        return x + out
+    return stored, solutions, torch.cat([batch.hidden for batch in stream.inputs.batches])
 
 
 class Pair(nn.Module):
@@ -216,7 +201,7 @@ def forwards(folder: Path, memory: int) -> tuple[list[int], int, int]:
                 prune_group(group)
                 groups += 1
         spent.append(len(calls))
-    return spent, len(stream.rehearsal.batches), groups
+    return spent, len(stream.inputs.batches), groups
 
 
 def test_a_pausing_block_costs_one_forward_a_batch_and_its_kind_one_more(tmp_path: Path) -> None:
@@ -293,8 +278,8 @@ def test_an_uneven_last_batch_counts_all_the_same(samples: int, batch: int, tmp_
     tokens = random_tokens(samples)
     skeleton = skeleton_of(tmp_path)
     assert torch.equal(streamed_logits(skeleton, tokens, batch), whole_logits(reload(tmp_path), tokens, batch))
-    stream = BlockStream(skeleton, tokens, batch_tokens=batch * LENGTH, chosen=chosen(skeleton))
-    assert [len(b.tokens) for b in stream.rehearsal.batches] == [len(part) for part in tokens.split(batch)]
+    stream = stream_through(skeleton, tokens, batch_tokens=batch * LENGTH, chosen=chosen(skeleton))
+    assert [len(b.tokens) for b in stream.inputs.batches] == [len(part) for part in tokens.split(batch)]
     for block in stream:
         for group in stream.groups(block):
             assert group.problem.stats.tokens == tokens.numel()
@@ -426,7 +411,7 @@ def test_a_model_that_does_not_chain_its_blocks_is_refused(tmp_path: Path) -> No
     skeleton = skeleton_of(folder)
     skeleton.model.forward = lambda input_ids, **_: skeleton.model.layers[1](skeleton.model.embed(input_ids))
     with pytest.raises(InputError, match="one after the other"):
-        BlockStream(skeleton, random_tokens())
+        stream_through(skeleton, random_tokens())
 
 
 @every_mode
@@ -444,8 +429,8 @@ def test_a_twin_stream_pairs_every_input_with_that_of_the_dense_model(
     save_tiny(model_type, tmp_path, tokenizer=False)
     tokens = random_tokens()
     dense, plain = reload(tmp_path), reload(tmp_path)
-    stream = stream_of(tmp_path, tokens, memory, twin=True)
-    names = sorted(stream.chosen)
+    stream = stream_of(tmp_path, tokens, memory, dense=True)
+    names = sorted(stream.observe.chosen)
     with recorded_inputs(dense, names) as wanted:
         whole_logits(dense, tokens)
     seen: dict[str, InputStats] = {}
@@ -482,18 +467,18 @@ def layer_weight(model: nn.Module, name: str) -> Tensor:
 @every_mode
 def test_a_twin_that_nobody_prunes_stays_equal(memory: int, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, tokenizer=False)
-    stream = stream_of(tmp_path, random_tokens(), memory, twin=True)
+    stream = stream_of(tmp_path, random_tokens(), memory, dense=True)
     for block in stream:
         if block.index:
             for _ in stream.groups(block):
                 pass
-    assert all(torch.equal(batch.hidden, batch.dense) for batch in stream.rehearsal.batches if batch.dense is not None)
-    assert stream.rehearsal.batches[0].dense is not None
+    assert all(torch.equal(batch.hidden, batch.dense) for batch in stream.inputs.batches if batch.dense is not None)
+    assert stream.inputs.batches[0].dense is not None
 
 
 @every_mode
 def test_tokens_that_are_routed_have_no_pair(memory: int, tmp_path: Path) -> None:
-    stream = stream_of(toy(tmp_path, "Experts"), random_tokens(8), memory, twin=True)
+    stream = stream_of(toy(tmp_path, "Experts"), random_tokens(8), memory, dense=True)
     for block in stream:
         for group in stream.groups(block):
             assert group.problem.stats.cross is None
@@ -504,7 +489,7 @@ def test_tokens_that_are_routed_have_no_pair(memory: int, tmp_path: Path) -> Non
 def test_what_leaves_a_twin_stream_is_what_the_pruned_model_computes(model_type: str, tmp_path: Path) -> None:
     """Where a layer ran before it was pruned, the residual stream is told of the change."""
     save_tiny(model_type, tmp_path, tokenizer=False)
-    stream = stream_of(tmp_path, random_tokens(), twin=True)
+    stream = stream_of(tmp_path, random_tokens(), dense=True)
     stored, _, hidden = pruned(stream)
     last = stream.skeleton.block_name(len(stream) - 1)
     plain = reload(tmp_path)

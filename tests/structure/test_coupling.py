@@ -17,7 +17,7 @@ from variants import toy_couplings
 from llmprune import prune
 from llmprune.errors import InputError
 from llmprune.model.blocks import find_blocks, find_layers
-from llmprune.streaming.capture import Call
+from llmprune.streaming.batch import Call
 from llmprune.structure.coupling import Coupling, Source, fold
 from llmprune.structure.find_couplings import OpaqueBlockError, find_couplings
 from llmprune.structure.float64 import Float64
@@ -371,23 +371,6 @@ class Mlp(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-
-@toy_block
-class Odd(nn.Module):
-    """Gate and up interleaved, reversed, and a LayerNorm before the sink."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fused, self.norm, self.down = (
-            nn.Linear(width, 4 * width),
-            nn.LayerNorm(2 * width),
-            nn.Linear(2 * width, width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.fused(x).unflatten(-1, (-1, 2)).unbind(-1)
-        return x + self.down(self.norm((gate.relu() * up).flip(-1)))
 
 
 @toy_block
