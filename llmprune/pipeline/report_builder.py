@@ -158,7 +158,7 @@ def initial_report(run: RunContext) -> PruneReport:
             "scope": run.sparsity.scope,
             "fraction": float(run.pattern.fraction) if run.pattern else 0.0,
             "note": run.sparsity.speed_note(),
-            "removed": list(run.structure.said),
+            "removed": list(run.structure.summary),
             "config": run.structure.changes,
         },
         method={"name": run.recipe.label, "options": run.solver.options},
