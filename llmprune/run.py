@@ -65,7 +65,7 @@ def _prune(job: Job, group: ProcessGroup, progress: Progress) -> PruneReport:
             if main:
                 with clock("prepare"):
                     state.check_compatible({"the model's weights": check_weights(run, progress)})
-            with clock("own_text") if run.generated_windows else nullcontext():
+            with clock("self_calibration") if run.generated_windows else nullcontext():
                 generated = generated_tokens(run, progress)
                 state.check_compatible(builder.add_generated(generated))
             windows = calibration_windows(run, generated)
@@ -121,8 +121,8 @@ def prune_blocks(
                 with clock("error"):
                     errors = errors_of(run, group, stored)
                     builder.add_group(group, pattern, solution.layers, stored, errors)
-        with clock("refine") if run.recipe.refine else nullcontext():
-            builder.report.refinements += reconstruct(run, stream, block)
+        with clock("reconstruct") if run.recipe.refine else nullcontext():
+            builder.report.reconstructions += reconstruct(run, stream, block)
         with clock("write"), mapped_memory():
             state.write(block)
             block.finish()

@@ -264,14 +264,14 @@ def run_report(options: argparse.Namespace) -> int:
     """`llmprune report`."""
     hush_libraries(options.debug)
     from llmprune.cli import terminal
-    from llmprune.export.generations import PROMPTS, add_samples
+    from llmprune.export.generations import PROMPTS, add_generations
     from llmprune.reporting.html_report import PAGE, write_report
     from llmprune.reporting.report import PruneReport
 
     report = PruneReport.read(options.dir)
     if options.generate:
         progress = terminal.TerminalProgress()
-        add_samples(report, options.dir, options.generate, options.prompt or PROMPTS, options.dense, progress)
+        add_generations(report, options.dir, options.generate, options.prompt or PROMPTS, options.dense, progress)
     write_report(report, options.dir)
     print(f"saved to {options.dir / PAGE}")
     return 0

@@ -122,7 +122,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
     rows += [
         ("sparsity", report.sparsity["meaning"]),
         ("reached", f"{share:.2%} of {weights / 1e6:.1f} M weights in {len(layers)} layers"),
-        *[("gives", text) for text in report.sparsity["done"]],
+        *[("gives", text) for text in report.sparsity["removed"]],
         ("coverage", coverage_text(report.coverage)),
         ("method", f"{recipe_text(report.recipe)}, mean relative layer error {_errors(report)}"),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
@@ -137,7 +137,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
 
 
 def _shared(report: PruneReport) -> str:
-    return f"; shared by {report.processes['size']} processes" if report.processes else ""
+    return f"; shared by {report.processes['world_size']} processes" if report.processes else ""
 
 
 def _errors(report: PruneReport) -> str:
@@ -185,7 +185,7 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("model", f"{model['name']}: {model['class']}, {model['parameters'] / 1e6:.1f} M parameters"),
         ("blocks", f"{model['blocks']}, with {len(facts['layers'])} layers to prune"),
         ("sparsity", facts["sparsity"]["meaning"]),
-        *[("gives", text) for text in facts["sparsity"]["done"]],
+        *[("gives", text) for text in facts["sparsity"]["removed"]],
         ("method", recipe_text(facts["recipe"])),
         ("coverage", coverage_text(facts["coverage"])),
         ("calibration", calibration_text(facts["calibration"])),

@@ -10,7 +10,7 @@ import torch
 
 from llmprune.export.pack import load
 from llmprune.progress import Progress
-from llmprune.reporting.report import PruneReport, Sample
+from llmprune.reporting.report import Generation, PruneReport
 from llmprune.runtime.device import pick_device
 from llmprune.sources.demo import default_cache
 from llmprune.sources.models import load_tokenizer, open_source
@@ -25,7 +25,7 @@ PROMPTS = (
 )
 
 
-def add_samples(
+def add_generations(
     report: PruneReport,
     folder: Path,
     tokens: int,
@@ -61,7 +61,7 @@ def add_samples(
     progress.start("generating", 2 * len(prompts))
     texts = [continuations(place, tokenizer, prompts, tokens, progress) for place in (source.folder, folder)]
     progress.finish()
-    report.samples = [Sample(*sample) for sample in zip(prompts, *texts, strict=True)]
+    report.generations = [Generation(*three) for three in zip(prompts, *texts, strict=True)]
 
 
 @torch.no_grad()

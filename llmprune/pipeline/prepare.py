@@ -87,9 +87,9 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> Run
         structure = plan_structure(
             skeleton, sparsity.removals, couplings, job.round_to, sparsity.pattern, job.trust_remote_code
         )
-        plan = plan.smaller(structure.touched if sparsity.pattern is None else None, structure.saved(skeleton))
-        for said in structure.said:
-            progress.note(said)
+        plan = plan.smaller(structure.sliced_layers if sparsity.pattern is None else None, structure.saved(skeleton))
+        for text in structure.summary:
+            progress.note(text)
     if "channel_scale" in solver.needs:
         check_channel_scales(skeleton, structure)
     if "norm_scale" in solver.needs:

@@ -52,7 +52,7 @@ class ReportBuilder:
         """Note the hash of the self-generated windows; returns it as part of the run's fingerprint."""
         if generated is None:
             return {}
-        self.report.calibration["own_sha256"] = digest = generated.provenance.sha256
+        self.report.calibration["self_generated_sha256"] = digest = generated.provenance.sha256
         return {"the self-generated text": digest[:12]}
 
     def start_blocks(self) -> None:
@@ -158,7 +158,7 @@ def initial_report(run: RunContext) -> PruneReport:
             "scope": run.sparsity.scope,
             "fraction": float(run.pattern.fraction) if run.pattern else 0.0,
             "note": run.sparsity.speed_note(),
-            "done": list(run.structure.said),
+            "removed": list(run.structure.summary),
             "config": run.structure.changes,
         },
         method={"name": run.recipe.label, "options": run.solver.options},
@@ -166,7 +166,7 @@ def initial_report(run: RunContext) -> PruneReport:
         calibration={
             **asdict(run.data.calibration.provenance),
             "tokens": math.prod(run.shape),
-            "own": run.generated_windows,
+            "self_generated": run.generated_windows,
         },
         evaluation=None,
         coverage=coverage(plan),
@@ -198,7 +198,7 @@ def layer_reports(
             shape=ref.shape,
             pattern=pattern.name if pattern else "",
             pruned=int((~solution.mask).sum()),
-            kept_zeros=int(((weight == 0) & solution.mask).sum()),
+            unpruned_zeros=int(((weight == 0) & solution.mask).sum()),
             error=error,
             status=solution.status.value,
             tokens=stats.tokens,
@@ -220,12 +220,12 @@ def coverage(plan: Plan) -> dict[str, Any]:
 
 def skipped_steps(report: PruneReport) -> list[str]:
     """A warning that steps of block-wise reconstruction were left out, if some were."""
-    blocks = [refinement for refinement in report.refinements if refinement.left_out]
+    blocks = [item for item in report.reconstructions if item.skipped_steps]
     if not blocks:
         return []
     return [
-        f"{sum(refinement.left_out for refinement in blocks)} steps of refinement were left out in {len(blocks)} of "
-        f"{len(report.refinements)} blocks: gradients were not finite in {report.machine['compute']}"
+        f"{sum(item.skipped_steps for item in blocks)} optimizer steps were skipped in {len(blocks)} of "
+        f"{len(report.reconstructions)} blocks: gradients were not finite in {report.machine['compute']}"
     ]
 
 
@@ -271,4 +271,4 @@ def processes(run: RunContext, windows: Tensor) -> dict[str, Any]:
     if run.group.is_single:
         return {}
     tokens = [own_windows(windows, run.group, rank).numel() for rank in range(run.group.world_size)]
-    return {"size": run.group.world_size, "tokens": tokens, "rows": list(run.procedure.sharding.rows)}
+    return {"world_size": run.group.world_size, "tokens": tokens, "rows": list(run.procedure.sharding.rows)}

@@ -69,9 +69,9 @@ class WorkerState:
 
     def begin(self, skeleton: Skeleton, report: PruneReport) -> None:
         """Start behind the last finished block: put what was reported of the finished ones into the report."""
-        nothing: dict[str, Any] = {"layers": [], "refinements": [], "blocks": []}
+        nothing: dict[str, Any] = {"layers": [], "reconstructions": [], "blocks": []}
         found = PruneReport.from_json({**report.to_json(), **self.state.get("report", nothing)})
-        report.layers, report.refinements, report.blocks = found.layers, found.refinements, found.blocks
+        report.layers, report.reconstructions, report.blocks = found.layers, found.reconstructions, found.blocks
 
     def check_compatible(self, fingerprint: Mapping[str, str]) -> None:
         """Rank 0 compares what the result depends on with an earlier run's."""
@@ -190,7 +190,7 @@ class RunState(WorkerState):
             "shards": [asdict(shard) for shard in self._writer.shards],
             "dense": asdict(self.dense) if self.dense else None,
             "patterns": names_of(self.patterns),
-            "report": {key: whole[key] for key in ("layers", "refinements", "blocks", "seconds")},
+            "report": {key: whole[key] for key in ("layers", "reconstructions", "blocks", "seconds")},
             "streams": streams,
             "rows": list(self.rows),
         }

@@ -21,7 +21,7 @@ from llmprune.pipeline.state import GENERATED, names_of, parsed
 from llmprune.progress import Progress
 from llmprune.pruning.linalg import error_terms, ratio
 from llmprune.pruning.pattern import SparsityPattern, Unstructured
-from llmprune.reporting.report import PruneReport, Refinement
+from llmprune.reporting.report import BlockReconstruction, PruneReport
 from llmprune.runtime.oom import with_oom_retry
 from llmprune.sources.generated import beginnings, check_room, go_on
 from llmprune.sources.tokens import TokenBatch, load_tokens, save_tokens, token_batch
@@ -177,7 +177,7 @@ def errors_of(run: RunContext, group: Group, stored: Sequence[Tensor]) -> list[f
     return [ratio(missed, next(totals)) for missed in totals]
 
 
-def reconstruct(run: RunContext, stream: BlockStream, block: Block) -> list[Refinement]:
+def reconstruct(run: RunContext, stream: BlockStream, block: Block) -> list[BlockReconstruction]:
     """Reconstruct a block whose groups are all solved, if the recipe says so."""
     if not run.recipe.refine:
         return []

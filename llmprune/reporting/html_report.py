@@ -32,12 +32,12 @@ STATS = {
 STAGES = {
     "prepare": "checks, download, tokens",
     "dense_evaluation": "dense perplexity",
-    "own_text": "writing text of its own",
+    "self_calibration": "writing text of its own",
     "prune": "pruning, of it:",
     "allocate": "· sharing the sparsity out",
     "solve": "· solving layers",
     "error": "· measuring layer errors",
-    "refine": "· refining blocks",
+    "reconstruct": "· refining blocks",
     "write": "· writing",
     "verify": "verifying",
     "pruned_evaluation": "pruned perplexity",
@@ -75,14 +75,14 @@ def report_page(report: PruneReport) -> str:
         [
             f"<h1>{escape(model)}, {escape(report.sparsity['pattern'])}</h1>",
             f'<p class="note">{escape(report.sparsity["meaning"])}; method {escape(report.method["name"])}</p>',
-            *(f'<p class="note">{escape(text)}</p>' for text in report.sparsity["done"]),
+            *(f'<p class="note">{escape(text)}</p>' for text in report.sparsity["removed"]),
             *(f'<p class="warning">{escape(text)}</p>' for text in report.warnings),
             facts(report),
             *_errors(report),
             *_inputs(report),
-            *_refinements(report),
+            *_reconstructions(report),
             *_blocks(report),
-            *_samples(report),
+            *_generations(report),
             *_provenance(report),
         ],
     )
@@ -184,7 +184,7 @@ def _row(layer: LayerReport, stats: Sequence[str]) -> list[Any]:
     share = layer.pruned / (layer.shape[0] * layer.shape[1])
     figures = [f"{layer.stats[key]:.3g}" if key in layer.stats else "-" for key in stats]
     shape = f"{layer.shape[0]} x {layer.shape[1]}"
-    return [layer.name, shape, layer.pattern, layer.error, f"{share:.2%}", layer.kept_zeros, layer.status, *figures]
+    return [layer.name, shape, layer.pattern, layer.error, f"{share:.2%}", layer.unpruned_zeros, layer.status, *figures]
 
 
 def _inputs(report: PruneReport) -> list[str]:
@@ -215,16 +215,16 @@ def by_inputs(rows: dict[str, list[float]]) -> dict[str, list[float]]:
     return {names[0] + (f" +{len(names) - 1}" if names[1:] else ""): rows[names[0]] for names in groups.values()}
 
 
-def _refinements(report: PruneReport) -> list[str]:
-    if not report.refinements:
+def _reconstructions(report: PruneReport) -> list[str]:
+    if not report.reconstructions:
         return []
     return [
         "<h2>Refinement</h2>",
         '<p class="note">Relative squared error of each block&#39;s output on held-out calibration text.</p>',
         chart.lines(
             {
-                "before": [refinement.before for refinement in report.refinements],
-                "after": [refinement.after for refinement in report.refinements],
+                "before": [item.before for item in report.reconstructions],
+                "after": [item.after for item in report.reconstructions],
             }
         ),
     ]
@@ -251,10 +251,10 @@ def _blocks(report: PruneReport) -> list[str]:
     ]
 
 
-def _samples(report: PruneReport) -> list[str]:
-    if not report.samples:
+def _generations(report: PruneReport) -> list[str]:
+    if not report.generations:
         return ['<p class="note">No generated text yet: <code>llmprune report DIR --generate 40</code> adds some.</p>']
-    rows = [(sample.prompt, sample.dense, sample.pruned) for sample in report.samples]
+    rows = [(item.prompt, item.dense, item.pruned) for item in report.generations]
     return [
         "<h2>Generated text</h2>",
         '<p class="note">Greedy continuations; a few samples prove nothing, but show what a perplexity feels like.</p>',

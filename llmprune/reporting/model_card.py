@@ -191,7 +191,7 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
     size = f"{report.size['pruned'] / 2**20:.0f} MiB (dense {report.size['dense'] / 2**20:.0f} MiB)"
     facts += [
         ("pattern", f"{report.sparsity['pattern']}, in {coverage['fraction']:.1%} of the block parameters"),
-        *[("removed", text) for text in report.sparsity["done"]],
+        *[("removed", text) for text in report.sparsity["removed"]],
         ("mean relative layer error", f"{report.mean_error:.4f}"),
         ("size of the weights", size),
         ("calibration", calibration_text(calibration)),
@@ -211,7 +211,7 @@ def _made(report: PruneReport) -> str:
     calibration = report.calibration
     seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
     tokens = f"The calibration tokens (sha256 `{calibration['sha256']}`{seed}) come from {calibration['source']}."
-    if calibration.get("own"):
-        tokens += f" The dense model wrote {calibration['own']} more windows (sha256 `{calibration['own_sha256']}`)."
+    if more := calibration.get("self_generated"):
+        tokens += f" The dense model generated {more} more windows (sha256 `{calibration['self_generated_sha256']}`)."
     command = f"```\n{report.command}\n```\n\n" if report.command else ""
     return f"{command}{tokens} Made with {versions}."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import InputError
+from llmprune.reporting.schema import SCHEMA, upgraded
 
 FILE = "prune_report.json"
 
@@ -28,7 +29,7 @@ class LayerReport:
     shape: tuple[int, int]
     pattern: str
     pruned: int
-    kept_zeros: int
+    unpruned_zeros: int
     error: float
     status: str
     tokens: int
@@ -36,13 +37,13 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Refinement:
-    """What a block gained by local refinement; see docs/report.md."""
+class BlockReconstruction:
+    """The error of a block before and after its reconstruction; see docs/report.md."""
 
     block: str
     before: float
     after: float
-    left_out: int = 0
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class BlockReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Generation:
     """How the dense and the pruned model continue a text; see docs/report.md."""
 
     prompt: str
@@ -79,9 +80,9 @@ class PruneReport:
     evaluation: dict[str, Any] | None
     coverage: dict[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
-    refinements: list[Refinement] = field(default_factory=list)
+    reconstructions: list[BlockReconstruction] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     size: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -93,17 +94,23 @@ class PruneReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        value: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **asdict(self)}))
         return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> PruneReport:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; reads older schemas too.
+
+        Raises:
+            InputError: the schema is newer than this version of llmprune.
+        """
+        value = upgraded(value)
+        del value["schema"]
         layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in value["layers"]]
-        refinements = [Refinement(**refinement) for refinement in value["refinements"]]
+        reconstructions = [BlockReconstruction(**item) for item in value["reconstructions"]]
         blocks = [BlockReport(**block) for block in value.get("blocks", ())]
-        samples = [Sample(**sample) for sample in value.get("samples", ())]
-        lists = {"layers": layers, "refinements": refinements, "blocks": blocks, "samples": samples}
+        generations = [Generation(**item) for item in value.get("generations", ())]
+        lists = {"layers": layers, "reconstructions": reconstructions, "blocks": blocks, "generations": generations}
         return cls(**{**value, **lists})
 
     @classmethod
@@ -111,10 +118,12 @@ class PruneReport:
         """The report of a pruned folder.
 
         Raises:
-            InputError: it is missing or damaged.
+            InputError: it is missing, damaged, or newer than this version of llmprune.
         """
         try:
             return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
+        except InputError as error:
+            raise InputError(f"{folder / FILE}: {error.message}", error.hint) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(
@@ -130,7 +139,7 @@ class PruneReport:
     def _repr_html_(self) -> str:
         """What a notebook shows: the figures that matter, the layers left out."""
         rows = {"sparsity": self.sparsity["meaning"], "method": self.method["name"]}
-        rows |= {f"removed {number}": text for number, text in enumerate(self.sparsity["done"], 1)}
+        rows |= {f"removed {number}": text for number, text in enumerate(self.sparsity["removed"], 1)}
         for key in ("dense", "pruned") if self.evaluation else ():
             found = self.evaluation[key]  # type: ignore[index]
             rows[f"perplexity, {key}"] = f"{found['value']:.2f} ± {found['error']:.2f}"
@@ -145,6 +154,6 @@ class PruneReport:
 def calibration_text(calibration: dict[str, Any]) -> str:
     """Which tokens were used."""
     seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
-    more = calibration.get("own", 0)
+    more = calibration.get("self_generated", 0)
     own = f", and {more} {'window' if more == 1 else 'windows'} by the dense model itself" if more else ""
     return f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}{seed}{own}"

@@ -14,7 +14,7 @@ from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.problem import LayerSolution
 from llmprune.streaming.batch import Batch, hidden_of, own_state
 from llmprune.structure.coupling import Coupling
-from llmprune.structure.slicing import rearrange
+from llmprune.structure.slicing import permute_and_slice
 
 OVERFLOW = "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)"
 
@@ -146,15 +146,15 @@ class Block:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The block's tensors by their names on disk, with new weights, permuted and sliced."""
         for coupling, order in self._orders:
-            self.changed |= rearrange(coupling, order.cpu(), self._current(coupling), f"{self.name}.")
+            self.changed |= permute_and_slice(coupling, order.cpu(), self._current(coupling), f"{self.name}.")
         self._orders.clear()
         return self.skeleton.checkpoint.export(self.skeleton.block_parameters(self.index), self.changed)
 
     def movable(self, coupling: Coupling) -> bool:
         """Whether all that a permutation moves can be written, and no layer that must stay as it is takes part."""
         left = {layer.local for layer in self.linear} - self.layers.keys()
-        return not left & {source.local for source in coupling.sources} and all(
-            self.writable(local) for local in coupling.parameters(self.module)
+        return not left & {producer.local for producer in coupling.producers} and all(
+            self.writable(local) for local in coupling.permuted_parameters(self.module)
         )
 
     def writable(self, local: str) -> bool:
@@ -187,6 +187,6 @@ class Block:
     def _current(self, coupling: Coupling) -> dict[str, Tensor]:
         """The tensors that a permutation or a removal changes, as they will be stored."""
         checkpoint = self.skeleton.checkpoint
-        locals_ = dict.fromkeys(coupling.parameters(self.module) + coupling.fed(self.module))
+        locals_ = dict.fromkeys(coupling.permuted_parameters(self.module) + coupling.sliced_parameters(self.module))
         names = [f"{self.name}.{local}" for local in locals_]
         return {name: self.changed.get(name, checkpoint.stored(checkpoint[name])) for name in names}

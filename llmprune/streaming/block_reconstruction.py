@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llmprune.reporting.report import Refinement
+from llmprune.reporting.report import BlockReconstruction
 from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.batch import Batch, hidden_of
 from llmprune.streaming.batch_shards import validation_batches
@@ -43,7 +43,7 @@ def batch_tokens(tokens: int) -> int:
     return max(min(BATCH_TOKENS, tokens // 16), 1)
 
 
-def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) -> Refinement:
+def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) -> BlockReconstruction:
     """Train the kept weights of a pruned block, its norms and biases, towards the dense block's output.
 
     Adam on float32 masters, batch by batch, with a warm-up and a cosine decay. The step size is a fraction of each
@@ -65,16 +65,16 @@ def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) ->
     loss = BlockLoss(block, values, peers)
     before = after = loss.mean(held_out)
     if not values:
-        return Refinement(block.name, before, after)
+        return BlockReconstruction(block.name, before, after)
     best: dict[str, Tensor] = {}
-    left_out = 0
+    skipped_steps = 0
     schedule = Schedule(values, epochs * len(training))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs if training else 0):
         for index in torch.randperm(len(training), generator=generator).tolist():
             gradients = loss.gradients(training[index])
             if not bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()):
-                left_out += 1
+                skipped_steps += 1
                 continue
             for (name, value), gradient in zip(values.items(), gradients, strict=True):
                 value.grad = gradient.mul_(masks[name]) if name in masks else gradient
@@ -85,7 +85,7 @@ def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) ->
     peers.group.broadcast(best.values())
     block.store(best)
     block.recompute_outputs()
-    return Refinement(block.name, before, after, left_out)
+    return BlockReconstruction(block.name, before, after, skipped_steps)
 
 
 def gradients_of(loss: Tensor, values: list[nn.Parameter]) -> tuple[Tensor, ...]:

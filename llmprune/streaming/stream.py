@@ -191,7 +191,7 @@ class BlockStream:
             order,
             self.types.residual_adds(index, block.trial) if residual else {},
             self.types.norm_scales(index) if "norm_scale" in observe.needs else {},
-            {c.sink: c for c in self.types.couplings(index) if block.movable(c)} if observe.permute else {},
+            {c.consumer: c for c in self.types.couplings(index) if block.movable(c)} if observe.permute else {},
             {name.removeprefix(prefix): cut for name, cut in observe.removed.items() if name.startswith(prefix)},
         )
 

@@ -1,4 +1,4 @@
-"""Coupled channels: which rows feed which inputs (DepGraph), permuted and sliced, and a config that says so.
+"""Coupled channels (DepGraph): found, permuted and sliced, and a config that expresses the sizes left.
 
 May import `model`, `pruning`. No class of a model is named: couplings are guessed from gradients and verified by
 running the block. A new kind of removal: a class in `pruning/sparsity`, a planner here.

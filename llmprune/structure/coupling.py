@@ -1,7 +1,8 @@
-"""How the inputs of a layer hang together with the rows of other layers, and how both change places.
+"""Coupled channels: input channels of a consumer layer and the output channels of its producers; both permuted.
 
-If the inputs of a layer (the sink) are fed one by one by output rows of others (its sources), with nothing in between
-that mixes them, rows and inputs can change places together, or go together, and the block computes the same.
+Where every input channel of a consumer comes from output channels (rows) of producers and nothing in between mixes
+channels, rows and inputs can be permuted together, or removed together, and the block computes the same. DepGraph (Fang
+et al. 2023) calls such layers a dependency group.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A layer whose output rows feed a sink; or a norm on the way to it, whose scale has a row for every input.
+class Producer:
+    """A layer whose output channels are permuted with a consumer's inputs; or a norm between, with a row per input.
 
     Args:
         local: module name inside the block.
         transposed: True where the module stores `(in, out)` (Conv1D).
-        rows: for every class of the coupling `(copies, free)`, int64: the rows that move with its columns. There may be
-            more than one row for a column (gate and up in one layer), fewer than inputs (one value row feeds an input
-            of every query head of its group), or none.
+        rows: for every class of the coupling `(copies, free)`, int64: the rows that are permuted with its columns.
+            There may be more than one row for a column (gate and up in one layer), fewer than inputs (one value row
+            feeds an input of every query head of its group), or none.
     """
 
     local: str
@@ -31,8 +32,8 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
-    """Which inputs of a sink the rows of a layer, or the entries of a norm's scale, feed.
+class Dependency:
+    """Which inputs of a consumer depend on which rows of a layer, or entries of a norm's scale.
 
     Args:
         local: module name inside the block.
@@ -48,69 +49,72 @@ class Feed:
     support: Tensor
     transposed: bool = False
 
-    def staying(self, gone: Tensor) -> Tensor:
-        """The rows that stay, `(k,)`, int64, if the inputs `gone (in,)` go: a row goes with all that it feeds."""
+    def kept_rows(self, removed: Tensor) -> Tensor:
+        """The rows that are kept, `(k,)`, int64, without the inputs `removed (in,)`, bool.
+
+        A row is removed with the last of the inputs that depend on it.
+        """
         stays = torch.ones(len(self.single), dtype=torch.bool)
         alone = self.single >= 0
-        stays[alone] = ~gone[self.single[alone]]
-        stays[self.several] = (self.support & ~gone).any(1)
+        stays[alone] = ~removed[self.single[alone]]
+        stays[self.several] = (self.support & ~removed).any(1)
         return stays.nonzero().flatten()
 
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
-    """How a sink's inputs hang together with its sources' rows.
+    """The input channels of a consumer with the rows they depend on.
 
     Args:
-        sink: module name inside the block.
+        consumer: module name inside the block.
         transposed: True where it stores `(in, out)` (Conv1D).
         width: its number of inputs.
-        classes: each `(copies, free)`, int64, inputs of the sink. The inputs in one column are fed by the same rows and
-            go together; the columns of a class may change places with each other, those of different classes may not
-            (attention heads). Inputs that no row feeds alone are in no class.
-        sources: the layers whose rows feed them one by one.
-        feeds: all that feeds them, query and key rows and shared norms too.
-        severable: whether inputs can be removed: without the rows that feed only them, they are zero, and the others
-            are what they were (behind a norm over all of them they are not).
+        classes: each `(copies, free)`, int64, inputs of the consumer. The inputs in one column depend on the same rows
+            and are removed together; the columns of a class may be permuted among themselves, not across classes
+            (attention heads). Inputs that depend on no row alone are in no class.
+        producers: the layers on whose rows they depend one by one.
+        dependencies: all layers on which they depend, query and key layers and shared norms too.
+        removable: whether inputs can be removed: with the rows that feed only them set to zero, they are zero and all
+            other inputs are unchanged (false behind a norm over all of them).
     """
 
-    sink: str
+    consumer: str
     transposed: bool
     width: int
     classes: tuple[Tensor, ...]
-    sources: tuple[Source, ...]
-    feeds: tuple[Feed, ...] = ()
-    severable: bool = False
+    producers: tuple[Producer, ...]
+    dependencies: tuple[Dependency, ...] = ()
+    removable: bool = False
 
-    def parameters(self, block: nn.Module) -> list[str]:
-        """Names in the block of the parameters that a permutation moves."""
-        return self._parameters(block, [source.local for source in self.sources])
+    def permuted_parameters(self, block: nn.Module) -> list[str]:
+        """Names in the block of the parameters that a permutation of the inputs changes."""
+        return self._parameters(block, [producer.local for producer in self.producers])
 
-    def fed(self, block: nn.Module) -> list[str]:
-        """Names in the block of the parameters that shrink when inputs are removed."""
-        return self._parameters(block, [feed.local for feed in self.feeds])
+    def sliced_parameters(self, block: nn.Module) -> list[str]:
+        """Names in the block of the parameters that are sliced when inputs are removed."""
+        return self._parameters(block, [dependency.local for dependency in self.dependencies])
 
     def _parameters(self, block: nn.Module, locals_: list[str]) -> list[str]:
-        own = {name for name, _ in block.named_parameters()}
+        present = {name for name, _ in block.named_parameters()}
         names = [f"{local}.{kind}" for local in locals_ for kind in ("weight", "bias")]
-        return [name for name in [*names, f"{self.sink}.weight"] if name in own]
+        return [name for name in [*names, f"{self.consumer}.weight"] if name in present]
 
 
-def fold(
-    coupling: Coupling, order: Tensor, tensors: Mapping[str, Tensor], prefix: str = "", sink: bool = True
+def permute(
+    coupling: Coupling, order: Tensor, tensors: Mapping[str, Tensor], prefix: str = "", consumer: bool = True
 ) -> dict[str, Tensor]:
-    """Permute the rows of the sources and the columns of the sink; the block computes the same as before.
+    """Permute the rows of the producers and the columns of the consumer; the block computes the same as before.
 
     Args:
-        coupling: what moves together.
-        order: `(width,)`, int64: position p of the sink gets input `order[p]`. It must respect the classes.
+        coupling: of the consumer.
+        order: `(width,)`, int64: position p of the consumer gets input `order[p]`. It must respect the classes.
         tensors: at least all parameters of these layers, as the modules store them, by name; a bias that is not there
             is one that the layer does not have.
-        prefix: stands before the local names.
-        sink: whether the sink's columns are permuted too.
+        prefix: of the local names in `tensors`.
+        consumer: whether the consumer's columns are permuted too.
 
     Returns:
-        The tensors that changed, new ones, by name.
+        The permuted tensors, new ones, by name.
 
     Raises:
         ValueError: the order moves an input out of its class, or apart from its copies.
@@ -121,28 +125,28 @@ def fold(
     if not respected or len(set(order.tolist())) != coupling.width:
         raise ValueError("the order moves inputs out of their class or apart from their copies, or loses some")
     changed = {}
-    for source in coupling.sources:
+    for producer in coupling.producers:
         for kind in ("weight", "bias"):
-            name = f"{prefix}{source.local}.{kind}"
+            name = f"{prefix}{producer.local}.{kind}"
             if kind == "weight" or name in tensors:
-                axis = tensors[name].dim() - 1 if source.transposed else 0
-                rows = scatter(source.rows, moves, tensors[name].shape[axis])
+                axis = tensors[name].dim() - 1 if producer.transposed else 0
+                rows = scatter(producer.rows, moves, tensors[name].shape[axis])
                 changed[name] = tensors[name].index_select(axis, rows.to(tensors[name].device))
-    if sink:
-        name = f"{prefix}{coupling.sink}.weight"
+    if consumer:
+        name = f"{prefix}{coupling.consumer}.weight"
         changed[name] = tensors[name].index_select(int(not coupling.transposed), order.to(tensors[name].device))
     return changed
 
 
 def _move(order: Tensor, slots: Tensor) -> Tensor:
-    """By which column of `slots` every column is replaced."""
+    """The permutation of the columns of a class, `(free,)`, int64, that an order of all inputs implies."""
     position = torch.zeros_like(order)
     position[slots[0]] = torch.arange(slots.shape[1])
     return position[order[slots[0]]]
 
 
 def scatter(indices: Sequence[Tensor], moves: Sequence[Tensor], size: int) -> Tensor:
-    """The order of `size` rows in which the columns of every index matrix are moved."""
+    """The order of `size` rows in which the columns of every index matrix are permuted by its move, int64."""
     order = torch.arange(size)
     for index, move in zip(indices, moves, strict=True):
         order[index] = index[:, move]

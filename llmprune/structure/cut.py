@@ -1,4 +1,4 @@
-"""What the layers of a model lose, and what the smaller model is."""
+"""The inputs to remove from every layer, and the smaller model that results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmprune.errors import InputError
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.sparsity import Kind
-from llmprune.structure.coupling import Coupling, Source
+from llmprune.structure.coupling import Coupling, Producer
 from llmprune.structure.slicing import shapes_after
 
 if TYPE_CHECKING:
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What one layer loses.
+    """The inputs that one consumer layer loses.
 
     Args:
         kind: channels or heads.
         block: name of its block.
-        coupling: what its inputs hang together with.
-        units: `(pools, units, size)`, int64: its inputs that go together.
-        count: how many units of every pool go.
+        coupling: its coupled channels.
+        units: `(pools, units, size)`, int64: its inputs, by units that are removed as a whole (a channel, a head).
+        count: number of units to remove from every pool.
     """
 
     kind: Kind
@@ -40,39 +40,39 @@ class Cut:
     @property
     def name(self) -> str:
         """Full name of the layer."""
-        return f"{self.block}.{self.coupling.sink}"
+        return f"{self.block}.{self.coupling.consumer}"
 
     @property
     def width(self) -> int:
-        """Number of inputs that stay."""
+        """Number of inputs that are kept."""
         return self.coupling.width - self.count * self.units.shape[0] * self.units.shape[2]
 
     @property
     def example(self) -> tuple[Coupling, Tensor, str]:
-        """Some choice of the inputs that stay, for shapes: the last units of every pool go."""
-        stays = torch.ones(self.coupling.width, dtype=torch.bool)
-        stays[self.units[:, self.units.shape[1] - self.count :].flatten()] = False
-        return self.coupling, stays.nonzero().flatten(), f"{self.block}."
+        """Coupling, kept inputs and block prefix for shapes only: as if the last units of every pool were removed."""
+        kept = torch.ones(self.coupling.width, dtype=torch.bool)
+        kept[self.units[:, self.units.shape[1] - self.count :].flatten()] = False
+        return self.coupling, kept.nonzero().flatten(), f"{self.block}."
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """The smaller model.
+    """The architecture after the removal of channels and heads.
 
     Args:
-        cuts: every layer that loses inputs.
-        changes: new values of settings of the config.
-        config: the smaller model's.
-        said: for every removal, what was asked for and what is done.
+        cuts: one for every consumer layer that loses inputs.
+        changes: settings of the config with new values.
+        config: of the smaller model.
+        summary: for every removal, the request and how it is carried out.
     """
 
     cuts: tuple[Cut, ...]
     changes: dict[str, int]
     config: PreTrainedConfig
-    said: tuple[str, ...]
+    summary: tuple[str, ...]
 
     def saved(self, skeleton: Skeleton) -> int:
-        """Bytes by which the written tensors get smaller."""
+        """Bytes that the written tensors lose."""
         tensors = dict(skeleton.model.state_dict())
         shapes = shapes_after([cut.example for cut in self.cuts], tensors)
         return sum(
@@ -83,16 +83,16 @@ class Structure:
 
     @property
     def by_name(self) -> dict[str, Cut]:
-        """The cuts by their layers' full names."""
+        """The cuts by the full names of their consumers."""
         return {cut.name: cut for cut in self.cuts}
 
     @property
-    def touched(self) -> frozenset[str]:
-        """Full names of all layers that get smaller."""
+    def sliced_layers(self) -> frozenset[str]:
+        """Full names of all layers that lose rows or inputs."""
         return frozenset(
             f"{cut.block}.{local}"
             for cut in self.cuts
-            for local in (cut.coupling.sink, *(feed.local for feed in cut.coupling.feeds))
+            for local in (cut.coupling.consumer, *(dependency.local for dependency in cut.coupling.dependencies))
         )
 
 
@@ -102,30 +102,30 @@ def unchanged(skeleton: Skeleton) -> Structure:
 
 
 def scale_of(block: nn.Module, coupling: Coupling) -> Tensor:
-    """The learned scale that multiplies every input of a sink, `(in,)`, float64."""
-    source = scale_source(block, coupling)
-    assert source is not None
+    """The learned norm scale of every input of a consumer, `(in,)`, float64."""
+    producer = scale_producer(block, coupling)
+    assert producer is not None
     scale = torch.ones(coupling.width, dtype=torch.float64)
-    weight = block.get_parameter(f"{source.local}.weight").double().cpu()
-    for slots, rows in zip(coupling.classes, source.rows, strict=True):
+    weight = block.get_parameter(f"{producer.local}.weight").double().cpu()
+    for slots, rows in zip(coupling.classes, producer.rows, strict=True):
         scale[slots] = weight[rows]
     return scale
 
 
-def scale_source(block: nn.Module, coupling: Coupling) -> Source | None:
-    """The learned scale among the sources of a sink."""
-    vectors = [s for s in coupling.sources if block.get_parameter(f"{s.local}.weight").dim() == 1]
+def scale_producer(block: nn.Module, coupling: Coupling) -> Producer | None:
+    """The norm among the producers of a consumer; None where there is none, or more than one."""
+    vectors = [s for s in coupling.producers if block.get_parameter(f"{s.local}.weight").dim() == 1]
     return vectors[0] if len(vectors) == 1 else None
 
 
 def check_channel_scales(skeleton: Skeleton, structure: Structure) -> None:
-    """Refuse cuts of layers whose inputs have no learned scale.
+    """Refuse cuts of layers whose inputs have no learned norm scale.
 
     Raises:
-        InputError: naming the first.
+        InputError: naming the first such layer.
     """
     for cut in structure.cuts:
-        if scale_source(skeleton.model.get_submodule(cut.block), cut.coupling) is None:
+        if scale_producer(skeleton.model.get_submodule(cut.block), cut.coupling) is None:
             raise InputError(
                 f"no learned scale multiplies the inputs of {cut.name!r}", "choose another --method, such as obs"
             )

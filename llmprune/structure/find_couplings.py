@@ -1,7 +1,7 @@
-"""The couplings inside a block, found by watching it run: no layer's name is known here.
+"""Discovery of the coupled channels inside a block from its computation alone; no layer's name is known here.
 
-A guess is read off one differentiated forward, and kept only if the block really computes the same after its channels
-were permuted at random.
+A guess is read off the gradients of one forward, and kept only if the block computes the same after its channels are
+permuted at random.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmprune.errors import first_line
 from llmprune.model.blocks import LayerRef
 from llmprune.runtime.oom import out_of_memory
-from llmprune.structure.coupling import Coupling, fold, scatter
+from llmprune.structure.coupling import Coupling, permute, scatter
 from llmprune.structure.float64 import Float64, random_copy
 from llmprune.structure.gradient_probe import Probe, Run
 
@@ -29,31 +29,26 @@ class OpaqueBlockError(Exception):
 
 
 def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[LayerRef]) -> list[Coupling]:
-    """All couplings inside one transformer block.
+    """The couplings inside one transformer block, one for every consumer that has one.
 
     The block is copied with random weights in float64, so its own may be anywhere, also on the meta device. In one
     forward, every linear layer's output is replaced by random numbers, and every norm by a random scale for each input.
-    So the gradient of a sink's inputs tells on which rows each of them depends, through nothing but what lies between
+    So the gradient of a consumer's inputs tells on which rows each of them depends through what lies between
     (activations, products, attention). Rows that feed single inputs are read off by differentiating `log₂(in)` times;
     for the others (query and key rows, value rows shared by heads) every input is differentiated.
 
-    Nothing is trusted: the copy's rows and columns are permuted, at random within the classes, and all that the run
-    leaves behind must stay the same to `TOLERANCE`.
+    Every guess is verified: the copy's rows and columns are permuted, at random within the classes, and all outputs of
+    the run must be the same to `TOLERANCE`.
 
     Args:
         block: the block; it is left alone. No hooks of the caller's may be on it.
-        run: calls a block with hidden states; returns all that it leaves behind: its output, and whatever state it
-            hands to later blocks.
+        run: calls a block with hidden states; returns all of its outputs, cross-block state included.
         hidden: `(batch, tokens, hidden)` for that call; a few tokens are enough, two at least. Only shape and device
             matter.
         layers: the linear layers of the block.
 
-    Returns:
-        One coupling for every sink that has one.
-
     Raises:
-        OpaqueBlockError: the block cannot run so (a kernel without float64, state that an earlier block should have
-            handed on).
+        OpaqueBlockError: the block cannot run so (a kernel without float64, missing state of an earlier block).
     """
     try:
         return _found(block, run, hidden, layers)
@@ -76,67 +71,69 @@ def _found(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[LayerRef
     with Float64(), torch.no_grad():
         dense = _tensors(run(copy, noise))
         held = [guess for guess in guesses if _holds(guess, copy, run, noise, dense, generator)]
-        return [replace(guess, severable=_severs(guess, copy, run, noise)) for guess in held]
+        return [replace(guess, removable=_is_removable(guess, copy, run, noise)) for guess in held]
 
 
 def _holds(
     guess: Coupling, block: nn.Module, run: Run, hidden: Tensor, dense: list[Tensor], generator: torch.Generator
 ) -> bool:
-    """Whether the block computes the same after a random permutation, and does not if only the sources are permuted."""
+    """Whether a random permutation leaves the block's outputs unchanged, and one of the producers alone does not."""
     moves = [_cycle(slots.shape[1], generator) for slots in guess.classes]
     order = scatter(guess.classes, moves, guess.width)
     parameters = dict(block.named_parameters())
 
-    def distance(sink: bool) -> float:
-        with _swapped(parameters, fold(guess, order, parameters, sink=sink)):
+    def distance(consumer: bool) -> float:
+        with _swapped(parameters, permute(guess, order, parameters, consumer=consumer)):
             return _distance(dense, _tensors(run(block, hidden)))
 
-    return distance(sink=True) <= TOLERANCE < distance(sink=False)
+    return distance(consumer=True) <= TOLERANCE < distance(consumer=False)
 
 
-def _severs(guess: Coupling, block: nn.Module, run: Run, hidden: Tensor) -> bool:
-    """Whether inputs whose rows are zero are zero, and all others what they were.
+def _is_removable(guess: Coupling, block: nn.Module, run: Run, hidden: Tensor) -> bool:
+    """Whether inputs whose rows are set to zero are zero, and all other inputs unchanged.
 
-    A class goes as a whole, or every other column of one, or one copy of every class (query heads, whose value rows
-    then stay for the other copies, so that the inputs need not be zero).
+    Tried with a whole class, with every other column of one, and with one copy of every class (query heads, whose value
+    rows are kept for the other copies, so that the inputs need not be zero).
     """
-    parameters, inputs = dict(block.named_parameters()), _inputs_of(guess.sink, block, run)
+    parameters, inputs = dict(block.named_parameters()), _inputs_of(guess.consumer, block, run)
     dense = inputs(hidden)
     for columns, wholly in _samples(guess.classes):
-        gone = torch.zeros(guess.width, dtype=torch.bool)
-        gone[columns] = True
-        with _swapped(parameters, _zeroed(guess, gone, parameters)):
+        removed = torch.zeros(guess.width, dtype=torch.bool)
+        removed[columns] = True
+        with _swapped(parameters, _zeroed(guess, removed, parameters)):
             left = inputs(hidden)
-        gone = gone.to(left.device)
-        if (wholly and bool(left[..., gone].any())) or _distance([dense[..., ~gone]], [left[..., ~gone]]) > TOLERANCE:
+        removed = removed.to(left.device)
+        if (wholly and bool(left[..., removed].any())) or _distance(
+            [dense[..., ~removed]], [left[..., ~removed]]
+        ) > TOLERANCE:
             return False
     return True
 
 
 def _samples(classes: tuple[Tensor, ...]) -> list[tuple[Tensor, bool]]:
-    """Inputs to be removed on trial, and whether all their copies are among them."""
+    """Inputs to remove on trial, and whether all their copies are among them."""
     samples = [(classes[0][:, ::2].flatten(), True)]
     samples += [(classes[0].flatten(), True)] if len(classes) > 1 else []
     samples += [(torch.cat([slots[0] for slots in classes]), False)] if len(classes[0]) > 1 else []
     return samples
 
 
-def _zeroed(guess: Coupling, gone: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that feed a sink, zero in all rows that feed nothing but the inputs `gone (in,)`, bool."""
+def _zeroed(guess: Coupling, removed: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a consumer's dependencies, zero in all rows that feed only the inputs `removed (in,)`, bool."""
     changed = {}
-    for feed in guess.feeds:
-        stays = torch.zeros(len(feed.single))
-        stays[feed.staying(gone)] = 1
-        for name in (f"{feed.local}.weight", f"{feed.local}.bias"):
+    for dependency in guess.dependencies:
+        stays = torch.zeros(len(dependency.single))
+        stays[dependency.kept_rows(removed)] = 1
+        for name in (f"{dependency.local}.weight", f"{dependency.local}.bias"):
             if name in parameters:
                 value = parameters[name].detach()
-                across = value.dim() > 1 and not feed.transposed
+                across = value.dim() > 1 and not dependency.transposed
                 changed[name] = value * (stays[:, None] if across else stays).to(value)
     return changed
 
 
 def _inputs_of(local: str, block: nn.Module, run: Run) -> Callable[[Tensor], Tensor]:
-    """A function that runs the block and returns what one of its layers is fed."""
+    """A function that runs the block and returns the input of one of its layers."""
 
     def inputs(hidden: Tensor) -> Tensor:
         seen: list[Tensor] = []
@@ -152,7 +149,7 @@ def _inputs_of(local: str, block: nn.Module, run: Run) -> Callable[[Tensor], Ten
 
 
 def _cycle(size: int, generator: torch.Generator) -> Tensor:
-    """A random permutation that leaves nothing in its place."""
+    """A random permutation without fixed points."""
     cycle = torch.randperm(size, generator=generator)
     return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
 

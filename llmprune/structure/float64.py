@@ -1,4 +1,4 @@
-"""A block in float64 throughout, with random weights: what is equal on paper is then equal to many digits."""
+"""A copy of a block with random float64 weights, run in float64 throughout: mathematical identities hold to 1e-10."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def random_copy(block: nn.Module, device: torch.device, generator: torch.Generator) -> nn.Module:
-    """The block with other parameters: matrices keep the scale of their inputs, vectors are positive."""
+    """A copy of the block with random float64 parameters: matrices keep the scale of inputs, vectors are positive."""
     fresh: dict[int, Any] = {}
     for parameter in block.parameters():
         value = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A guess at which rows feed which inputs, read off the gradients of one forward."""
+"""Which rows of which layers the inputs of a consumer depend on, read off the gradients of one forward."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.model.blocks import LayerRef, is_scale
-from llmprune.structure.coupling import Coupling, Feed, Source
+from llmprune.structure.coupling import Coupling, Dependency, Producer
 from llmprune.structure.float64 import Float64
 
 Run = Callable[[nn.Module, Tensor], Any]
 
 
 class Probe:
-    """One forward of a block in which every layer's output is a leaf of the graph.
+    """One forward of a block in which every layer's output is a leaf of the autograd graph.
 
     Args:
-        block: its copy.
+        block: a copy with random weights.
         layers: its linear layers.
         generator: for the leaves.
     """
@@ -33,21 +33,21 @@ class Probe:
         self.leaves: dict[str, list[Tensor]] = {}
 
     def watch(self, run: Run, hidden: Tensor) -> None:
-        """Run the block: outputs become leaves, inputs are noted."""
+        """Run the block; outputs of layers become leaves, their inputs are recorded."""
         self.entry = hidden.clone().requires_grad_()
         with ExitStack() as stack:
             for local, module in self.block.named_modules():
                 if local in self.layers:
-                    hook = module.register_forward_hook(self._cut(local), with_kwargs=True)
+                    hook = module.register_forward_hook(self._replaced_output(local), with_kwargs=True)
                 elif is_scale(module):
-                    hook = module.register_forward_hook(self._scale(local))
+                    hook = module.register_forward_hook(self._rescaled_output(local))
                 else:
                     continue
                 stack.callback(hook.remove)
             with Float64(), torch.enable_grad():
                 run(self.block, self.entry.clone())
 
-    def _cut(self, local: str) -> Callable[..., Tensor]:
+    def _replaced_output(self, local: str) -> Callable[..., Tensor]:
         def replace(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             self.inputs.setdefault(local, []).append(args[0] if args else next(iter(kwargs.values())))
             # The sign turns from token to token, so that no row is in the dead part of an activation all the time.
@@ -58,7 +58,7 @@ class Probe:
 
         return replace
 
-    def _scale(self, local: str) -> Callable[..., Tensor | None]:
+    def _rescaled_output(self, local: str) -> Callable[..., Tensor | None]:
         def replace(module: nn.Module, args: Any, output: Any) -> Tensor | None:
             inputs, width = args[0] if len(args) == 1 else None, module.get_parameter("weight").shape
             if not isinstance(inputs, Tensor) or not isinstance(output, Tensor):
@@ -75,43 +75,43 @@ class Probe:
         self.leaves.setdefault(local, []).append(leaf)
         return leaf
 
-    def guess(self, sink: LayerRef) -> Coupling | None:
-        """What the gradients of a sink's inputs say."""
-        inputs = self.inputs.get(sink.local, [])
-        if len(inputs) != 1 or not inputs[0].requires_grad or sink.shape[1] < 2:
+    def guess(self, consumer: LayerRef) -> Coupling | None:
+        """The coupling that the gradients of a consumer's inputs suggest, None if there is none."""
+        inputs = self.inputs.get(consumer.local, [])
+        if len(inputs) != 1 or not inputs[0].requires_grad or consumer.shape[1] < 2:
             return None
-        feeds = self._feeds(inputs[0])
-        return None if feeds is None else _couple(sink, feeds, self.layers)
+        dependencies = self._dependencies(inputs[0])
+        return None if dependencies is None else _couple(consumer, dependencies, self.layers)
 
-    def _feeds(self, inputs: Tensor) -> list[Feed] | None:
-        """What feeds the inputs; None if the block's own input does, or a layer that was called more than once."""
+    def _dependencies(self, inputs: Tensor) -> list[Dependency] | None:
+        """All dependencies of the inputs; None if one is the block's input or a layer called more than once."""
         leaves = [(local, leaf) for local, leaves in self.leaves.items() for leaf in leaves]
         weights = torch.rand(inputs.shape, generator=self.generator, dtype=torch.float64).to(inputs.device) + 0.5
 
-        def touched(wanted: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-            """For every leaf, which of its rows feed one of the wanted inputs; `wanted (in,)`, 0 or 1."""
+        def reached(wanted: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+            """For every leaf the rows on which a wanted input depends, bool; `wanted (in,)`, 0 or 1."""
             cotangent = weights * wanted.to(inputs.device)
             gradients = torch.autograd.grad(inputs, leaves, cotangent, retain_graph=True, materialize_grads=True)
             return [gradient.ne(0).reshape(-1, gradient.shape[-1]).any(0).cpu() for gradient in gradients]
 
-        entry, *reach = touched(torch.ones(inputs.shape[-1]), [self.entry, *(leaf for _, leaf in leaves)])
+        entry, *reach = reached(torch.ones(inputs.shape[-1]), [self.entry, *(leaf for _, leaf in leaves)])
         leaves = [leaf for leaf, rows in zip(leaves, reach, strict=True) if bool(rows.any())]
         if bool(entry.any()) or any(len(self.leaves[local]) > 1 for local, _ in leaves):
             return None
         counting = [leaf for _, leaf in leaves]
-        return _read(inputs.shape[-1], [local for local, _ in leaves], lambda wanted: touched(wanted, counting))
+        return _read(inputs.shape[-1], [local for local, _ in leaves], lambda wanted: reached(wanted, counting))
 
 
-def _read(width: int, locals_: list[str], touched: Callable[[Tensor], list[Tensor]]) -> list[Feed]:
-    """Find every row's inputs: a single one by the bits of its number, several ones by asking for each input.
+def _read(width: int, locals_: list[str], reached: Callable[[Tensor], list[Tensor]]) -> list[Dependency]:
+    """The inputs that depend on every row: a single one by the bits of its number, several by a gradient of each input.
 
     A row feeds a single input if, for every bit, it feeds inputs with that bit set or inputs without it, not both.
     """
     place = torch.arange(width)
     bits = range((width - 1).bit_length())
-    with_bit = [touched(place >> bit & 1) for bit in bits]
-    without = [touched(1 - (place >> bit & 1)) for bit in bits]
-    feeds = []
+    with_bit = [reached(place >> bit & 1) for bit in bits]
+    without = [reached(1 - (place >> bit & 1)) for bit in bits]
+    dependencies = []
     for at, local in enumerate(locals_):
         ones = torch.stack([rows[at] for rows in with_bit])
         zeros = torch.stack([rows[at] for rows in without])
@@ -119,25 +119,25 @@ def _read(width: int, locals_: list[str], touched: Callable[[Tensor], list[Tenso
         number = (ones.long() << torch.tensor(bits)[:, None]).sum(0)
         several = ((ones | zeros).any(0) & ~alone).nonzero().flatten()
         support = torch.zeros(len(several), width, dtype=torch.bool)
-        feeds.append(Feed(local, torch.where(alone, number, -1), several, support))
-    if any(len(feed.several) for feed in feeds):
+        dependencies.append(Dependency(local, torch.where(alone, number, -1), several, support))
+    if any(len(dependency.several) for dependency in dependencies):
         for at in range(width):
-            for feed, rows in zip(feeds, touched(place == at), strict=True):
-                feed.support[:, at] = rows[feed.several]
-    return feeds
+            for dependency, rows in zip(dependencies, reached(place == at), strict=True):
+                dependency.support[:, at] = rows[dependency.several]
+    return dependencies
 
 
-def _couple(sink: LayerRef, feeds: list[Feed], layers: Mapping[str, LayerRef]) -> Coupling | None:
-    """Sort inputs and rows into columns that move together, and these into classes within which they may move.
+def _couple(consumer: LayerRef, dependencies: list[Dependency], layers: Mapping[str, LayerRef]) -> Coupling | None:
+    """Group coupled inputs and rows into columns, and columns into classes within which they may be permuted.
 
-    Rows of one layer that feed the same several inputs mix channels (the query rows of a head). Inputs that the same
-    mixing rows feed are of one kind (a head). All other rows feed their inputs one by one: rows and inputs that hang
-    together make a column (a value row, its input in every head of the group). Columns with inputs and rows of the
-    same kinds form a class.
+    Rows of one layer that feed the same several inputs mix channels (the query rows of a head). Inputs that depend on
+    the same mixing rows are of one kind (a head). All other rows feed their inputs one by one: connected components of
+    rows and inputs make a column (a value row, its input in every head of the group). Columns with inputs and rows of
+    the same kinds form a class.
     """
-    kind, links = _kinds(sink.shape[1], feeds)
+    kind, links = _kinds(consumer.shape[1], dependencies)
     columns: dict[int, list[int]] = {}
-    for at, label in enumerate(_components(sink.shape[1], links)):
+    for at, label in enumerate(_components(consumer.shape[1], links)):
         columns.setdefault(label, []).append(at)
     column_of: dict[int, int] = {}
     copy_of: dict[int, int] = {}
@@ -156,41 +156,42 @@ def _couple(sink: LayerRef, feeds: list[Feed], layers: Mapping[str, LayerRef]) -
     movable = [labels for labels in classes.values() if len(labels) > 1 and rows[labels[0]]]
     if not movable:
         return None
-    sources = []
-    for number, feed in enumerate(feeds):
+    producers = []
+    for number, dependency in enumerate(dependencies):
         index = [[[row for n, _, row in rows[label] if n == number] for label in labels] for labels in movable]
         if any(any(members) for labels in index for members in labels):
-            layer = layers.get(feed.local)
+            layer = layers.get(dependency.local)
             matrices = tuple(torch.tensor(labels, dtype=torch.long).T for labels in index)
-            sources.append(Source(feed.local, layer is not None and layer.transposed, matrices))
+            producers.append(Producer(dependency.local, layer is not None and layer.transposed, matrices))
     slots = tuple(torch.tensor([columns[label] for label in labels]).T for labels in movable)
     marked = [
-        replace(feed, transposed=(layer := layers.get(feed.local)) is not None and layer.transposed) for feed in feeds
+        replace(dependency, transposed=(layer := layers.get(dependency.local)) is not None and layer.transposed)
+        for dependency in dependencies
     ]
-    return Coupling(sink.local, sink.transposed, sink.shape[1], slots, tuple(sources), tuple(marked))
+    return Coupling(consumer.local, consumer.transposed, consumer.shape[1], slots, tuple(producers), tuple(marked))
 
 
-def _kinds(width: int, feeds: list[Feed]) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
-    """The kind of every input, and the rows that do not mix: `(number of the feed, row, its inputs)`."""
+def _kinds(width: int, dependencies: list[Dependency]) -> tuple[list[int], list[tuple[int, int, list[int]]]]:
+    """The kind of every input, and the rows that do not mix: `(number of the dependency, row, its inputs)`."""
     generator = torch.Generator().manual_seed(0)
     signature = torch.zeros(width, dtype=torch.long)
     links = []
-    for number, feed in enumerate(feeds):
-        rows = feed.single.ge(0).nonzero().flatten()
-        links += [(number, row, [at]) for row, at in zip(rows.tolist(), feed.single[rows].tolist(), strict=True)]
+    for number, dependency in enumerate(dependencies):
+        rows = dependency.single.ge(0).nonzero().flatten()
+        links += [(number, row, [at]) for row, at in zip(rows.tolist(), dependency.single[rows].tolist(), strict=True)]
         # Sums of random numbers tell supports apart: of rows, and then of inputs.
-        code = feed.support.long() @ torch.randint(2**40, (width,), generator=generator)
+        code = dependency.support.long() @ torch.randint(2**40, (width,), generator=generator)
         _, same, count = torch.unique(code, return_inverse=True, return_counts=True)
         mixing = count[same] > 1
-        signature += torch.randint(2**40, (int(mixing.sum()),), generator=generator) @ feed.support[mixing].long()
-        pairs = zip(feed.several[~mixing].tolist(), feed.support[~mixing], strict=True)
+        signature += torch.randint(2**40, (int(mixing.sum()),), generator=generator) @ dependency.support[mixing].long()
+        pairs = zip(dependency.several[~mixing].tolist(), dependency.support[~mixing], strict=True)
         links += [(number, row, support.nonzero().flatten().tolist()) for row, support in pairs]
     first: dict[int, int] = {}
     return [first.setdefault(value, at) for at, value in enumerate(signature.tolist())], links
 
 
 def _components(width: int, links: list[tuple[int, int, list[int]]]) -> list[int]:
-    """The lowest input that every input hangs together with."""
+    """The lowest input in the connected component of every input."""
     parent = list(range(width))
 
     def root(at: int) -> int:

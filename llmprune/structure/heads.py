@@ -1,4 +1,4 @@
-"""Which attention heads go: as many from every kv group, or whole groups."""
+"""Removal of attention heads: as many query heads from every kv group, or whole groups."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from llmprune.structure.coupling import Coupling
 
 
 def head_options(groups: int, queries: int, share: Fraction) -> Iterator[tuple[int, int]]:
-    """How heads can go, `(pools, count)`, nearest to the share first.
+    """The ways to remove heads, `(pools, count)`, nearest to the requested ratio first.
 
-    One pool of kv groups, or, where several query heads share keys and values, one pool for each group; of two ways
-    as near the first: it saves keys and values too.
+    One pool of kv groups, or, where several query heads share keys and values, one pool for each group; of two equally
+    near ways the former comes first: it saves keys and values too.
 
     Args:
         groups: kv heads.
         queries: query heads of each.
-        share: of the query heads that is to go (fraction).
+        share: of the query heads to remove (fraction).
     """
     options = [(Fraction(count, groups), 0, 1, count) for count in range(1, groups)]
     options += [(Fraction(count, queries), 1, groups, count) for count in range(1, queries)]
@@ -31,30 +31,30 @@ def head_options(groups: int, queries: int, share: Fraction) -> Iterator[tuple[i
 
 
 def check_share(removal: Removal, heads: int, kept: int) -> None:
-    """Refuse a share that is nearer to none or to all than to the nearest that can be had.
+    """Refuse a request that is nearer to no heads or to all of them than to the nearest possible number.
 
     Args:
-        removal: what was asked for.
+        removal: as requested.
         heads: query heads.
-        kept: query heads that would stay.
+        kept: query heads that would be kept.
 
     Raises:
-        InputError: it is.
+        InputError: the request is that far off.
     """
     done = 1 - Fraction(kept, heads)
     if abs(done - removal.share) > min(removal.share, 1 - removal.share):
         raise InputError(
             f"{removal.name} of {heads} attention heads is {float(heads * (1 - removal.share)):.1f} left, which is "
-            f"nearer to {heads if removal.share < done else 0} than to {kept}, the nearest that the config can say",
+            f"nearer to {heads if removal.share < done else 0} than to {kept}, the nearest that the config can express",
             f"choose another share, such as heads:{float(done):.0%}",
         )
 
 
 def head_units(coupling: Coupling, pools: int) -> Tensor:
-    """The inputs of a sink by heads, `(pools, units, size)`, int64.
+    """The inputs of a consumer grouped by heads, `(pools, units, size)`, int64.
 
     Args:
-        coupling: of the sink; a class is a kv group.
+        coupling: of the consumer; a class is a kv group.
         pools: 1 for whole kv groups; or as many as there are, each with its query heads.
     """
     if pools == 1 and len(coupling.classes) > 1:
@@ -63,19 +63,19 @@ def head_units(coupling: Coupling, pools: int) -> Tensor:
 
 
 def head_text(removal: Removal, groups: int, queries: int, kept_groups: int, kept_heads: int) -> str:
-    """What was asked for and what is done.
+    """The request and how it is carried out, in a line.
 
     Args:
-        removal: what was asked for.
+        removal: as requested.
         groups: kv heads.
         queries: query heads of each.
-        kept_groups: kv heads that stay.
-        kept_heads: query heads that stay, of all groups.
+        kept_groups: kept kv heads.
+        kept_heads: kept query heads, of all groups.
     """
     heads = groups * queries
     how = "whole kv groups" if kept_groups < groups and queries > 1 else "heads"
     if kept_groups == groups:
-        gone = (heads - kept_heads) // groups
-        how = f"{gone} query {'head' if gone == 1 else 'heads'} from every kv group"
+        removed = (heads - kept_heads) // groups
+        how = f"{removed} query {'head' if removed == 1 else 'heads'} from every kv group"
     kv = f", kv heads {groups} -> {kept_groups}" if queries > 1 and kept_groups < groups else ""
     return f"{removal.name}: attention heads {heads} -> {kept_heads} ({1 - kept_heads / heads:.1%} of them, {how}){kv}"

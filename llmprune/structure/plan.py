@@ -1,4 +1,4 @@
-"""Which inputs of which layers go, worked out before the run: what the blocks allow, and what the config can say."""
+"""Plan of a structured removal: which inputs the blocks can lose, and which sizes the config can express."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from llmprune.errors import InputError
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.pattern import NM, SparsityPattern
 from llmprune.pruning.sparsity import WORDS, Kind, Removal
+from llmprune.structure.config_search import changed_config, channel_settings, find_settings, head_settings
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.cut import Cut, Structure
 from llmprune.structure.heads import check_share, head_options, head_text, head_units
-from llmprune.structure.slicing import changed_config, channel_settings, find_settings, head_settings, shapes_after
+from llmprune.structure.slicing import shapes_after
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCouplings:
-    """The coupled channels of a model.
+    """The couplings of all blocks of a model.
 
     Args:
         of: the couplings of every block.
@@ -32,7 +33,7 @@ class BlockCouplings:
 
 ROUND_TO = 64
 COARSE = 16
-"""Multiples of more than this part of the width are too coarse."""
+"""A multiple is too coarse if it is more than a sixteenth of the width."""
 
 
 def plan_structure(
@@ -43,46 +44,46 @@ def plan_structure(
     pattern: SparsityPattern | None = None,
     trust_remote_code: bool = False,
 ) -> Structure:
-    """Find what can be removed, and a config that says so.
+    """The cuts for the requested removals, and a config that expresses the sizes they leave.
 
     Args:
         skeleton: the model.
-        removals: what is asked for.
+        removals: as requested.
         couplings: the coupled channels of every block.
         round_to: numbers of channels are multiples of this; None for 64, or less where that is too coarse.
-        pattern: what the weights that stay are to hold; its groups must fit.
+        pattern: of the kept weights; its groups must fit.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        InputError: the blocks have no such channels or heads, or the config cannot say so few of them.
+        InputError: the blocks have no such channels or heads, or the config cannot express the sizes left.
     """
     planner = _Planner(skeleton, couplings, pattern, trust_remote_code)
     cuts: list[Cut] = []
     changes: dict[str, int] = {}
-    said = []
+    summary = []
     for removal in removals:
         if removal.kind == "channels":
             found, new, text = planner.channels(removal, round_to)
         else:
             found, new, text = planner.heads(removal)
         cuts, changes = cuts + found, changes | new
-        said.append(text)
+        summary.append(text)
     config = changed_config(skeleton.config, changes)
     _, reason = planner.settings(iter([changes]), cuts)
     if reason:
         raise InputError(
-            f"the config cannot say both removals at once: {reason}", "remove only channels, or only heads"
+            f"the config cannot express both removals at once: {reason}", "remove only channels, or only heads"
         )
-    return Structure(tuple(cuts), changes, config, tuple(said))
+    return Structure(tuple(cuts), changes, config, tuple(summary))
 
 
 class _Planner:
-    """Looks for the inputs to remove.
+    """Chooses the inputs to remove and the settings to change.
 
     Args:
         skeleton: the model.
         couplings: of every block.
-        pattern: of the weights that stay, or None.
+        pattern: of the kept weights, or None.
         trust: whether code that comes with the model may run.
     """
 
@@ -94,8 +95,8 @@ class _Planner:
         self.tensors = dict(skeleton.model.state_dict())
 
     def channels(self, removal: Removal, round_to: int | None) -> tuple[list[Cut], dict[str, int], str]:
-        """Cuts of the MLP channels, new settings, and what is said of them."""
-        found = list(self._sinks("channels"))
+        """Cuts of MLP channels, new settings, and a summary."""
+        found = list(self._consumers("channels"))
         widths = {}
         texts = []
         for old in dict.fromkeys(coupling.width for _, coupling in found):
@@ -111,14 +112,14 @@ class _Planner:
         changes, reason = self.settings(channel_settings(self.skeleton.config, widths), cuts)
         if not changes:
             raise InputError(
-                f"the config of {self.skeleton.config.model_type!r} cannot say a width of "
+                f"the config of {self.skeleton.config.model_type!r} cannot express a width of "
                 f"{', '.join(map(str, widths.values()))} for the inputs of {cuts[0].name!r}: {reason}",
                 "this model cannot lose MLP channels; remove weights instead, e.g. --sparsity 2:4",
             )
         return cuts, changes, f"{removal.name}: MLP channels {'; '.join(texts)}"
 
     def _rounded(self, removal: Removal, old: int, round_to: int | None) -> tuple[int, int, str]:
-        """The number of channels that stay, of what it is a multiple, and why that is less than 64."""
+        """The number of kept channels, the multiple it is rounded to, and why that is less than 64."""
         step, note = round_to or ROUND_TO, ""
         if round_to is None and step * COARSE > old:
             step = 1 << max(int(math.log2(max(old // COARSE, 1))), 0)
@@ -136,11 +137,11 @@ class _Planner:
         return new, step, note
 
     def heads(self, removal: Removal) -> tuple[list[Cut], dict[str, int], str]:
-        """Cuts of the attention heads, new settings, and what is said of them."""
-        found = list(self._sinks("heads"))
+        """Cuts of attention heads, new settings, and a summary."""
+        found = list(self._consumers("heads"))
         forms = {(len(c.classes), *c.classes[0].shape, c.width) for _, c in found}
         if len(forms) > 1 or any(len({s.shape for s in c.classes}) > 1 for _, c in found):
-            raise InputError("the blocks differ in their heads", "a config says one number of heads for all")
+            raise InputError("the blocks differ in their heads", "a config has one number of heads for all blocks")
         groups, queries, width, _ = forms.pop()
         options = list(head_options(groups, queries, removal.share))
         if not options:
@@ -158,20 +159,24 @@ class _Planner:
             if changes:
                 check_share(removal, groups * queries, kept_heads)
                 text = head_text(removal, groups, queries, kept_groups, kept_heads)
-                return cuts, changes, f"{text}; nearer numbers cannot be said: {reasons[0]}" if reasons else text
+                return (
+                    cuts,
+                    changes,
+                    f"{text}; the config cannot express nearer numbers: {reasons[0]}" if reasons else text,
+                )
             reasons.append(reason)
         raise InputError(
-            f"the config of {self.skeleton.config.model_type!r} cannot say fewer heads: {reasons[0]}",
+            f"the config of {self.skeleton.config.model_type!r} cannot express fewer heads: {reasons[0]}",
             "this model cannot lose heads; remove channels (channels:25%) or weights (2:4) instead",
         )
 
-    def _sinks(self, kind: Kind) -> Iterator[tuple[str, Coupling]]:
-        """The block's name and the coupling of every layer that is fed by channels, or by heads."""
+    def _consumers(self, kind: Kind) -> Iterator[tuple[str, Coupling]]:
+        """Block name and coupling of every consumer of channels, or of heads."""
         found = 0
         for index, couplings in enumerate(self.couplings):
-            inner = {feed.local for coupling in couplings for feed in coupling.feeds}
+            inner = {dependency.local for coupling in couplings for dependency in coupling.dependencies}
             for coupling in couplings:
-                if _kind(coupling) == kind and coupling.sink not in inner:
+                if _kind(coupling) == kind and coupling.consumer not in inner:
                     found += 1
                     yield self.skeleton.block_name(index), coupling
         if not found:
@@ -183,23 +188,27 @@ class _Planner:
             )
 
     def _suspect(self) -> str:
-        """The last layer of the first block whose inputs hang together with no rows."""
-        known = {coupling.sink for coupling in self.couplings[0]}
-        fed = {feed.local for coupling in self.couplings[0] for feed in coupling.feeds}
+        """The last layer of the first block whose inputs are coupled with no rows."""
+        known = {coupling.consumer for coupling in self.couplings[0]}
+        sliced_parameters = {dependency.local for coupling in self.couplings[0] for dependency in coupling.dependencies}
         layers = [name for name, module in self.skeleton.blocks[0].named_modules() if hasattr(module, "weight")]
         matrices = [n for n in layers if self.skeleton.blocks[0].get_parameter(f"{n}.weight").dim() == 2]
-        left = [name for name in matrices if name not in known | fed] or matrices or [""]
+        left = [name for name in matrices if name not in known | sliced_parameters] or matrices or [""]
         return f"{self.skeleton.block_name(0)}.{left[-1]}"
 
     def _check(self, cut: Cut) -> None:
-        """Refuse a cut that would change what stays, or cannot be written, or leaves groups that do not fit."""
-        if not cut.coupling.severable:
+        """Refuse a cut that cannot be made.
+
+        Raises:
+            InputError: it changes the kept inputs, cannot be written, or leaves a width the pattern does not divide.
+        """
+        if not cut.coupling.removable:
             raise InputError(
                 f"removing inputs of {cut.name!r} would change the others: a norm goes over all of them",
                 "this model cannot lose them; remove weights instead, e.g. --sparsity 2:4",
             )
         checkpoint = self.skeleton.checkpoint
-        for local in cut.coupling.fed(self.skeleton.model.get_submodule(cut.block)):
+        for local in cut.coupling.sliced_parameters(self.skeleton.model.get_submodule(cut.block)):
             name = f"{cut.block}.{local}"
             if not checkpoint.writable(name) or len(checkpoint.users(checkpoint.disk_names([name])[0])) > 1:
                 raise InputError(
@@ -211,14 +220,14 @@ class _Planner:
             raise InputError(f"{self.pattern.name} does not fit {cut.name!r}: {problem}", "choose another --round-to")
 
     def settings(self, candidates: Iterator[dict[str, int]], cuts: list[Cut]) -> tuple[dict[str, int], str]:
-        """The first settings that give the shapes that the cuts leave."""
+        """The first candidate settings that give the shapes after the cuts, see `find_settings`."""
         shapes = shapes_after([cut.example for cut in cuts], self.tensors)
         return find_settings(self.skeleton.config, candidates, shapes, self.skeleton.compute, self.trust)
 
 
 def _kind(coupling: Coupling) -> Kind | None:
-    """Heads have rows that feed all of their inputs; channels are all alike and each on its own."""
-    if any(len(feed.several) for feed in coupling.feeds):
+    """Heads if some rows feed several inputs (query and key rows), channels if all inputs are free and independent."""
+    if any(len(dependency.several) for dependency in coupling.dependencies):
         return "heads"
     alike = len(coupling.classes) == 1 and coupling.classes[0].shape == (1, coupling.width)
     return "channels" if alike else None

@@ -202,17 +202,17 @@ def test_two_processes_find_what_one_finds(
         assert torch.equal(tensor == 0, two[key] == 0), key
         torch.testing.assert_close(two[key], tensor, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
     before, after = (json.loads((f / "prune_report.json").read_text()) for f in (tmp_path / "one", outputs / name))
-    windows = WINDOWS + before["calibration"]["own"]
+    windows = WINDOWS + before["calibration"]["self_generated"]
     tokens = windows * LENGTH
     # Blocks are trained on batches of one window here.
-    fitted = (windows - len(unseen_by_solves(windows))) * LENGTH if before["refinements"] else tokens
+    fitted = (windows - len(unseen_by_solves(windows))) * LENGTH if before["reconstructions"] else tokens
     assert before["calibration"] == after["calibration"]
     for alone, shared in zip(before["layers"], after["layers"], strict=True):
         assert shared["tokens"] == alone["tokens"] == fitted
     errors = [[layer["error"] for layer in report["layers"][compared]] for report in (before, after)]
     assert errors[1] == pytest.approx(errors[0], rel=close)
     shares = after["processes"]
-    assert shares["size"] == 2
+    assert shares["world_size"] == 2
     assert sum(shares["tokens"]) == tokens
     for counts in (shares["tokens"], shares["rows"]):
         assert max(counts) - min(counts) <= 0.2 * sum(counts) / 2

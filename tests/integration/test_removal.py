@@ -103,7 +103,7 @@ def test_the_error_is_told_before_the_refit_after_it_and_with_weights_pruned(tmp
     (sink, *_) = [layer for layer in report.layers if "error_unfitted" in layer.stats]
     assert sink.stats["error_refitted"] < min(sink.stats["error_unfitted"], sink.error)
     assert "with the weights pruned" in summary(report)
-    removed = report.sparsity["done"][0]
+    removed = report.sparsity["removed"][0]
     for page in ("README.md", "prune_report.html"):
         assert removed in unescape((out / page).read_text(encoding="utf-8"))
 

@@ -19,7 +19,7 @@ from llmprune import Job, PruneReport, prune
 from llmprune.cli.main import main
 from llmprune.reporting import charts as chart
 from llmprune.reporting.html_report import PAGE, by_kind, report_page
-from llmprune.reporting.report import Sample, split_name
+from llmprune.reporting.report import Generation, split_name
 
 EMPTY = {"meta", "rect", "line", "polyline", "circle"}
 
@@ -98,7 +98,7 @@ def test_every_block_has_its_time_and_memory(pruned: Path) -> None:
 def test_whatever_is_written_in_a_report_is_only_text(pruned: Path) -> None:
     report = PruneReport.read(pruned)
     evil = "</td><script>alert('x')</script>&amp;\x00"
-    report.samples = [Sample(evil, evil, evil)]
+    report.generations = [Generation(evil, evil, evil)]
     report.warnings, report.command = [evil], evil
     report.model = report.model | {"name": evil}
     shown = Checked(report_page(report))
@@ -107,8 +107,8 @@ def test_whatever_is_written_in_a_report_is_only_text(pruned: Path) -> None:
 
 def test_a_report_without_blocks_or_evaluation_has_a_page(pruned: Path) -> None:
     value = json.loads((pruned / "prune_report.json").read_text())
-    del value["blocks"], value["samples"]
-    value |= {"evaluation": None, "refinements": [], "seconds": {}, "peak_memory": 0, "layers": []}
+    del value["blocks"], value["generations"]
+    value |= {"evaluation": None, "reconstructions": [], "seconds": {}, "peak_memory": 0, "layers": []}
     Checked(report_page(PruneReport.from_json(value)))
 
 
@@ -120,14 +120,14 @@ def test_the_page_is_drawn_anew_with_generated_text(
     assert main(["report", str(folder)]) == 0
     assert (folder / PAGE).read_text() == (pruned / PAGE).read_text()
     assert main(["report", str(folder), "--generate", "5", "--prompt", "w1 w2", "--prompt", "w3"]) == 0
-    samples = PruneReport.read(folder).samples
-    assert [sample.prompt for sample in samples] == ["w1 w2", "w3"]
-    assert all(1 <= len(text.split()) <= 5 for sample in samples for text in (sample.dense, sample.pruned))
-    assert samples[0].dense in Checked((folder / PAGE).read_text()).text
+    generations = PruneReport.read(folder).generations
+    assert [item.prompt for item in generations] == ["w1 w2", "w3"]
+    assert all(1 <= len(text.split()) <= 5 for item in generations for text in (item.dense, item.pruned))
+    assert generations[0].dense in Checked((folder / PAGE).read_text()).text
     assert main(["pack", str(folder)]) == 0
     packed = tmp_path / "copy-packed"
     assert main(["report", str(packed), "--generate", "5", "--prompt", "w1 w2", "--prompt", "w3"]) == 0
-    assert PruneReport.read(packed).samples == samples
+    assert PruneReport.read(packed).generations == generations
     assert main(["report", str(tiny)]) == 2
     assert main(["report", str(folder), "--generate", "5", "--dense", str(tmp_path / "nothing")]) == 2
     assert "there is no folder" in capsys.readouterr().err

@@ -23,9 +23,9 @@ from llmprune.streaming.batch_shards import unseen_by_solves
 
 DOCS = ROOT / "docs" / "report.md"
 FREE = ("versions", "method.options", "sparsity.config", "coverage.skipped", "layers[].stats")
-SAMPLE = {f"samples[].{key}" for key in ("prompt", "dense", "pruned")}
-SPREAD = {"processes", *(f"processes.{key}" for key in ("size", "tokens", "rows"))}
-SOMETIMES = {"machine.device_memory", "seconds.allocate"} | SAMPLE | SPREAD
+GENERATION = {f"generations[].{key}" for key in ("prompt", "dense", "pruned")}
+SPREAD = {"processes", *(f"processes.{key}" for key in ("world_size", "tokens", "rows"))}
+SOMETIMES = {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_the_figures_agree_with_each_other(report: PruneReport) -> None:
     assert coverage["skipped"] == {"--skip": 2 * 16 * 32}
     assert all(2 * layer.pruned == layer.shape[0] * layer.shape[1] for layer in report.layers)
     assert all(0 < layer.error < 1 for layer in report.layers)
-    windows = 4 + report.calibration["own"]
+    windows = 4 + report.calibration["self_generated"]
     assert report.calibration["tokens"] == windows * 32
     assert all(layer.tokens == (windows - len(unseen_by_solves(windows))) * 32 for layer in report.layers)
     seconds = report.seconds
@@ -235,8 +235,8 @@ def test_a_source_without_a_proper_card_is_no_obstacle(report: PruneReport, tmp_
     assert made.data.model_name == "tiny-pruned"
 
 
-def test_steps_of_refinement_that_were_left_out_are_told(report: PruneReport) -> None:
+def test_skipped_steps_of_reconstruction_are_told(report: PruneReport) -> None:
     assert skipped_steps(report) == []
-    first, *others = report.refinements
-    (warning,) = skipped_steps(replace(report, refinements=[replace(first, left_out=3), *others]))
-    assert warning.startswith(f"3 steps of refinement were left out in 1 of {len(report.refinements)} blocks")
+    first, *others = report.reconstructions
+    (warning,) = skipped_steps(replace(report, reconstructions=[replace(first, skipped_steps=3), *others]))
+    assert warning.startswith(f"3 optimizer steps were skipped in 1 of {len(report.reconstructions)} blocks")

@@ -94,7 +94,7 @@ def test_a_model_without_room_is_pruned_by_best_without_it_and_says_so(
     foretold = dry_run(job)
     assert foretold["efforts"]["best"] == pytest.approx(foretold["estimate"]["seconds"], rel=0.5)
     report = prune(job)
-    assert report.recipe["own"] == report.calibration["own"] == 0
+    assert report.recipe["own"] == report.calibration["self_generated"] == 0
     assert any("without text by the model itself" in warning for warning in report.warnings)
     with pytest.raises(InputError, match="whole model"):
         prune(replace(job, own=1.0, out=tmp_path / "other"))
@@ -106,7 +106,7 @@ def test_what_is_asked_for_is_written(own: float, windows: int, tmp_path: Path) 
     calib = token_file(tmp_path / "tokens.safetensors", random_tokens(4, 32))
     job = Job(str(tmp_path / "model"), "2:4", "wanda", calib=str(calib), own=own, evaluate=False, out=tmp_path / "out")
     report = prune(job)
-    assert report.calibration["own"] == windows
+    assert report.calibration["self_generated"] == windows
     assert {layer.tokens for layer in report.layers} == {(4 + windows) * 32}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from variants import prune_group
 
 from llmprune.pruning.problem import InputStats
-from llmprune.reporting.report import Refinement
+from llmprune.reporting.report import BlockReconstruction
 from llmprune.runtime.process_group import SINGLE
 from llmprune.streaming import block_reconstruction as module
 from llmprune.streaming.batch import Batch, hidden_of
@@ -28,7 +28,7 @@ SAMPLES = 16
 
 def refined(
     folder: Path, epochs: int, seed: int = 0, dtype: torch.dtype | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Refinement], Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[BlockReconstruction], Tensor]:
     """Weights before and after refinement, what was gained, and what leaves the last block.
 
     What is said to be gained is what the stored block gives on the validation batches, by the loss's formula.
@@ -166,7 +166,7 @@ def test_a_token_whose_output_is_zero_does_no_harm(tmp_path: Path) -> None:
     assert bool((hidden[0, 0] == 0).all())
     for gain, expected in zip(gained, plain, strict=True):
         assert gain.after / gain.before == pytest.approx(expected.after / expected.before, rel=0.05)
-        assert gain.left_out == 0
+        assert gain.skipped_steps == 0
 
 
 def test_steps_with_gradients_that_are_not_finite_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_steps_with_gradients_that_are_not_finite_are_left_out(tmp_path: Path, m
     monkeypatch.setattr(module, "gradients_of", sometimes_nan)
     *_, gained, _ = refined(tmp_path, 2)
     assert all(gain.after < gain.before for gain in gained)
-    assert all(gain.left_out > 1 for gain in gained)
+    assert all(gain.skipped_steps > 1 for gain in gained)
 
 
 class SmallPart(module.BlockLoss):

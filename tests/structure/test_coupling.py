@@ -18,7 +18,7 @@ from llmprune import prune
 from llmprune.errors import InputError
 from llmprune.model.blocks import find_blocks, find_layers
 from llmprune.streaming.batch import Call
-from llmprune.structure.coupling import Coupling, Source, fold
+from llmprune.structure.coupling import Coupling, Producer, permute
 from llmprune.structure.find_couplings import OpaqueBlockError, find_couplings
 from llmprune.structure.float64 import Float64
 
@@ -31,12 +31,12 @@ def gated(width: int = 128) -> Found:
     return {"down_proj": ((1, 1, width), {"gate_proj": 1, "up_proj": 1})}
 
 
-def attention(sink: str, source: str, shape: tuple[int, int, int]) -> Found:
-    return {sink: (shape, {source: 1})}
+def attention(consumer: str, producer: str, shape: tuple[int, int, int]) -> Found:
+    return {consumer: (shape, {producer: 1})}
 
 
-def plain(sink: str, source: str, width: int) -> Found:
-    return {sink: ((1, 1, width), {source: 1})}
+def plain(consumer: str, producer: str, width: int) -> Found:
+    return {consumer: ((1, 1, width), {producer: 1})}
 
 
 LLAMA = attention("o_proj", "v_proj", GQA) | gated()
@@ -77,7 +77,7 @@ EXPECTED: dict[str, Found] = {
     "jamba": attention("o_proj", "v_proj", GQA),
     "mamba": {},
 }
-"""What the last block of a family holds: sink -> classes, and rows per column of every source."""
+"""What the last block of a family holds: consumer -> classes, and rows per column of every producer."""
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
 }
@@ -120,12 +120,12 @@ def family(request: pytest.FixtureRequest) -> tuple[str, Case]:
 
 
 def shapes(coupling: Coupling) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """How many classes of which shape, and how many rows of each source go with a column."""
+    """How many classes of which shape, and how many rows of each producer go with a column."""
     (shape,) = {tuple(slots.shape) for slots in coupling.classes}
     rows = {}
-    for source in coupling.sources:
-        (rows[source.local.rpartition(".")[2]],) = {len(matrix) for matrix in source.rows}
-        assert [matrix.shape[1] for matrix in source.rows] == [slots.shape[1] for slots in coupling.classes]
+    for producer in coupling.producers:
+        (rows[producer.local.rpartition(".")[2]],) = {len(matrix) for matrix in producer.rows}
+        assert [matrix.shape[1] for matrix in producer.rows] == [slots.shape[1] for slots in coupling.classes]
     return (len(coupling.classes), *shape), rows
 
 
@@ -142,16 +142,16 @@ def folded(case: Case, seed: int = 0) -> dict[str, Tensor]:
     state = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
     for block, couplings in case.couplings.items():
         for coupling in couplings:
-            state |= fold(coupling, random_order(coupling, seed), state, f"{block}.")
+            state |= permute(coupling, random_order(coupling, seed), state, f"{block}.")
     return state
 
 
 def test_the_couplings_of_a_family_are_found(family: tuple[str, Case]) -> None:
     name, case = family
-    found = {coupling.sink: shapes(coupling) for coupling in list(case.couplings.values())[-1]}
+    found = {coupling.consumer: shapes(coupling) for coupling in list(case.couplings.values())[-1]}
     assert len(found) == len(EXPECTED[name])
-    for sink, expected in EXPECTED[name].items():
-        (match,) = [local for local in found if local.endswith(sink)]
+    for consumer, expected in EXPECTED[name].items():
+        (match,) = [local for local in found if local.endswith(consumer)]
         assert found[match] == expected
 
 
@@ -161,8 +161,8 @@ def test_inputs_and_rows_are_each_in_one_place(family: tuple[str, Case]) -> None
         for coupling in couplings:
             slots = torch.cat([slots.flatten() for slots in coupling.classes])
             assert torch.equal(slots.sort().values, torch.arange(coupling.width))
-            for source in coupling.sources:
-                rows = torch.cat([matrix.flatten() for matrix in source.rows])
+            for producer in coupling.producers:
+                rows = torch.cat([matrix.flatten() for matrix in producer.rows])
                 assert len(rows.unique()) == len(rows)
 
 
@@ -197,34 +197,36 @@ def test_folding_permutes_rows_and_columns_and_nothing_else(family: tuple[str, C
     before, after = case.model.state_dict(), folded(case)
     assert before.keys() == after.keys()
     layers = [
-        (block, coupling.sink, [source.local for source in coupling.sources])
+        (block, coupling.consumer, [producer.local for producer in coupling.producers])
         for block, couplings in case.couplings.items()
         for coupling in couplings
     ]
-    touched = {f"{block}.{sink}.weight" for block, sink, _ in layers}
-    touched |= {f"{block}.{s}.{kind}" for block, _, sources in layers for s in sources for kind in ("weight", "bias")}
+    reached = {f"{block}.{consumer}.weight" for block, consumer, _ in layers}
+    reached |= {
+        f"{block}.{s}.{kind}" for block, _, producers in layers for s in producers for kind in ("weight", "bias")
+    }
     for name, tensor in before.items():
         assert after[name].shape == tensor.shape
         assert torch.equal(after[name].flatten().sort().values, tensor.flatten().sort().values)
-        assert torch.equal(after[name], tensor) or name in touched
+        assert torch.equal(after[name], tensor) or name in reached
 
 
 def test_rows_and_columns_by_hand_in_a_llama() -> None:
     case = case_of("llama")
     attention, mlp = case.couplings["model.layers.0"]
-    assert (attention.sink, mlp.sink) == ("self_attn.o_proj", "mlp.down_proj")
+    assert (attention.consumer, mlp.consumer) == ("self_attn.o_proj", "mlp.down_proj")
     assert [slots.tolist() for slots in attention.classes] == [
         [list(range(16)), list(range(16, 32))],
         [list(range(32, 48)), list(range(48, 64))],
     ]
-    assert [(s.local, [rows.tolist() for rows in s.rows]) for s in attention.sources] == [
+    assert [(s.local, [rows.tolist() for rows in s.rows]) for s in attention.producers] == [
         ("self_attn.v_proj", [[list(range(16))], [list(range(16, 32))]])
     ]
-    assert all(rows.tolist() == [list(range(128))] for source in mlp.sources for rows in source.rows)
+    assert all(rows.tolist() == [list(range(128))] for producer in mlp.producers for rows in producer.rows)
     state, prefix = case.model.state_dict(), "model.layers.0."
     order = random_order(attention)
     rows = torch.cat([order[:16], order[32:48] - 16])
-    changed = fold(attention, order, state, prefix)
+    changed = permute(attention, order, state, prefix)
     assert changed.keys() == {f"{prefix}self_attn.{name}.weight" for name in ("o_proj", "v_proj")}
     assert torch.equal(changed[f"{prefix}self_attn.o_proj.weight"], state[f"{prefix}self_attn.o_proj.weight"][:, order])
     assert torch.equal(changed[f"{prefix}self_attn.v_proj.weight"], state[f"{prefix}self_attn.v_proj.weight"][rows])
@@ -232,21 +234,21 @@ def test_rows_and_columns_by_hand_in_a_llama() -> None:
 
 def test_rows_by_hand_in_fused_layers() -> None:
     attention, mlp = next(iter(case_of("phi3").couplings.values()))
-    assert [rows.tolist() for rows in attention.sources[0].rows] == [[list(range(96, 112))], [list(range(112, 128))]]
-    assert mlp.sources[0].rows[0].tolist() == [list(range(128)), list(range(128, 256))]
-    (heads,) = [c for c in next(iter(case_of("gpt_neox").couplings.values())) if c.sink.endswith("attention.dense")]
-    assert [rows.tolist() for rows in heads.sources[0].rows] == [
+    assert [rows.tolist() for rows in attention.producers[0].rows] == [[list(range(96, 112))], [list(range(112, 128))]]
+    assert mlp.producers[0].rows[0].tolist() == [list(range(128)), list(range(128, 256))]
+    (heads,) = [c for c in next(iter(case_of("gpt_neox").couplings.values())) if c.consumer.endswith("attention.dense")]
+    assert [rows.tolist() for rows in heads.producers[0].rows] == [
         [list(range(48 * head + 32, 48 * head + 48))] for head in range(4)
     ]
 
 
 def test_conv1d_weights_are_permuted_the_other_way_round() -> None:
     case = case_of("gpt2")
-    mlp = next(c for c in case.couplings["transformer.h.0"] if "mlp" in c.sink)
+    mlp = next(c for c in case.couplings["transformer.h.0"] if "mlp" in c.consumer)
     assert mlp.transposed
-    assert mlp.sources[0].transposed
+    assert mlp.producers[0].transposed
     state, order = case.model.state_dict(), random_order(mlp)
-    changed = fold(mlp, order, state, "transformer.h.0.")
+    changed = permute(mlp, order, state, "transformer.h.0.")
     for name, expected in (
         ("c_proj.weight", state["transformer.h.0.mlp.c_proj.weight"][order]),
         ("c_fc.weight", state["transformer.h.0.mlp.c_fc.weight"][:, order]),
@@ -275,10 +277,11 @@ def test_weights_are_neither_needed_nor_touched(name: str) -> None:
 
 
 def flat(coupling: Coupling) -> object:
-    sources = [
-        (source.local, source.transposed, [rows.tolist() for rows in source.rows]) for source in coupling.sources
+    producers = [
+        (producer.local, producer.transposed, [rows.tolist() for rows in producer.rows])
+        for producer in coupling.producers
     ]
-    return coupling.sink, coupling.transposed, [slots.tolist() for slots in coupling.classes], sources
+    return coupling.consumer, coupling.transposed, [slots.tolist() for slots in coupling.classes], producers
 
 
 BROKEN_ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -293,35 +296,35 @@ BROKEN_ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_an_order_that_breaks_the_classes_is_refused(change: Callable[[Tensor], Tensor]) -> None:
     slots = torch.arange(64).view(2, 2, 16)
     rows = torch.arange(32).view(2, 1, 16)
-    coupling = Coupling("sink", False, 64, tuple(slots), (Source("source", False, tuple(rows)),))
-    tensors = {"sink.weight": torch.rand(8, 64), "source.weight": torch.rand(32, 8)}
-    assert torch.equal(fold(coupling, torch.arange(64), tensors)["sink.weight"], tensors["sink.weight"])
+    coupling = Coupling("consumer", False, 64, tuple(slots), (Producer("producer", False, tuple(rows)),))
+    tensors = {"consumer.weight": torch.rand(8, 64), "producer.weight": torch.rand(32, 8)}
+    assert torch.equal(permute(coupling, torch.arange(64), tensors)["consumer.weight"], tensors["consumer.weight"])
     with pytest.raises(ValueError, match="class"):
-        fold(coupling, change(torch.arange(64)), tensors)
+        permute(coupling, change(torch.arange(64)), tensors)
 
 
 def test_an_invented_block_is_understood() -> None:
     """Gate and up interleaved in one layer, the other way round; a norm whose scale must move along."""
 
     (coupling,) = toy_couplings("Odd")
-    assert coupling.sink == "down"
+    assert coupling.consumer == "down"
     (slots,) = coupling.classes
     assert slots.tolist() == [list(range(32))]
-    fused, norm = coupling.sources
+    fused, norm = coupling.producers
     assert fused.local == "fused"
     assert fused.rows[0].T.tolist() == [[62 - 2 * at, 63 - 2 * at] for at in range(32)]
     assert (norm.local, norm.rows[0].tolist()) == ("norm", [list(range(32))])
 
 
 def test_a_scale_that_heads_share_ties_them_together() -> None:
-    (coupling,) = [c for c in toy_couplings("SharedScale") if c.sink == "o"]
+    (coupling,) = [c for c in toy_couplings("SharedScale") if c.consumer == "o"]
     assert [tuple(slots.shape) for slots in coupling.classes] == [(4, 4)]
-    rows = {source.local: source.rows[0].tolist() for source in coupling.sources}
+    rows = {producer.local: producer.rows[0].tolist() for producer in coupling.producers}
     assert rows == {"v": [[4 * head + at for at in range(4)] for head in range(4)], "norm": [[0, 1, 2, 3]]}
 
 
 def test_inputs_without_a_row_of_their_own_stay() -> None:
-    (coupling,) = [c for c in toy_couplings("Half") if c.sink == "down"]
+    (coupling,) = [c for c in toy_couplings("Half") if c.consumer == "down"]
     assert [slots.tolist() for slots in coupling.classes] == [[list(range(16, 32))]]
 
 
@@ -390,7 +393,7 @@ class SharedScale(nn.Module):
 
 @toy_block
 class Half(Mlp):
-    """One half of the sink's inputs are mixed sums, the other half are not."""
+    """One half of the consumer's inputs are mixed sums, the other half are not."""
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.up(x).chunk(2, -1)
@@ -407,7 +410,7 @@ class Cumulated(Mlp):
 
 @toy_block
 class Reused(Mlp):
-    """The source's output is used a second time."""
+    """The producer's output is used a second time."""
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up(x)
@@ -424,7 +427,7 @@ class ResidualGate(Mlp):
 
 @toy_block
 class Repeated(Mlp):
-    """The source is called twice."""
+    """The producer is called twice."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(self.up(x).relu() * self.up(-x))
@@ -432,7 +435,7 @@ class Repeated(Mlp):
 
 @toy_block
 class TwoSinks(Mlp):
-    """Two sinks have the same sources."""
+    """Two consumers have the same producers."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -445,7 +448,7 @@ class TwoSinks(Mlp):
 
 @toy_block
 class Leaking(Mlp):
-    """Hands the source's output to later blocks."""
+    """Hands the producer's output to later blocks."""
 
     def forward(self, x: Tensor, shared: dict[str, Tensor]) -> Tensor:
         shared["values"] = self.up(x)
@@ -475,7 +478,7 @@ class Unlike(Mlp):
 
 @toy_block
 class Direct(Mlp):
-    """The sink reads the residual stream."""
+    """The consumer reads the residual stream."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.cat([x, x.flip(-1)], -1)) * self.up(x).mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Removing channels and heads physically gives what zeroing them gives, in any family whose config can say so."""
+"""Removing channels and heads physically gives what zeroing them gives, in any family whose config can express it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from variants import source_of, toy_couplings
 from llmprune import InputError
 from llmprune.pruning.sparsity import Removal, parse_sparsity
 from llmprune.streaming.block_types import all_couplings
-from llmprune.structure.coupling import Feed
+from llmprune.structure.coupling import Dependency
 from llmprune.structure.cut import Cut, Structure
 from llmprune.structure.float64 import Float64
 from llmprune.structure.plan import plan_structure
-from llmprune.structure.slicing import cut, rearrange
+from llmprune.structure.slicing import permute_and_slice, slice_channels
 
 QUARTER, HALF = Fraction(1, 4), Fraction(1, 2)
 FREE_HEADS = [
@@ -136,18 +136,18 @@ def random_kept(one: Cut, generator: torch.Generator) -> Tensor:
 
 
 def zeroed_and_cut(folder: Path, structure: Structure) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The dense model with columns of its sinks zeroed, and the smaller one without them."""
+    """The dense model with columns of its consumers zeroed, and the smaller one without them."""
     dense = reload(folder)
     state = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     small = dict(state)
     generator = torch.Generator().manual_seed(0)
     for one in structure.cuts:
         kept = random_kept(one, generator)
-        small |= cut(one.coupling, kept, small, f"{one.block}.")
-        gone = torch.ones(one.coupling.width, dtype=torch.bool)
-        gone[kept] = False
+        small |= slice_channels(one.coupling, kept, small, f"{one.block}.")
+        removed = torch.ones(one.coupling.width, dtype=torch.bool)
+        removed[kept] = False
         weight = state[f"{one.name}.weight"]
-        (weight.T if not one.coupling.transposed else weight)[gone] = 0
+        (weight.T if not one.coupling.transposed else weight)[removed] = 0
     dense.load_state_dict(state)
     model = AutoModelForCausalLM.from_config(structure.config, dtype=torch.float32).eval()
     model.load_state_dict(small)
@@ -183,7 +183,7 @@ def test_a_width_that_is_computed_from_a_size_is_said_by_that_size(
     """lfm2 makes its MLPs two thirds of `intermediate_size` wide, rounded to a multiple; no setting is that width."""
     source_of("lfm2", tmp_path, intermediate_size=size, block_multiple_of=multiple)
     structure = structure_of(tmp_path, Removal("channels", QUARTER), round_to=max(multiple, 4))
-    assert f"{old} -> {new}" in structure.said[0]
+    assert f"{old} -> {new}" in structure.summary[0]
     assert set(structure.changes) == {"intermediate_size"}
     assert_same_function(tmp_path, structure)
 
@@ -200,7 +200,7 @@ def test_query_heads_may_go_from_every_kv_group(name: str, tmp_path: Path) -> No
     structure = structure_of(tmp_path, Removal("heads", QUARTER))
     assert structure.changes["num_attention_heads"] == 6
     assert structure.changes["num_key_value_heads"] == 2
-    assert "from every kv group" in structure.said[0]
+    assert "from every kv group" in structure.summary[0]
     assert_same_function(tmp_path, structure)
 
 
@@ -219,7 +219,7 @@ def reads_as_a_sentence(text: str) -> None:
 
 @pytest.mark.parametrize("name", NO_HEADS)
 def test_heads_that_a_config_cannot_say_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot say|could be traced|would change the others") as caught:
+    with pytest.raises(InputError, match=r"cannot express|could be traced|would change the others") as caught:
         structure_of(source_of(name, tmp_path), Removal("heads", HALF))
     assert caught.value.hint
     reads_as_a_sentence(caught.value.message)
@@ -227,7 +227,7 @@ def test_heads_that_a_config_cannot_say_are_refused(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", NO_CHANNELS)
 def test_channels_that_a_config_cannot_say_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot say|could be traced|would change the others") as caught:
+    with pytest.raises(InputError, match=r"cannot express|could be traced|would change the others") as caught:
         structure_of(source_of(name, tmp_path), Removal("channels", QUARTER))
     assert caught.value.hint
 
@@ -237,10 +237,10 @@ def test_llama_wants_a_number_of_heads_that_divides_the_width(tmp_path: Path) ->
     source_of("llama", tmp_path, hidden_size=48, num_attention_heads=6, num_key_value_heads=6, head_dim=8)
     structure = structure_of(tmp_path, Removal("heads", Fraction(1, 6)))
     assert structure.changes["num_attention_heads"] == 4
-    assert "heads:" in structure.said[0]
-    assert "6 -> 4" in structure.said[0]
-    assert "nearer numbers cannot be said" in structure.said[0]
-    reads_as_a_sentence(structure.said[0])
+    assert "heads:" in structure.summary[0]
+    assert "6 -> 4" in structure.summary[0]
+    assert "the config cannot express nearer numbers" in structure.summary[0]
+    reads_as_a_sentence(structure.summary[0])
 
 
 @pytest.mark.parametrize(("share", "nearer"), [("1/10", "nearer to 4"), ("95/100", "nearer to 0")])
@@ -257,8 +257,8 @@ def test_a_share_that_is_nearest_to_none_or_all_heads_is_refused(share: str, nea
 def test_widths_are_rounded_and_that_is_said(asked: str, round_to: int | None, width: int, tmp_path: Path) -> None:
     structure = structure_of(source_of("llama", tmp_path), Removal("channels", Fraction(asked)), round_to=round_to)
     assert structure.changes == {"intermediate_size": width}
-    assert f"128 -> {width}" in structure.said[0]
-    assert ("coarse for" in structure.said[0]) == (round_to is None)
+    assert f"128 -> {width}" in structure.summary[0]
+    assert ("coarse for" in structure.summary[0]) == (round_to is None)
 
 
 @pytest.mark.parametrize("share", ["1/100", "99/100"])
@@ -278,10 +278,10 @@ def test_groups_of_a_pattern_fit_the_new_width(tmp_path: Path) -> None:
 
 def test_a_row_goes_when_all_that_it_feeds_goes() -> None:
     single = torch.tensor([2, 0, -1, -1, -1])
-    feed = Feed("q", single, torch.tensor([2, 3]), torch.tensor([[True, True, False], [False, True, True]]))
-    assert feed.staying(torch.tensor([True, True, False])).tolist() == [0, 3, 4]
-    assert feed.staying(torch.tensor([False, False, False])).tolist() == [0, 1, 2, 3, 4]
-    assert feed.staying(torch.tensor([True, True, True])).tolist() == [4]
+    dependency = Dependency("q", single, torch.tensor([2, 3]), torch.tensor([[True, True, False], [False, True, True]]))
+    assert dependency.kept_rows(torch.tensor([True, True, False])).tolist() == [0, 3, 4]
+    assert dependency.kept_rows(torch.tensor([False, False, False])).tolist() == [0, 1, 2, 3, 4]
+    assert dependency.kept_rows(torch.tensor([True, True, True])).tolist() == [4]
 
 
 def test_what_stays_may_change_places(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_what_stays_may_change_places(tmp_path: Path) -> None:
     one = structure.cuts[0]
     kept = random_kept(one, torch.Generator().manual_seed(1))
     order = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(2))]
-    changed = rearrange(one.coupling, order, dense, f"{one.block}.")
+    changed = permute_and_slice(one.coupling, order, dense, f"{one.block}.")
     prefix = f"{one.block}.mlp."
     assert torch.equal(changed[f"{prefix}down_proj.weight"], dense[f"{prefix}down_proj.weight"][:, order])
     assert torch.equal(changed[f"{prefix}up_proj.weight"], dense[f"{prefix}up_proj.weight"][order])
@@ -312,16 +312,16 @@ class Invented(nn.Module):
 
 def test_an_invented_block_loses_both_rows_of_a_channel() -> None:
     (coupling,) = toy_couplings("Invented")
-    assert coupling.severable
-    (feed,) = coupling.feeds
-    gone = torch.zeros(32, dtype=torch.bool)
-    gone[[3, 7]] = True
-    assert sorted(set(range(64)) - set(feed.staying(gone).tolist())) == [6, 7, 14, 15]
+    assert coupling.removable
+    (dependency,) = coupling.dependencies
+    removed = torch.zeros(32, dtype=torch.bool)
+    removed[[3, 7]] = True
+    assert sorted(set(range(64)) - set(dependency.kept_rows(removed).tolist())) == [6, 7, 14, 15]
 
 
 def test_a_norm_over_all_channels_is_seen() -> None:
     (coupling,) = toy_couplings("Odd")
-    assert not coupling.severable
+    assert not coupling.removable
 
 
 def test_an_invented_model_is_cut_only_if_its_config_can_say_so(tmp_path: Path) -> None:
