@@ -78,7 +78,7 @@ def block_quota(pattern: Unstructured, zeros: np.ndarray, start: int, stop: int)
 
 def quota(pattern: SparsityPattern, size: int) -> int:
     """The count of a group: N, or the share of its size, halves up."""
-    return pattern.n if isinstance(pattern, NM) else int(pattern.fraction * size + HALF)
+    return pattern.n if isinstance(pattern, NM) else int(pattern.sparsity * size + HALF)
 
 
 def keep_largest(score: Tensor, pattern: SparsityPattern) -> Tensor:

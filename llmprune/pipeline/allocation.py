@@ -69,14 +69,14 @@ def allocate(
     Raises:
         InputError: a block's share rounds to none or all of a layer's weights.
     """
-    curve = Curve(solver, pattern.scope, bounds(pattern.share)) if kind == "error" else None
+    curve = Curve(solver, pattern.scope, bounds(pattern.ratio)) if kind == "error" else None
     found, shapes = [], []
     for block in stream:
         found.append(_survey(stream.groups(block), curve))
         shapes.append([layer.shape for layer in block.layers.values()])
         step()
-    shares = (by_error if kind == "error" else by_outliers)(found, pattern.share)
-    own = exact(shares, found, pattern.share)
+    shares = (by_error if kind == "error" else by_outliers)(found, pattern.ratio)
+    own = exact(shares, found, pattern.ratio)
     return [
         _pattern(share, pattern.scope, layers, kind) if layers else pattern
         for share, layers in zip(own, shapes, strict=True)

@@ -156,7 +156,7 @@ def initial_report(run: RunContext) -> PruneReport:
             "pattern": run.sparsity.name,
             "meaning": run.sparsity.describe(run.recipe.allocate != "uniform"),
             "scope": run.sparsity.scope,
-            "fraction": float(run.pattern.fraction) if run.pattern else 0.0,
+            "fraction": float(run.pattern.sparsity) if run.pattern else 0.0,
             "note": run.sparsity.speed_note(),
             "removed": list(run.structure.summary),
             "config": run.structure.changes,

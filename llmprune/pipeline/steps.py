@@ -19,7 +19,7 @@ from llmprune.pipeline.allocation import allocate
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.state import GENERATED, names_of, parsed
 from llmprune.progress import Progress
-from llmprune.pruning.linalg import error_terms, ratio
+from llmprune.pruning.linalg import clamped_ratio, error_terms
 from llmprune.pruning.pattern import SparsityPattern, Unstructured
 from llmprune.reporting.report import BlockReconstruction, PruneReport
 from llmprune.runtime.oom import with_oom_retry
@@ -174,7 +174,7 @@ def errors_of(run: RunContext, group: Group, stored: Sequence[Tensor]) -> list[f
         for layer, weight, rows in zip(group.problem.layers, stored, parts, strict=True)
     ]
     totals = iter(run.group.sum([value for pair in sums for value in pair]))
-    return [ratio(missed, next(totals)) for missed in totals]
+    return [clamped_ratio(error, next(totals)) for error in totals]
 
 
 def reconstruct(run: RunContext, stream: BlockStream, block: Block) -> list[BlockReconstruction]:

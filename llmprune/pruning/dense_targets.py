@@ -7,29 +7,30 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmprune.pruning.linalg import ALL, inverse_factor
+from llmprune.pruning.linalg import inverse_factor
 from llmprune.pruning.problem import GroupProblem, InputStats
+from llmprune.pruning.statistics import excluding, output_residual_cross
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 
-DAMPING = 0.1
+TARGET_DAMPING = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Goal:
+class DenseTarget:
     """What the layers of a group should give.
 
     Args:
         problem: the group, with the weights that would give it.
         strengths: α of every layer; empty where the dense weights are the goal.
-        raises: how often the damping λ was raised tenfold at most.
+        retries: how often the damping λ was raised tenfold at most.
     """
 
     problem: GroupProblem
     strengths: tuple[float, ...] = ()
-    raises: int = 0
+    retries: int = 0
 
 
-def toward_dense(problem: GroupProblem, damping: float = DAMPING, group: ProcessGroup = SINGLE) -> Goal:
+def dense_targets(problem: GroupProblem, damping: float = TARGET_DAMPING, group: ProcessGroup = SINGLE) -> DenseTarget:
     """Replace every weight by that of the regression on dense outputs, `W* = W + α Δ`, `Δ = M (H + λI)⁻¹`.
 
     M is what the outputs lack, times the inputs: `M = W (C − H)ᵀ` makes a layer give what it gives in the dense model.
@@ -49,21 +50,21 @@ def toward_dense(problem: GroupProblem, damping: float = DAMPING, group: Process
         NumericalError: H stays singular.
     """
     stats, held = problem.stats, problem.stats.held
-    if held is None or (stats.cross is None and stats.missed is None):
-        return Goal(problem, (0.0,) * len(problem.layers))
+    if held is None or (stats.cross is None and stats.residual_cross is None):
+        return DenseTarget(problem, (0.0,) * len(problem.layers))
     weights = torch.cat([layer.weight for layer in problem.layers])
-    sums, raises = _gains_and_costs(weights, without(stats, held), held, damping, group)
+    sums, retries = _gains_and_costs(weights, excluding(stats, held), held, damping, group)
     pairs = [part.sum(0) for part in problem.split(sums)]
     strengths = tuple(min(max(float(gain / cost.clamp(min=1e-30)), 0.0), 1.0) for gain, cost in pairs)
     if not any(strengths):
-        return Goal(problem, strengths, raises)
+        return DenseTarget(problem, strengths, retries)
     factor = inverse_factor(stats.gram, damping)
     parts = problem.split(group.map_rows(lambda rows: _correction(weights, rows, stats, factor.upper), len(weights)))
     layers = tuple(
         replace(layer, weight=(layer.weight + strength * delta).mul_(layer.weight != 0))
         for layer, strength, delta in zip(problem.layers, strengths, parts, strict=True)
     )
-    return Goal(replace(problem, layers=layers), strengths, max(raises, factor.raises))
+    return DenseTarget(replace(problem, layers=layers), strengths, max(retries, factor.retries))
 
 
 def _gains_and_costs(
@@ -78,34 +79,13 @@ def _gains_and_costs(
 
     def of(rows: slice) -> Tensor:
         trial = _correction(weights, rows, rest, factor.upper)
-        gain = (trial * lacking(weights, held, rows)).sum(1, dtype=torch.float64)
+        gain = (trial * output_residual_cross(weights, held, rows)).sum(1, dtype=torch.float64)
         cost = (trial * (trial @ held.gram)).sum(1, dtype=torch.float64)
         return torch.stack([gain, cost], 1)
 
-    return group.map_rows(of, len(weights)), factor.raises
-
-
-def lacking(weights: Tensor, stats: InputStats, rows: slice = ALL) -> Tensor:
-    """M, `(out, in)`, some of its rows: what the outputs lack, times the inputs; zero without dense targets."""
-    if stats.missed is not None:
-        return stats.missed.T[rows]
-    if stats.cross is None:
-        return torch.zeros_like(weights[rows])
-    return weights[rows] @ (stats.cross - stats.gram).T
+    return group.map_rows(of, len(weights)), factor.retries
 
 
 def _correction(weights: Tensor, rows: slice, stats: InputStats, upper: Tensor) -> Tensor:
     """`Δ = M (H + λI)⁻¹`, some of its rows, with `(H + λI)⁻¹ = Uᵀ U`."""
-    return (lacking(weights, stats, rows) @ upper.T) @ upper
-
-
-def without(stats: InputStats, held: InputStats) -> InputStats:
-    """The statistics of the tokens that are not held out."""
-    tokens = stats.tokens - held.tokens
-
-    def rest(every: Tensor | None, apart: Tensor | None) -> Tensor | None:
-        return None if every is None or apart is None else torch.lerp(apart, every, stats.tokens / tokens)
-
-    gram = rest(stats.gram, held.gram)
-    assert gram is not None
-    return InputStats(tokens, gram, rest(stats.cross, held.cross), missed=rest(stats.missed, held.missed))
+    return (output_residual_cross(weights, stats, rows) @ upper.T) @ upper

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from llmprune.pruning.dense_targets import Goal, toward_dense
+from llmprune.pruning.dense_targets import DenseTarget, dense_targets
 from llmprune.pruning.least_squares import refit
 from llmprune.pruning.methods import Method
 from llmprune.pruning.parallel import RowSharding
@@ -56,9 +56,9 @@ class LayerSolver:
         if pattern is None:
             return GroupSolution([masked(layer.weight, layer.weight != 0) for layer in problem.layers])
         dense = self.recipe.targets == "dense"
-        wanted = toward_dense(problem, group=self.sharding.group) if dense else Goal(problem)
+        wanted = dense_targets(problem, group=self.sharding.group) if dense else DenseTarget(problem)
         goal = with_ridge(wanted.problem, self.recipe.ridge)
-        order, raises = self._order(goal, pattern, problem.classes)
+        order, retries = self._order(goal, pattern, problem.classes)
         if order is not None:
             goal = permuted(goal, order)
             solutions = [reordered(s, order.argsort()) for s in self._stages(goal, pattern)]
@@ -68,7 +68,7 @@ class LayerSolver:
             solutions = self._stages(goal, pattern)
         for solution, strength in zip(solutions, wanted.strengths, strict=False):
             solution.stats["target_strength"] = strength
-        solutions = [told(s, target_raises=wanted.raises, order_raises=raises) for s in solutions]
+        solutions = [with_stats(s, target_retries=wanted.retries, order_retries=retries) for s in solutions]
         # What was solved together is the same in all processes already, but for a refit behind it.
         return GroupSolution(self.sharding.agreed(solutions) if self.recipe.refit else solutions, order)
 
@@ -83,11 +83,11 @@ class LayerSolver:
         if not classes or not self.recipe.permute or not isinstance(pattern, NM):
             return None, 0
         (layer,) = goal.layers
-        score, raises = saliency(layer.weight, goal.stats.gram)
+        score, retries = saliency(layer.weight, goal.stats.gram)
         order = self.sharding.agreed_order(choose(score, pattern, classes))
         if order is None or bool((order == torch.arange(len(order), device=order.device)).all()):
-            return None, raises
-        return order, raises
+            return None, retries
+        return order, retries
 
     def _stages(self, goal: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Reach the pattern in nested steps: zeros stay zero, so each step's mask lies within the one before.
@@ -125,9 +125,9 @@ def with_ridge(problem: GroupProblem, ridge: float) -> GroupProblem:
     return replace(problem, stats=replace(problem.stats, gram=gram))
 
 
-def told(solution: LayerSolution, **raises: int) -> LayerSolution:
+def with_stats(solution: LayerSolution, **retries: int) -> LayerSolution:
     """The solution with the dampings that other stages had to raise, if they had to."""
-    more = {name: float(count) for name, count in raises.items() if count}
+    more = {name: float(count) for name, count in retries.items() if count}
     if not more:
         return solution
     status = Status.DAMPING_RAISED if solution.status is Status.OK else solution.status

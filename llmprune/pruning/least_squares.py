@@ -10,7 +10,7 @@ from torch import Tensor
 from llmprune.pruning.linalg import add_ridge, ridge_of
 from llmprune.pruning.problem import GroupProblem, LayerSolution
 
-ROWS = 256
+ROWS_AT_A_TIME = 256
 
 
 def refit(
@@ -57,7 +57,7 @@ def polish(A: Tensor, target: Tensor, weight: Tensor, support: Tensor, iteration
         tolerance: of a row's residual, relative to `(A W*)_S`.
     """
     # A few rows at a time: their vectors stay in the cache between the products.
-    parts = (torch.split(matrix, ROWS, dim=1) for matrix in (target, weight, support))
+    parts = (torch.split(matrix, ROWS_AT_A_TIME, dim=1) for matrix in (target, weight, support))
     for wanted, start, kept in zip(*parts, strict=True):
         _polish(A, wanted, start, kept, iterations, tolerance)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmprune.errors import NumericalError
 from llmprune.pruning.problem import InputStats
 
-MAX_RAISES = 3
+MAX_RETRIES = 3
 TILE = 256
 ALL = slice(None)
 
@@ -24,12 +24,12 @@ class InverseFactor:
     Args:
         upper: U, `(in, in)`.
         ridge: λ.
-        raises: how often the damping was raised tenfold before the factorisation succeeded.
+        retries: how often the damping was raised tenfold before the factorisation succeeded.
     """
 
     upper: Tensor
     ridge: float
-    raises: int
+    retries: int
 
 
 def ridge_of(gram: Tensor, damping: float) -> float:
@@ -66,12 +66,12 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
 
     Raises:
         NumericalError: the Gram is not finite, or the matrix is not positive definite even after the damping was raised
-            tenfold `MAX_RAISES` times.
+            tenfold `MAX_RETRIES` times.
     """
     diagonal = gram.diagonal()
     base = ridge_of(gram, damping)
-    for raises in range(MAX_RAISES + 1):
-        ridge = base * 10**raises
+    for retries in range(MAX_RETRIES + 1):
+        ridge = base * 10**retries
         flipped = gram.flip(0, 1)
         flipped.diagonal().add_(ridge + (diagonal == 0).to(gram.dtype).flip(0))
         lower, info = torch.linalg.cholesky_ex(flipped)
@@ -79,7 +79,7 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
         if int(info) == 0:
             _invert_lower(lower)
             if bool(torch.isfinite(lower.diagonal()).all()):
-                return InverseFactor(lower.flip(0, 1), ridge, raises)
+                return InverseFactor(lower.flip(0, 1), ridge, retries)
     raise _singular(damping)
 
 
@@ -105,8 +105,8 @@ def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, int]:
         matrix.diagonal().add_(dead + ridge)
         return matrix
 
-    lower, ridge, raises = damped_cholesky(damped, gram, damping)
-    return torch.cholesky_inverse(lower), dead + ridge, raises
+    lower, ridge, retries = damped_cholesky(damped, gram, damping)
+    return torch.cholesky_inverse(lower), dead + ridge, retries
 
 
 def damped_cholesky(damped: Callable[[float], Tensor], gram: Tensor, damping: float) -> tuple[Tensor, float, int]:
@@ -123,17 +123,17 @@ def damped_cholesky(damped: Callable[[float], Tensor], gram: Tensor, damping: fl
     Raises:
         NumericalError: as `inverse_factor`.
     """
-    for raises in range(MAX_RAISES + 1):
-        ridge = ridge_of(gram, damping) * 10**raises
+    for retries in range(MAX_RETRIES + 1):
+        ridge = ridge_of(gram, damping) * 10**retries
         lower, info = torch.linalg.cholesky_ex(damped(ridge))
         if int(info) == 0:
-            return lower, ridge, raises
+            return lower, ridge, retries
     raise _singular(damping)
 
 
 def _singular(damping: float) -> NumericalError:
     return NumericalError(
-        f"the input statistics stay singular with a damping of {damping * 10**MAX_RAISES:g} of the mean diagonal",
+        f"the input statistics stay singular with a damping of {damping * 10**MAX_RETRIES:g} of the mean diagonal",
         "use more calibration tokens (--samples, --seq-len) or another text (--calib)",
     )
 
@@ -194,15 +194,15 @@ def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
         pruned: W̃, the new weight, `(out, in)`.
         stats: of the layer's inputs.
     """
-    return ratio(*error_terms(weight, pruned, stats))
+    return clamped_ratio(*error_terms(weight, pruned, stats))
 
 
 def error_terms(weight: Tensor, pruned: Tensor, stats: InputStats, rows: slice = ALL) -> tuple[float, float]:
     """What `relative_error` divides by what, some of the rows of the weights; both are sums over these."""
     weight, pruned = weight[rows], pruned[rows]
-    if stats.given is not None and stats.energy is not None:
-        energy = float(stats.energy[rows].sum(dtype=torch.float64))
-        shared = float((pruned * stats.given[:, rows].T).sum(dtype=torch.float64))
+    if stats.output_cross is not None and stats.output_energy is not None:
+        energy = float(stats.output_energy[rows].sum(dtype=torch.float64))
+        shared = float((pruned * stats.output_cross[:, rows].T).sum(dtype=torch.float64))
     elif stats.cross is not None and stats.dense is not None:
         energy = output_energy(weight, stats.dense)
         shared = float((pruned @ stats.cross).mul_(weight).sum(dtype=torch.float64))
@@ -211,6 +211,6 @@ def error_terms(weight: Tensor, pruned: Tensor, stats: InputStats, rows: slice =
     return output_energy(pruned, stats.gram) - 2 * shared + energy, energy
 
 
-def ratio(missed: float, energy: float) -> float:
+def clamped_ratio(error: float, energy: float) -> float:
     """The share that is missed; what comes out negative is rounding."""
-    return max(missed / energy, 0.0) if energy > 0 else 0.0
+    return max(error / energy, 0.0) if energy > 0 else 0.0

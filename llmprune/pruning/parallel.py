@@ -104,6 +104,6 @@ def _head(solution: LayerSolution) -> list[Any]:
 
 def _joined(parts: list[LayerSolution]) -> LayerSolution:
     """One layer from the solutions of its rows; the status is that of the most damped."""
-    worst = max(parts, key=lambda part: part.stats.get("damping_raises", 0.0))
+    worst = max(parts, key=lambda part: part.stats.get("damping_retries", 0.0))
     weight, mask = torch.cat([part.weight for part in parts]), torch.cat([part.mask for part in parts])
     return LayerSolution(weight, mask, worst.status, worst.stats)

@@ -20,7 +20,7 @@ from llmprune.errors import InputError
 
 Scope = Literal["row", "layer"]
 
-SHORT = 32
+FEW_ROWS = 32
 _HINT = "use N:M with 0 < N < M (2:4 prunes 2 of every 4), a share such as 50% or 0.5, channels:25% or heads:33%"
 
 
@@ -58,7 +58,7 @@ class SparsityPattern(ABC):
 
     @property
     @abstractmethod
-    def fraction(self) -> Fraction:
+    def sparsity(self) -> Fraction:
         """The exact share of weights that is pruned."""
 
     @abstractmethod
@@ -126,11 +126,11 @@ class NM(SparsityPattern):
         return f"{self.n}:{self.m}"
 
     @property
-    def fraction(self) -> Fraction:
+    def sparsity(self) -> Fraction:
         return Fraction(self.n, self.m)
 
     def describe(self) -> str:
-        return f"{self.name}, prunes {self.n} of every {self.m} weights, {percent(self.fraction)}"
+        return f"{self.name}, prunes {self.n} of every {self.m} weights, {percent(self.sparsity)}"
 
     def speed_note(self) -> str:
         if (self.n, self.m) != (2, 4):
@@ -159,40 +159,40 @@ class NM(SparsityPattern):
 class Unstructured(SparsityPattern):
     """An exact share of the weights of every row (`scope="row"`) or of the layer (`scope="layer"`) is pruned.
 
-    The count is `share * size` rounded to the nearest integer, halves up.
+    The count is `ratio * size` rounded to the nearest integer, halves up.
     """
 
-    share: Fraction
+    ratio: Fraction
     scope: Scope = "layer"
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise InputError(f"a sparsity of {percent(self.share)} is not between 0 % and 100 %", _HINT)
+        if not 0 < self.ratio < 1:
+            raise InputError(f"a sparsity of {percent(self.ratio)} is not between 0 % and 100 %", _HINT)
 
     @property
     def name(self) -> str:
-        return percent(self.share).replace(" ", "")
+        return percent(self.ratio).replace(" ", "")
 
     @property
-    def fraction(self) -> Fraction:
-        return self.share
+    def sparsity(self) -> Fraction:
+        return self.ratio
 
     def describe(self) -> str:
         where = "every row" if self.scope == "row" else "every layer"
-        return f"{percent(self.share)} unstructured, counted exactly in {where}"
+        return f"{percent(self.ratio)} unstructured, counted exactly in {where}"
 
     def count(self, size: int) -> int:
         """How many of `size` weights are pruned."""
-        return int(self.share * size + Fraction(1, 2))
+        return int(self.ratio * size + Fraction(1, 2))
 
     def steps(self, count: int) -> list[SparsityPattern]:
-        return [Unstructured(self.share * step / count, self.scope) for step in range(1, count + 1)]
+        return [Unstructured(self.ratio * step / count, self.scope) for step in range(1, count + 1)]
 
     def divides(self, rows: int, width: int) -> str:
         size = width if self.scope == "row" else rows * width
         if 0 < self.count(size) < size:
             return ""
-        return f"{percent(self.share)} of {size} weights rounds to {self.count(size)}"
+        return f"{percent(self.ratio)} of {size} weights rounds to {self.count(size)}"
 
     @property
     def rows_independent(self) -> bool:
@@ -231,7 +231,7 @@ def lowest(score: Tensor, count: int | Tensor, dim: int = -1) -> Tensor:
 
 def kth_lowest(score: Tensor, count: int, dim: int = -1) -> Tensor:
     """The `count`-th lowest entry along `dim`, which keeps size 1; fast for a short first dimension."""
-    if dim == 0 and count * len(score) <= SHORT:
+    if dim == 0 and count * len(score) <= FEW_ROWS:
         return _kth_row(score, count)
     return score.kthvalue(count, dim=dim, keepdim=True).values
 
@@ -263,16 +263,16 @@ def parse_pattern(text: str, scope: Scope = "layer") -> SparsityPattern:
         return NM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"([+-]?\d{0,9}\.?\d{0,9})\s*(%?)", spec, re.ASCII):
         try:
-            share = Fraction(match[1]) / (100 if match[2] else 1)
+            ratio = Fraction(match[1]) / (100 if match[2] else 1)
         except ValueError:
             pass
         else:
-            return Unstructured(share, scope)
+            return Unstructured(ratio, scope)
     raise InputError(f"unknown sparsity {text!r}", _HINT)
 
 
-def percent(share: Fraction) -> str:
+def percent(ratio: Fraction) -> str:
     """`1/4` -> `25 %`, exactly."""
     with localcontext(prec=50):
-        exact = Decimal(share.numerator * 100) / share.denominator
+        exact = Decimal(ratio.numerator * 100) / ratio.denominator
         return f"{exact.normalize():f} %"

@@ -15,8 +15,8 @@ from llmprune.pruning.linalg import inverse_factor
 from llmprune.pruning.pattern import NM
 
 SWEEPS = 2
-CHUNK = 512
-DAMPING = 0.03
+GROUPS_AT_A_TIME = 512
+SALIENCY_DAMPING = 0.03
 
 
 def saliency(weight: Tensor, gram: Tensor) -> tuple[Tensor, int]:
@@ -36,12 +36,12 @@ def saliency(weight: Tensor, gram: Tensor) -> tuple[Tensor, int]:
     Raises:
         NumericalError: H is not finite, or stays singular.
     """
-    factor = inverse_factor(gram, DAMPING)
-    return weight.square() * (gram.diagonal() / factor.upper.square().sum(0)).sqrt(), factor.raises
+    factor = inverse_factor(gram, SALIENCY_DAMPING)
+    return weight.square() * (gram.diagonal() / factor.upper.square().sum(0)).sqrt(), factor.retries
 
 
 def choose(
-    score: Tensor, pattern: NM, classes: Sequence[Tensor], *, sweeps: int = SWEEPS, chunk: int = CHUNK
+    score: Tensor, pattern: NM, classes: Sequence[Tensor], *, sweeps: int = SWEEPS, chunk: int = GROUPS_AT_A_TIME
 ) -> Tensor:
     """An order of the inputs such that the pattern keeps more of `score[:, order]` than of `score`.
 
@@ -147,5 +147,5 @@ def _kept(columns: Tensor, members: Tensor, pattern: NM) -> float:
     """What the groups retain."""
     return sum(
         float(columns[part].topk(pattern.m - pattern.n, dim=1).values.sum(dtype=torch.float64))
-        for part in torch.split(members, CHUNK)
+        for part in torch.split(members, GROUPS_AT_A_TIME)
     )

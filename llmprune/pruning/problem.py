@@ -26,13 +26,14 @@ class InputStats:
         gram: `G = XᵀX / tokens`, `(in, in)`, float32. Its diagonal is the mean square of every input.
         cross: `C = XᵀX_d / tokens` with the inputs X_d of the dense model, None if the target is `X Wᵀ` itself.
         dense: `X_dᵀX_d / tokens`, None like `cross`.
-        held: `gram`, `cross` and `missed` of a share of the tokens, to judge on it what was fitted on the rest.
-        missed: `XᵀE / tokens`, `(in, out)`, if the group's only layer adds to the residual stream: E is what that lacks
-            right behind the layer, so what its output should change by to make up for all that went wrong before. Such
-            a group has `given` and `energy` in place of `cross` and `dense`, which are wider where it has many inputs.
-        given: `XᵀY_d / tokens`, `(in, out)`, with the outputs `Y_d = X_d Wᵀ` of the dense model.
-        energy: `(out,)`, mean square of every output of the dense model.
-        quiet: `(in,)`, the share of tokens for which an input is zero, or nearly so, where that is counted.
+        held: `gram`, `cross` and `residual_cross` of held-out tokens, to validate on them what was fitted on the rest.
+        residual_cross: `XᵀE / tokens`, `(in, out)`, if the group's only layer adds to the residual stream: E is the
+            dense model's residual stream right behind the layer less the pruned model's, so what the layer's output
+            should change by to compensate all errors before it. Such a group has `output_cross` and `output_energy` in
+            place of `cross` and `dense`, which are wider where it has many inputs.
+        output_cross: `XᵀY_d / tokens`, `(in, out)`, with the outputs `Y_d = X_d Wᵀ` of the dense model.
+        output_energy: `(out,)`, mean square of every output of the dense model.
+        zero_fraction: `(in,)`, fraction of tokens for which an input is zero, or nearly so, where that is counted.
         scale: `(in,)`, the learned scale of the norm that feeds the layers, where that was looked for.
     """
 
@@ -41,10 +42,10 @@ class InputStats:
     cross: Tensor | None = None
     dense: Tensor | None = None
     held: InputStats | None = None
-    missed: Tensor | None = None
-    given: Tensor | None = None
-    energy: Tensor | None = None
-    quiet: Tensor | None = None
+    residual_cross: Tensor | None = None
+    output_cross: Tensor | None = None
+    output_energy: Tensor | None = None
+    zero_fraction: Tensor | None = None
     scale: Tensor | None = None
 
 

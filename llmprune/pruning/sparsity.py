@@ -25,25 +25,25 @@ class Removal:
 
     Args:
         kind: what goes.
-        share: the share that goes (fraction).
+        ratio: the part that is removed (fraction).
     """
 
     kind: Kind
-    share: Fraction
+    ratio: Fraction
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            left = "leaves none" if self.share >= 1 else "removes none"
+        if not 0 < self.ratio < 1:
+            left = "leaves none" if self.ratio >= 1 else "removes none"
             raise InputError(f"{self.name} {left} of the {WORDS[self.kind]}", f"use a share such as {self.kind}:25%")
 
     @property
     def name(self) -> str:
         """Canonical spelling."""
-        return f"{self.kind}:{percent(self.share).replace(' ', '')}"
+        return f"{self.kind}:{percent(self.ratio).replace(' ', '')}"
 
     def describe(self) -> str:
         """What goes, in words."""
-        return f"{percent(self.share)} of the {WORDS[self.kind]} removed"
+        return f"{percent(self.ratio)} of the {WORDS[self.kind]} removed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Sparsity:
         removed = " and ".join(removal.describe() for removal in self.removals)
         pattern = self.pattern.describe() if self.pattern is not None else ""
         if self.pattern is not None and shared_out:
-            pattern = f"{percent(self.pattern.fraction)} unstructured on average, every block with a share of its own"
+            pattern = f"{percent(self.pattern.sparsity)} unstructured on average, every block with a share of its own"
         return ", then ".join(filter(None, (removed, pattern)))
 
     def speed_note(self) -> str:
@@ -101,10 +101,10 @@ def parse_sparsity(text: str, scope: Scope = "layer") -> Sparsity:
     for part in text.split("+"):
         if match := re.fullmatch(r"\s*(channels|heads)\s*:\s*(\d{0,9}\.?\d{0,9})\s*(%?)\s*", part, re.ASCII):
             try:
-                share = Fraction(match[2]) / (100 if match[3] else 1)
+                ratio = Fraction(match[2]) / (100 if match[3] else 1)
             except ValueError:
                 raise InputError(f"unknown sparsity {text!r}", HINT) from None
-            removals.append(Removal("channels" if match[1] == "channels" else "heads", share))
+            removals.append(Removal("channels" if match[1] == "channels" else "heads", ratio))
         elif pattern is None:
             if ":" in part and part.partition(":")[0].strip().isalpha():
                 raise InputError(f"unknown sparsity {text!r}", HINT)

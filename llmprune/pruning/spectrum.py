@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ITERATIONS = 8
+POWER_ITERATIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def input_spectrum(gram: Tensor) -> Spectrum | None:
     if not total > 0:
         return None
     vector = gram[int(gram.diagonal().argmax())]
-    for _ in range(ITERATIONS):
+    for _ in range(POWER_ITERATIONS):
         vector = vector / vector.norm()
         image = gram @ vector
         largest, vector = float(vector @ image), image

@@ -90,25 +90,25 @@ class StructuredSolver:
         target = layer.weight.double()
         gram = problem.stats.gram
         scale = None if removal.scale is None else removal.scale.to(gram.device)
-        asked = RemovalProblem(target, gram, removal.units.to(gram.device), scale, problem.stats.quiet)
-        kept, raises = self._choose(asked, removal.count)
+        asked = RemovalProblem(target, gram, removal.units.to(gram.device), scale, problem.stats.zero_fraction)
+        kept, retries = self._choose(asked, removal.count)
         weight = torch.zeros_like(target)
         weight[:, kept] = target[:, kept]
         stats = {"error_unfitted": relative_error(layer.weight, weight.float(), problem.stats)}
-        stats |= {"choice_raises": float(raises)} if raises else {}
+        stats |= {"choice_retries": float(retries)} if retries else {}
         mask = torch.zeros_like(weight, dtype=torch.bool)
         mask[:, kept] = layer.weight[:, kept] != 0
         if self.recipe.reconstruct:
             fit = reconstruct(target, problem.stats, kept)
             weight[:, kept] = fit.weight
-            stats |= {"relative_ridge": fit.ridge} | ({"refit_raises": float(fit.raises)} if fit.raises else {})
+            stats |= {"relative_ridge": fit.ridge} | ({"refit_retries": float(fit.retries)} if fit.retries else {})
             stats |= {"target_strength": fit.strength} if self.recipe.targets == "dense" else {}
-            raises += fit.raises
+            retries += fit.retries
             # Zeros of the source stay zero, so rows that have some have a support of their own.
             holed = (~mask[:, kept]).any(1).nonzero().flatten()
             if len(holed):
                 weight[holed] = on_support(target, problem.stats, fit, weight, mask, holed)
-        status = Status.DAMPING_RAISED if raises else Status.OK if problem.stats.tokens else Status.NO_INPUT
+        status = Status.DAMPING_RAISED if retries else Status.OK if problem.stats.tokens else Status.NO_INPUT
         return LayerSolution((weight * mask).float(), mask, status, stats), kept
 
     def _choose(self, problem: RemovalProblem, count: int) -> tuple[Tensor, int]:
@@ -119,20 +119,20 @@ class StructuredSolver:
         """
         target, gram = problem.weight, problem.gram
         kept = torch.arange(target.shape[1], device=target.device)
-        done = raises = 0
+        done = retries = 0
         steps = self.recipe.steps
         for step in range(1, steps + 1):
             upto = count * step // steps
             if upto == done:
                 continue
             choice = self.criterion.select(problem, upto - done)
-            kept, done = kept[problem.kept(choice.gone)], upto
-            raises = max(raises, choice.raises)
+            kept, done = kept[problem.kept(choice.removed)], upto
+            retries = max(retries, choice.retries)
             if step < steps:
                 weight, more = least_squares(target, gram, kept) if self.recipe.reconstruct else (target[:, kept], 0)
-                raises = max(raises, more)
-                problem = problem.without(choice.gone, weight)
-        return kept, raises
+                retries = max(retries, more)
+                problem = problem.excluding(choice.removed, weight)
+        return kept, retries
 
     def _sparse(
         self,

@@ -17,11 +17,11 @@ from llmprune.runtime.files import replacing
 PAGE = "prune_report.html"
 STATS = {
     "ridge": "ridge",
-    "damping_raises": "dampings raised",
-    "choice_raises": "raised to choose",
-    "refit_raises": "raised to refit",
-    "target_raises": "raised for the target",
-    "order_raises": "raised to order",
+    "damping_retries": "dampings raised",
+    "choice_retries": "raised to choose",
+    "refit_retries": "raised to refit",
+    "target_retries": "raised for the target",
+    "order_retries": "raised to order",
     "directions": "input directions",
     "condition": "condition",
     "target_strength": "target strength",

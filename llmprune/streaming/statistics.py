@@ -12,7 +12,7 @@ from torch import Tensor
 from llmprune.errors import InputError, PruneError
 from llmprune.model.blocks import LayerRef
 from llmprune.pruning.problem import InputStats
-from llmprune.pruning.statistics import Landing, QuietCount, RunningGram, RunningPair
+from llmprune.pruning.statistics import ResidualTarget, RunningGram, RunningPair, ZeroCounter
 from llmprune.runtime.memory import mapped_memory
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.streaming.batch import Batch
@@ -66,8 +66,8 @@ class GroupStatistics:
         limit = options.zero_threshold if removed else None
         with mapped_memory():
             total = options.group.sum
-            quiet = None if limit is None else QuietCount(width, limit, self._mean_square, total, device)
-            self._running = (RunningPair if options.dense_targets or removed else RunningGram)(width, device, quiet)
+            zeros = None if limit is None else ZeroCounter(width, limit, self._mean_square, total, device)
+            self._running = (RunningPair if options.dense_targets or removed else RunningGram)(width, device, zeros)
 
     def add(self, batch: Batch, seen: Observation, dense: Observation | None) -> None:
         """Add the observations of a batch.
@@ -102,7 +102,7 @@ class GroupStatistics:
         with mapped_memory():
             stats = self._running.result()
         parts = [stats, *filter(None, [stats.held])]
-        known = [v for s in parts for v in (s.gram, s.cross, s.dense, s.missed, s.given, s.energy) if v is not None]
+        known = [value for part in parts for name in REDUCED if (value := getattr(part, name)) is not None]
         if not all(bool(torch.isfinite(value.sum(dtype=torch.float64))) for value in known):
             raise InputError(
                 f"the inputs of layer {self.names[0]!r} hold NaN or Inf",
@@ -116,11 +116,11 @@ class GroupStatistics:
         squares, count = self.options.group.sum([float(here.square().sum(dtype=torch.float64)), here.numel()])
         return squares / max(count, 1)
 
-    def _residual_target(self, seen: Observation, dense: Observation) -> Landing | None:
+    def _residual_target(self, seen: Observation, dense: Observation) -> ResidualTarget | None:
         if seen.residual is None or dense.residual is None or dense.output is None:
             return None
         output = dense.output if self.bias is None else dense.output - self.bias
-        return Landing(dense.residual - seen.residual, output)
+        return ResidualTarget(dense.residual - seen.residual, output)
 
 
 def inverse_residual_norm(residual: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def inverse_residual_norm(residual: Tensor) -> Tensor:
     return size.clamp(min=torch.finfo(torch.float32).tiny ** 0.5).reciprocal()
 
 
-REDUCED = ("gram", "cross", "dense", "missed", "given", "energy", "quiet")
+REDUCED = ("gram", "cross", "dense", "residual_cross", "output_cross", "output_energy", "zero_fraction")
 
 
 def all_reduce_statistics(stats: InputStats, layers: list[str], group: ProcessGroup) -> InputStats:

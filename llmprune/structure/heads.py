@@ -42,10 +42,10 @@ def check_share(removal: Removal, heads: int, kept: int) -> None:
         InputError: the request is that far off.
     """
     done = 1 - Fraction(kept, heads)
-    if abs(done - removal.share) > min(removal.share, 1 - removal.share):
+    if abs(done - removal.ratio) > min(removal.ratio, 1 - removal.ratio):
         raise InputError(
-            f"{removal.name} of {heads} attention heads is {float(heads * (1 - removal.share)):.1f} left, which is "
-            f"nearer to {heads if removal.share < done else 0} than to {kept}, the nearest that the config can express",
+            f"{removal.name} of {heads} attention heads is {float(heads * (1 - removal.ratio)):.1f} left, which is "
+            f"nearer to {heads if removal.ratio < done else 0} than to {kept}, the nearest that the config can express",
             f"choose another share, such as heads:{float(done):.0%}",
         )
 

@@ -126,7 +126,7 @@ class _Planner:
             note = f", {ROUND_TO} being coarse for {old}"
         if isinstance(self.pattern, NM):
             step = math.lcm(step, self.pattern.m)
-        wanted = old * (1 - removal.share)
+        wanted = old * (1 - removal.ratio)
         new = int(wanted / step + Fraction(1, 2)) * step
         if not 0 < new < old:
             raise InputError(
@@ -143,7 +143,7 @@ class _Planner:
         if len(forms) > 1 or any(len({s.shape for s in c.classes}) > 1 for _, c in found):
             raise InputError("the blocks differ in their heads", "a config has one number of heads for all blocks")
         groups, queries, width, _ = forms.pop()
-        options = list(head_options(groups, queries, removal.share))
+        options = list(head_options(groups, queries, removal.ratio))
         if not options:
             raise InputError(f"{removal.name} would leave no head: there is one", "remove channels instead")
         reasons: list[str] = []

@@ -20,7 +20,7 @@ from llmprune.pruning.methods import METHODS, load_method
 from llmprune.pruning.pattern import NM, Unstructured, parse_pattern
 from llmprune.pruning.problem import GroupProblem, LayerProblem, UnitRemoval
 from llmprune.pruning.recipe import Recipe
-from llmprune.pruning.statistics import QuietCount, RunningPair
+from llmprune.pruning.statistics import RunningPair, ZeroCounter
 from llmprune.pruning.structured_solver import StructuredSolver
 from llmprune.runtime.device import pick_device
 from llmprune.runtime.process_group import SINGLE
@@ -116,7 +116,7 @@ def problem_on(device: torch.device) -> GroupProblem:
     generator = torch.Generator().manual_seed(0)
     inputs, noise, weight = (torch.randn(*shape, generator=generator) for shape in ((300, 16), (300, 16), (8, 16)))
     weight[0, :3] = 0
-    running = RunningPair(16, device, QuietCount(16, 0.1, device=device))
+    running = RunningPair(16, device, ZeroCounter(16, 0.1, device=device))
     running.add(inputs.to(device), (inputs + 0.1 * noise).to(device))
     return GroupProblem((LayerProblem("layer", weight.to(device)),), running.result())
 

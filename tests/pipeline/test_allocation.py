@@ -108,8 +108,8 @@ def test_a_model_s_blocks_get_their_shares(kind: Allocate, tmp_path: Path) -> No
     steps: list[int] = []
     patterns = allocate(stream, Unstructured(Fraction(7, 10)), kind, SOLVER, lambda: steps.append(1))
     assert len(patterns) == len(steps) == len(skeleton.blocks)
-    assert sum(pattern.share for pattern in patterns) == Fraction(7, 10) * len(patterns)
-    assert len({pattern.share for pattern in patterns}) > 1
+    assert sum(pattern.ratio for pattern in patterns) == Fraction(7, 10) * len(patterns)
+    assert len({pattern.ratio for pattern in patterns}) > 1
 
 
 def test_a_share_that_prunes_nothing_is_refused(tmp_path: Path) -> None:

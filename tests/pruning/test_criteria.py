@@ -18,14 +18,14 @@ from torch import Tensor
 
 from llmprune.errors import NumericalError
 from llmprune.pruning.criteria import CRITERIA, Criterion, load_criterion
-from llmprune.pruning.criteria.lasso import RAISES, Lasso, _path, _solve, at_count, design_gram
+from llmprune.pruning.criteria.lasso import JITTER_RETRIES, Lasso, _path, _solve, at_count, design_gram
 from llmprune.pruning.criteria.obs import OBS, Search
 from llmprune.pruning.criteria.problem import RemovalProblem
-from llmprune.pruning.criteria.reconstruct import FLOOR, RIDGE, RIDGES, least_squares, reconstruct
+from llmprune.pruning.criteria.reconstruct import DEFAULT_RIDGE, RIDGE_GRID, SCALE_FLOOR, least_squares, reconstruct
 from llmprune.pruning.linalg import ridge_of
 from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem, LayerSolution, Status, UnitRemoval
 from llmprune.pruning.recipe import Recipe
-from llmprune.pruning.statistics import EXACT, QuietCount, RunningGram, RunningPair
+from llmprune.pruning.statistics import EXACT, RunningGram, RunningPair, ZeroCounter
 from llmprune.pruning.structured_solver import StructuredSolver
 
 DAMPING = OBS().damping
@@ -65,9 +65,9 @@ def damped(problem: RemovalProblem) -> Tensor:
     return problem.gram + ridge_of(problem.gram, DAMPING) * eye
 
 
-def ridged(problem: RemovalProblem, ridge: float = RIDGE) -> Tensor:
+def ridged(problem: RemovalProblem, ridge: float = DEFAULT_RIDGE) -> Tensor:
     scale = problem.gram.diagonal()
-    return problem.gram + ridge * torch.diag(scale + FLOOR * scale.mean())
+    return problem.gram + ridge * torch.diag(scale + SCALE_FLOOR * scale.mean())
 
 
 def refitted(problem: RemovalProblem, kept: Tensor, matrix: Tensor | None = None) -> Tensor:
@@ -116,18 +116,18 @@ def test_the_table_is_read_without_torch() -> None:
 def test_exactly_so_many_go_from_every_pool(name: str, shape: tuple[int, int, int]) -> None:
     for count in range(1, shape[1]):
         problem = problem_of(shape, seed=count)
-        gone = load_criterion(name).select(problem, count).gone
-        assert gone.shape == shape[:2]
-        assert (gone.sum(1) == count).all()
-        assert len(problem.kept(gone)) == problem.weight.shape[1] - count * shape[0] * shape[2]
+        removed = load_criterion(name).select(problem, count).removed
+        assert removed.shape == shape[:2]
+        assert (removed.sum(1) == count).all()
+        assert len(problem.kept(removed)) == problem.weight.shape[1] - count * shape[0] * shape[2]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_least_squares_is_the_optimum_row_by_row(seed: int) -> None:
     problem = problem_of(seed=seed)
     kept = torch.tensor([0, 2, 3, 7, 8, 11])
-    weight, raises = least_squares(problem.weight, problem.gram, kept)
-    assert raises == 0
+    weight, retries = least_squares(problem.weight, problem.gram, kept)
+    assert retries == 0
     assert torch.allclose(weight, refitted(problem, kept, ridged(problem))[:, kept], rtol=1e-10, atol=1e-12)
 
 
@@ -137,19 +137,19 @@ def test_greedy_removal_is_greedy_by_brute_force(shape: tuple[int, int, int]) ->
     count = max(shape[1] // 2, 1)
     for seed in range(3):
         problem = problem_of(shape, seed)
-        gone = torch.zeros(shape[:2], dtype=torch.bool)
+        removed = torch.zeros(shape[:2], dtype=torch.bool)
         for _ in range(count * shape[0]):
             options = []
-            for pool, unit in (~gone & (gone.sum(1, keepdim=True) < count)).nonzero().tolist():
-                trial = gone.clone()
+            for pool, unit in (~removed & (removed.sum(1, keepdim=True) < count)).nonzero().tolist():
+                trial = removed.clone()
                 trial[pool, unit] = True
                 options.append((loss(problem, problem.kept(trial)), pool, unit))
             _, pool, unit = min(options)
-            gone[pool, unit] = True
+            removed[pool, unit] = True
         search = Search(problem, DAMPING)
         added = search.remove(count, count if shape[2] > 1 or shape[0] > 1 else 1)
-        assert torch.equal(search.gone, gone)
-        kept = problem.kept(gone)
+        assert torch.equal(search.removed, removed)
+        kept = problem.kept(removed)
         assert added == pytest.approx(loss(problem, kept), rel=1e-9)
         assert torch.allclose(search.weight, refitted(problem, kept), rtol=1e-8, atol=1e-10)
         inverse = torch.linalg.inv(damped(problem)[kept][:, kept])
@@ -161,15 +161,15 @@ def test_greedy_removal_is_greedy_by_brute_force(shape: tuple[int, int, int]) ->
 def test_obs_is_near_the_best_of_all_subsets(seed: int, count: int) -> None:
     problem = problem_of(seed=seed)
     losses = sorted(loss(problem, problem.kept(choice)) for choice in all_choices(problem, count))
-    found = loss(problem, problem.kept(OBS().select(problem, count).gone))
+    found = loss(problem, problem.kept(OBS().select(problem, count).removed))
     assert found <= 1.1 * losses[0]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_swaps_never_do_harm_and_end_where_no_swap_helps(seed: int) -> None:
     problem = problem_of(seed=seed)
-    plain = OBS(swaps=0).select(problem, 5).gone
-    swapped = OBS(swaps=64).select(problem, 5).gone
+    plain = OBS(swaps=0).select(problem, 5).removed
+    swapped = OBS(swaps=64).select(problem, 5).removed
     assert loss(problem, problem.kept(swapped)) <= loss(problem, problem.kept(plain)) + 1e-12
 
 
@@ -178,14 +178,14 @@ def test_a_swap_finds_the_way_back_from_a_bad_choice() -> None:
     search = Search(problem, DAMPING)
     worst = torch.tensor([loss(problem, problem.kept(choice)) for choice in all_choices(problem, 1)]).topk(4).indices
     search._drop(worst[None])  # four channels that are dear
-    before = loss(problem, problem.kept(search.gone))
+    before = loss(problem, problem.kept(search.removed))
     while search.swap(1):
-        after = loss(problem, problem.kept(search.gone))
+        after = loss(problem, problem.kept(search.removed))
         assert after < before
         before = after
     best = min(loss(problem, problem.kept(choice)) for choice in all_choices(problem, 4))
     assert before <= 1.1 * best
-    assert torch.allclose(search.weight, refitted(problem, problem.kept(search.gone)), rtol=1e-8, atol=1e-9)
+    assert torch.allclose(search.weight, refitted(problem, problem.kept(search.removed)), rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("width", [96, 300])
@@ -195,7 +195,7 @@ def test_removing_blocks_at_a_time_is_nearly_as_good_as_one_by_one(width: int) -
     for block in (1, width // 24):
         search = Search(problem, DAMPING)
         search.remove(width // 3, block)
-        losses.append(loss(problem, problem.kept(search.gone)))
+        losses.append(loss(problem, problem.kept(search.removed)))
     assert losses[1] <= 1.02 * losses[0]
 
 
@@ -222,9 +222,9 @@ def test_the_path_is_scikit_learns_on_the_explicit_design(seed: int) -> None:
     assert ours.shape == explicit.shape
     assert np.abs(ours - explicit).max() < 1e-10
     for count in (3, 6):
-        gone = load_criterion("lasso").select(problem, count).gone
+        removed = load_criterion("lasso").select(problem, count).removed
         at = next(step for step in range(explicit.shape[1]) if (explicit[:, step] != 0).sum() == 12 - count)
-        assert (gone[0].numpy() == (explicit[:, at] == 0)).all()
+        assert (removed[0].numpy() == (explicit[:, at] == 0)).all()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -280,7 +280,7 @@ def test_the_lasso_chooses_where_few_tokens_leave_its_gram_without_full_rank(
         weight = torch.randn(rows, width, generator=generator, dtype=torch.float64)
         problem = RemovalProblem(weight, X.T @ X / tokens, torch.arange(width).view(shape))
         for count in (shape[1] // 4, shape[1] // 2):
-            assert (load_criterion("lasso").select(problem, count).gone.sum(1) == count).all()
+            assert (load_criterion("lasso").select(problem, count).removed.sum(1) == count).all()
 
 
 def fail_to_factor(monkeypatch: pytest.MonkeyPatch, failures: Iterator[bool]) -> None:
@@ -312,9 +312,9 @@ def test_a_choice_that_took_a_larger_diagonal_says_so(name: str, monkeypatch: py
         fail_to_factor(monkeypatch, failures)
     solution, kept = remove(load_criterion(name), problem, given.units, 5)
     assert torch.equal(kept, expected)
-    assert (solution.status, solution.stats["choice_raises"]) == (Status.DAMPING_RAISED, 2.0)
+    assert (solution.status, solution.stats["choice_retries"]) == (Status.DAMPING_RAISED, 2.0)
     assert quiet.status is Status.OK
-    assert "choice_raises" not in quiet.stats
+    assert "choice_retries" not in quiet.stats
 
 
 def test_a_fit_between_two_steps_that_took_a_larger_ridge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,8 +323,8 @@ def test_a_fit_between_two_steps_that_took_a_larger_ridge_says_so(monkeypatch: p
     fail_to_factor(monkeypatch, iter([True]))
     solution, _ = remove(load_criterion("wanda"), problem, given.units, 6, steps=2)
     assert solution.status is Status.DAMPING_RAISED
-    assert solution.stats["choice_raises"] == 1.0
-    assert "refit_raises" not in solution.stats
+    assert solution.stats["choice_retries"] == 1.0
+    assert "refit_retries" not in solution.stats
 
 
 def test_a_lasso_that_settles_with_no_jitter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +338,7 @@ def test_a_lasso_that_settles_with_no_jitter_says_so(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("llmprune.pruning.criteria.lasso.at_count", unsettled)
     with pytest.raises(NumericalError, match="does not settle"):
         load_criterion("lasso").select(problem_of(), 3)
-    assert tried == pytest.approx([1e-8 * 10**raises for raises in range(RAISES + 1)], rel=1e-6)
+    assert tried == pytest.approx([1e-8 * 10**retries for retries in range(JITTER_RETRIES + 1)], rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, 4, 6])
@@ -347,7 +347,7 @@ def test_the_lasso_with_a_refit_is_among_the_best_of_all_subsets(count: int) -> 
     for seed in range(6):
         problem = problem_of(seed=seed)
         losses = sorted(loss(problem, problem.kept(choice)) for choice in all_choices(problem, count))
-        found = loss(problem, problem.kept(load_criterion("lasso").select(problem, count).gone))
+        found = loss(problem, problem.kept(load_criterion("lasso").select(problem, count).removed))
         ranks.append(np.searchsorted(losses, found * (1 - 1e-9)) / len(losses))
     assert np.mean(ranks) < 0.05
 
@@ -357,25 +357,27 @@ def test_simple_scores_by_hand() -> None:
     gram = torch.diag(torch.tensor([0.01, 4.0, 1.0, 100.0], dtype=torch.float64))
     problem = RemovalProblem(
         weight, gram, torch.arange(4).view(1, 4, 1),
-        scale=torch.tensor([0.5, -0.1, 2.0, -3.0]), quiet=torch.tensor([0.2, 0.1, 0.9, 0.0]),
+        scale=torch.tensor([0.5, -0.1, 2.0, -3.0]), zero_fraction=torch.tensor([0.2, 0.1, 0.9, 0.0]),
     )  # fmt: skip
-    first = {name: int(load_criterion(name).select(problem, 1).gone[0].int().argmax()) for name in CRITERIA}
+    first = {name: int(load_criterion(name).select(problem, 1).removed[0].int().argmax()) for name in CRITERIA}
     assert first == {"magnitude": 3, "wanda": 0, "obd": 0, "obs": 2, "lasso": 0, "scaling": 1, "apoz": 2}
 
 
 def test_obd_ranks_single_channels_as_wanda_does() -> None:
     problem = problem_of((1, 40, 1))
-    assert torch.equal(load_criterion("obd").select(problem, 13).gone, load_criterion("wanda").select(problem, 13).gone)
+    assert torch.equal(
+        load_criterion("obd").select(problem, 13).removed, load_criterion("wanda").select(problem, 13).removed
+    )
 
 
 def test_zeros_are_counted_exactly_where_they_are_a_real_share() -> None:
     rows = torch.tensor([[0.0, 1.0, -2.0], [0.0, 0.0, 3.0]])
-    count = QuietCount(3, 0.1)
+    count = ZeroCounter(3, 0.1)
     count.add(rows)
-    assert count.share(2).tolist() == [1.0, 0.5, 0.0]
-    smooth = QuietCount(3, 0.1)
+    assert count.fraction(2).tolist() == [1.0, 0.5, 0.0]
+    smooth = ZeroCounter(3, 0.1)
     smooth.add(rows + 0.01)
-    assert smooth.share(2).tolist() == [1.0, 0.5, 0.0]
+    assert smooth.fraction(2).tolist() == [1.0, 0.5, 0.0]
 
 
 def unactivated() -> Tensor:
@@ -386,9 +388,9 @@ def unactivated() -> Tensor:
 
 def test_behind_relu_the_share_is_that_of_exact_zeros() -> None:
     rows = unactivated().relu()
-    count = QuietCount(12, 0.5)
+    count = ZeroCounter(12, 0.5)
     count.add(rows)
-    assert torch.equal(count.share(500), (rows == 0).double().mean(0))
+    assert torch.equal(count.fraction(500), (rows == 0).double().mean(0))
 
 
 def test_a_few_saturated_entries_of_gelu_do_not_decide_how_zeros_are_counted() -> None:
@@ -397,10 +399,10 @@ def test_a_few_saturated_entries_of_gelu_do_not_decide_how_zeros_are_counted() -
     before[:20, 7] = -9.0
     rows = torch.nn.functional.gelu(before)
     assert 0 < int((rows == 0).sum()) < EXACT * rows.numel()
-    count = QuietCount(12, 0.05)
+    count = ZeroCounter(12, 0.05)
     count.add(rows)
     near = (rows.abs() <= count.limit).double().mean(0)
-    assert torch.equal(count.share(500), near)
+    assert torch.equal(count.fraction(500), near)
     assert len(near.unique()) > 6
 
 
@@ -408,16 +410,16 @@ def test_a_few_saturated_entries_of_gelu_do_not_decide_how_zeros_are_counted() -
 def test_how_zeros_are_counted_is_decided_over_all_processes(zeros: float) -> None:
     """The other processes have a hundred times the entries, all of them zero or none."""
     for rows in (unactivated().relu(), unactivated()):
-        count = QuietCount(12, 0.05, total=lambda own: [own[0] + zeros * 100 * own[1], 101 * own[1]])
+        count = ZeroCounter(12, 0.05, total=lambda own: [own[0] + zeros * 100 * own[1], 101 * own[1]])
         count.add(rows)
         expected = rows == 0 if zeros else rows.abs() <= count.limit
-        assert torch.equal(count.share(500), expected.double().mean(0))
+        assert torch.equal(count.fraction(500), expected.double().mean(0))
 
 
 @pytest.mark.parametrize("kind", [RunningGram, RunningPair])
 def test_a_tokens_weight_makes_its_inputs_no_quieter(kind: type[RunningGram | RunningPair]) -> None:
     rows = unactivated()
-    count = QuietCount(12, 0.05)
+    count = ZeroCounter(12, 0.05)
     running = kind(12, rows.device, count)
     scale = torch.linspace(0.01, 10, 500)[:, None]
     if isinstance(running, RunningPair):
@@ -425,7 +427,7 @@ def test_a_tokens_weight_makes_its_inputs_no_quieter(kind: type[RunningGram | Ru
     else:
         running.add(rows, scale)
     assert count.limit == pytest.approx(0.05 * float(rows.square().mean()) ** 0.5)
-    assert torch.equal(running.result().quiet, (rows.abs() <= count.limit).double().mean(0))
+    assert torch.equal(running.result().zero_fraction, (rows.abs() <= count.limit).double().mean(0))
 
 
 def test_who_has_no_tokens_takes_part_in_the_sum_that_fixes_the_limit() -> None:
@@ -436,8 +438,8 @@ def test_who_has_no_tokens_takes_part_in_the_sum_that_fixes_the_limit() -> None:
         asked.append(rows.numel())
         return 4.0
 
-    count = QuietCount(3, 0.1, mean_square)
-    assert count.share(0).tolist() == [0.0, 0.0, 0.0]
+    count = ZeroCounter(3, 0.1, mean_square)
+    assert count.fraction(0).tolist() == [0.0, 0.0, 0.0]
     assert asked == [0]
     assert count.limit == pytest.approx(0.2)
 
@@ -476,8 +478,8 @@ def test_a_singular_gram_raises_the_damping_and_says_so() -> None:
     """With a tiny negative eigenvalue, as float32 sums have them, the factor fails at first; it is no plain failure."""
     gram = torch.ones(8, 8, dtype=torch.float64) - 1e-3 * torch.eye(8, dtype=torch.float64)
     weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found, raises = least_squares(weight, gram, torch.arange(6), ridge=1e-4)
-    assert raises == 2
+    found, retries = least_squares(weight, gram, torch.arange(6), ridge=1e-4)
+    assert retries == 2
     assert bool(torch.isfinite(found).all())
     with pytest.raises(NumericalError, match="stay singular"):
         least_squares(weight, 5 * torch.ones_like(gram) - 4 * torch.eye(8), torch.arange(6), ridge=1e-9)
@@ -489,7 +491,7 @@ def test_a_ridge_that_had_to_be_raised_is_no_candidate(monkeypatch: pytest.Monke
     gram = given.gram.float()
     stats = InputStats(64, gram, held=InputStats(16, gram))  # all alike: the least ridge fits best
     kept = torch.arange(given.weight.shape[1] - 5)
-    assert reconstruct(given.weight, stats, kept).ridge == RIDGES[0]
-    fail_to_factor(monkeypatch, iter([True, False] * len(RIDGES)))
+    assert reconstruct(given.weight, stats, kept).ridge == RIDGE_GRID[0]
+    fail_to_factor(monkeypatch, iter([True, False] * len(RIDGE_GRID)))
     fit = reconstruct(given.weight, stats, kept)
-    assert (fit.ridge, fit.raises) == (RIDGE, 0)
+    assert (fit.ridge, fit.retries) == (DEFAULT_RIDGE, 0)

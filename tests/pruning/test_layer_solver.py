@@ -152,7 +152,7 @@ def test_no_stage_of_admm_raises_the_loss(spec: str, ridge: float, monkeypatch: 
     for seed in range(5):
         given, losses = with_ridge(problem(seed), ridge), []
         for steps, more in ((0, False), (1, False), (2, False), (2, True)):
-            monkeypatch.setattr("llmprune.pruning.methods.admm.POLISH", steps)
+            monkeypatch.setattr("llmprune.pruning.methods.admm.POLISH_STEPS", steps)
             found, _ = solve(
                 LayerSolver(load_method("admm"), Recipe("admm", refit=more)), given, parse_pattern(spec, "row")
             )
@@ -223,7 +223,7 @@ def test_early_steps_that_would_prune_nothing_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "figure"), [({"targets": "dense"}, "target_raises"), ({"permute": True}, "order_raises")]
+    ("recipe", "figure"), [({"targets": "dense"}, "target_retries"), ({"permute": True}, "order_retries")]
 )
 def test_dampings_that_stages_around_a_method_had_to_raise_are_told(recipe: dict[str, object], figure: str) -> None:
     """A Gram that is not positive definite, as only rounding can make it; wanda alone needs no factor of it."""

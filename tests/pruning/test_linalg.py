@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import NumericalError
-from llmprune.pruning.linalg import MAX_RAISES, inverse_factor, output_energy, relative_error
+from llmprune.pruning.linalg import MAX_RETRIES, inverse_factor, output_energy, relative_error
 from llmprune.pruning.problem import InputStats
 
 DTYPES = [(torch.float64, 1e-9), (torch.float32, 2e-3)]
@@ -47,7 +47,7 @@ def test_factor_is_scipys_cholesky_of_the_inverse(
     inverse = np.linalg.inv(H + damping * np.diag(H).mean() * np.eye(width))
     expected = scipy.linalg.cholesky(inverse, lower=False)
     assert factor.upper.dtype == dtype
-    assert factor.raises == 0
+    assert factor.retries == 0
     assert factor.ridge == pytest.approx(damping * np.diag(H).mean())
     U = factor.upper.double().numpy()
     np.testing.assert_allclose(U, expected, rtol=0, atol=tolerance * np.abs(expected).max())
@@ -76,7 +76,7 @@ def test_fewer_tokens_than_inputs_are_enough() -> None:
     factor = inverse_factor(gram, 0.01)
     H = gram.double() + factor.ridge * torch.eye(64)
     U = factor.upper.double()
-    assert factor.raises == 0
+    assert factor.retries == 0
     torch.testing.assert_close(U.T @ U @ H, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
@@ -106,16 +106,18 @@ def test_dead_inputs_do_not_change_the_factor_of_the_live_ones_but_through_the_m
 def test_all_inputs_dead_is_not_an_error() -> None:
     factor = inverse_factor(torch.zeros(4, 4), 0.01)
     assert torch.equal(factor.upper, torch.eye(4))
-    assert (factor.ridge, factor.raises) == (0.0, 0)
+    assert (factor.ridge, factor.retries) == (0.0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("lowest", "raises"), [(0.0, 0), (-0.005, 0), (-0.05, 1), (-0.5, 2), (-5.0, 3)])
-def test_damping_is_raised_just_as_often_as_needed_and_recorded(lowest: float, raises: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("lowest", "retries"), [(0.0, 0), (-0.005, 0), (-0.05, 1), (-0.5, 2), (-5.0, 3)])
+def test_damping_is_raised_just_as_often_as_needed_and_recorded(
+    lowest: float, retries: int, dtype: torch.dtype
+) -> None:
     gram = indefinite(lowest).to(dtype)
     factor = inverse_factor(gram, 0.01)
-    assert factor.raises == raises <= MAX_RAISES
-    assert factor.ridge == pytest.approx(0.01 * 10**raises)
+    assert factor.retries == retries <= MAX_RETRIES
+    assert factor.ridge == pytest.approx(0.01 * 10**retries)
     H = gram.double() + factor.ridge * torch.eye(6)
     U = factor.upper.double()
     torch.testing.assert_close(U.T @ U, torch.linalg.inv(H), rtol=1e-4, atol=1e-5)

@@ -48,7 +48,7 @@ def cut(values: Tensor, pattern: SparsityPattern) -> list[list[float]]:
 def quota(pattern: SparsityPattern, size: int) -> int:
     if isinstance(pattern, NM):
         return pattern.n
-    share = Decimal(pattern.share.numerator * size) / Decimal(pattern.share.denominator)
+    share = Decimal(pattern.ratio.numerator * size) / Decimal(pattern.ratio.denominator)
     return int(share.quantize(Decimal(1), ROUND_HALF_UP))
 
 
@@ -103,7 +103,7 @@ def test_parse_gives_a_pattern_or_an_input_error(text: str) -> None:
         pattern = parse_pattern(text)
     except InputError:
         return
-    assert 0 < pattern.fraction < 1
+    assert 0 < pattern.sparsity < 1
 
 
 @given(nm_patterns | st.builds(lambda k: Unstructured(Fraction(k, 10**6)), st.integers(1, 10**6 - 1)))
@@ -286,6 +286,6 @@ def test_steps_rise_to_the_pattern_itself(spec: str, count: int) -> None:
     steps = pattern.steps(count)
     assert steps[-1] == pattern
     assert 1 <= len(steps) <= count
-    fractions = [step.fraction for step in steps]
+    fractions = [step.sparsity for step in steps]
     assert fractions == sorted(set(fractions))
     assert all(getattr(step, "scope", "row") == "row" for step in steps)

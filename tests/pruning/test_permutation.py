@@ -13,7 +13,7 @@ from torch import Tensor
 from llmprune.pruning.linalg import relative_error
 from llmprune.pruning.methods import load_method
 from llmprune.pruning.pattern import NM
-from llmprune.pruning.permutation import DAMPING, SWEEPS, choose, saliency
+from llmprune.pruning.permutation import SALIENCY_DAMPING, SWEEPS, choose, saliency
 from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(4, 8), NM(1, 2), NM(2, 3)]
@@ -186,7 +186,7 @@ def gram_of(width: int, seed: int) -> Tensor:
 def test_saliency_lies_between_wanda_and_obs() -> None:
     gram, weight = gram_of(12, 0), score_of(5, 12).sqrt().double()
     H = gram.numpy()
-    inverse = np.linalg.inv(H + DAMPING * np.diag(H).mean() * np.eye(12)).diagonal()
+    inverse = np.linalg.inv(H + SALIENCY_DAMPING * np.diag(H).mean() * np.eye(12)).diagonal()
     wanda, obs = weight.numpy() ** 2 * H.diagonal(), weight.numpy() ** 2 / inverse
     np.testing.assert_allclose(saliency(weight, gram)[0], np.sqrt(wanda * obs), rtol=1e-9)
 

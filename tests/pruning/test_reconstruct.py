@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmprune.pruning.criteria.reconstruct import FLOOR, RIDGE, RIDGES, Fit, on_support, reconstruct
+from llmprune.pruning.criteria.reconstruct import DEFAULT_RIDGE, RIDGE_GRID, SCALE_FLOOR, Fit, on_support, reconstruct
 from llmprune.pruning.problem import InputStats
-from llmprune.pruning.statistics import HELD_OUT, Landing, RunningPair
+from llmprune.pruning.statistics import HELD_OUT, ResidualTarget, RunningPair
 
 WIDTH, OUT, KEPT = 12, 5, torch.tensor([0, 1, 3, 4, 6, 7, 9, 11])
 Array = np.ndarray
@@ -28,13 +28,13 @@ def texts(tokens: int, seed: int, alike: float) -> tuple[Tensor, Tensor, Tensor]
 
 def stats_of(X: Tensor, E: Tensor | None) -> InputStats:
     running = RunningPair(WIDTH, torch.device("cpu"))
-    running.add(X, None if E is None else Landing(E, E))
+    running.add(X, None if E is None else ResidualTarget(E, E))
     return running.result()
 
 
 def scale_of(X: Array) -> Array:
     square = np.square(X).mean(0)
-    return np.asarray(square + FLOOR * square.mean())
+    return np.asarray(square + SCALE_FLOOR * square.mean())
 
 
 def regression(X: Array, E: Array, W: Array, ridge: float, strength: float) -> Array:
@@ -58,7 +58,7 @@ def test_ridge_and_strength_do_best_on_held_out_tokens(tokens: int, alike: float
         return float(np.square(x[cut:][:, KEPT.numpy()] @ found.T - x[cut:] @ w.T - e[cut:]).sum())
 
     strengths = np.linspace(0, 1, 401) if dense else [0.0]
-    ridge, strength = min(itertools.product(RIDGES, strengths), key=lambda pair: missed(*pair))
+    ridge, strength = min(itertools.product(RIDGE_GRID, strengths), key=lambda pair: missed(*pair))
     assert fit.ridge == ridge
     assert fit.strength == pytest.approx(strength, abs=3e-3)
     np.testing.assert_allclose(fit.weight, regression(x, e, w, ridge, fit.strength), rtol=1e-3, atol=1e-4)
@@ -68,13 +68,13 @@ def test_more_tokens_support_more_of_a_fit() -> None:
     ridges = [
         reconstruct(texts(n, 3, 2.0)[2].double(), stats_of(texts(n, 3, 2.0)[0], None), KEPT).ridge for n in (20, 4000)
     ]
-    assert ridges[0] > ridges[1] == min(RIDGES)
+    assert ridges[0] > ridges[1] == min(RIDGE_GRID)
 
 
 def test_without_held_out_tokens_the_ridge_is_the_default() -> None:
     X, _, weight = texts(50, 0, 1.0)
     for stats in (InputStats(50, X.T @ X / 50), stats_of(X[:3], None)):
-        assert reconstruct(weight.double(), stats, KEPT).ridge == RIDGE
+        assert reconstruct(weight.double(), stats, KEPT).ridge == DEFAULT_RIDGE
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.4])
@@ -98,6 +98,6 @@ def test_an_input_met_on_held_out_tokens_only_does_no_harm() -> None:
     X[:30, 0] = 0
     X[:, 1] = 0
     fit = reconstruct(weight.double(), stats_of(X * 1e3, E), KEPT)
-    assert fit.raises == 0
+    assert fit.retries == 0
     assert bool(torch.isfinite(fit.weight).all())
     assert torch.allclose(fit.weight[:, 1], weight.double()[:, 1])

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.model.blocks import LayerRef
-from llmprune.pruning.dense_targets import lacking
 from llmprune.pruning.linalg import error_terms, relative_error
 from llmprune.pruning.problem import InputStats
-from llmprune.pruning.statistics import Landing, RunningGram, RunningPair
+from llmprune.pruning.statistics import ResidualTarget, RunningGram, RunningPair, output_residual_cross
 from llmprune.streaming.activations import Activations
 from llmprune.streaming.batch_shards import whole_batches
 from llmprune.streaming.capture import Batch
@@ -120,7 +119,7 @@ def test_products_with_dense_outputs_judge_as_dense_inputs_do() -> None:
     wide, narrow = RunningPair(12, CPU), RunningPair(12, CPU)
     for rows in torch.arange(200).split([70, 1, 129]):
         wide.add(pruned[rows], dense[rows])
-        narrow.add(pruned[rows], Landing(outputs[rows] - pruned[rows] @ weight.T, outputs[rows]))
+        narrow.add(pruned[rows], ResidualTarget(outputs[rows] - pruned[rows] @ weight.T, outputs[rows]))
     by_inputs, by_outputs = wide.result(), narrow.result()
     assert by_outputs.cross is None
     assert by_outputs.dense is None
@@ -132,8 +131,10 @@ def test_products_with_dense_outputs_judge_as_dense_inputs_do() -> None:
     for one, other in ((by_inputs, by_outputs), (by_inputs.held, by_outputs.held)):
         assert one is not None
         assert other is not None
-        expected = lacking(weight, one)
-        assert torch.allclose(lacking(weight, other), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        expected = output_residual_cross(weight, one)
+        assert torch.allclose(
+            output_residual_cross(weight, other), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+        )
 
 
 @pytest.mark.parametrize("landing", [False, True])

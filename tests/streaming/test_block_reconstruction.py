@@ -238,7 +238,7 @@ def test_without_dense_targets_the_statistics_are_those_of_the_pruned_model_alon
         for block in stream:
             for group in stream.groups(block):
                 assert group.problem.stats.cross is None
-                assert group.problem.stats.missed is None
+                assert group.problem.stats.residual_cross is None
                 seen.append(group.problem.stats.gram)
                 prune_group(group)
     half = len(seen) // 2

@@ -112,7 +112,7 @@ def test_statistics_behind_a_layer_are_those_of_the_whole_models(memory: int, tm
         schedule = stream.groups(block)
         for number, group in enumerate(schedule):
             stats, name = group.problem.stats, group.refs[0].name
-            if stats.missed is not None:
+            if stats.residual_cross is not None:
                 after = "model.norm" if block.index else "model.layers.1.input_layernorm"
                 add = schedule.analysis.residual_adds[number]
                 place = f"{block.name}.{add}" if add else after
@@ -125,7 +125,7 @@ def test_statistics_behind_a_layer_are_those_of_the_whole_models(memory: int, tm
                 E = (torch.cat(seen[0][place]) - torch.cat(seen[1][place])).double().flatten(0, -2)
                 expected = X.T @ E / len(X)
                 assert torch.allclose(
-                    stats.missed.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1e-3)
+                    stats.residual_cross.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max() + 1e-3)
                 )
                 checked += 1
             prune_group(group)
@@ -160,12 +160,12 @@ def test_products_with_the_dense_outputs_are_those_of_the_whole_models(model_typ
         disturb_biases(block.module)
         for group in stream.groups(block):
             stats, (ref, *others) = group.problem.stats, group.refs
-            if stats.given is not None and stats.energy is not None:
+            if stats.output_cross is not None and stats.output_energy is not None:
                 assert not others
                 weight = group.problem.layers[0].weight
                 X, Y = inputs_in(plain, ref.name, tokens), inputs_in(dense, ref.name, tokens) @ weight.double().T
-                assert torch.allclose(stats.given.double(), X.T @ Y / len(X), rtol=1e-3, atol=1e-5)
-                assert torch.allclose(stats.energy.double(), Y.square().mean(0), rtol=1e-3, atol=1e-7)
+                assert torch.allclose(stats.output_cross.double(), X.T @ Y / len(X), rtol=1e-3, atol=1e-5)
+                assert torch.allclose(stats.output_energy.double(), Y.square().mean(0), rtol=1e-3, atol=1e-7)
                 pruned = weight.sign()
                 expected = float((X @ pruned.double().T - Y).square().sum() / Y.square().sum())
                 assert relative_error(weight, pruned, stats) == pytest.approx(expected, rel=1e-3)

@@ -448,7 +448,7 @@ def test_a_twin_stream_pairs_every_input_with_that_of_the_dense_model(
         X, X_d = (torch.cat(inputs[name]).double().flatten(0, -2) for inputs in (found, wanted))
         assert stats.tokens == len(X)
         products = {"gram": X.T @ X, "cross": X.T @ X_d, "dense": X_d.T @ X_d}
-        if stats.given is not None:
+        if stats.output_cross is not None:
             Y = torch.nn.functional.linear(X_d, layer_weight(dense, name).detach().double())
             products = {"gram": X.T @ X, "given": X.T @ Y}
         for field, expected in products.items():

@@ -11,8 +11,8 @@ from torch import Tensor
 from llmprune.errors import NumericalError
 from llmprune.pruning.criteria.problem import Choice, RemovalProblem
 
-TRIALS, CORRECTIONS, RAISES = 64, 64, 7
-TOLERANCE = 1e-10
+ALPHA_TRIALS, SET_CORRECTIONS, JITTER_RETRIES = 64, 64, 7
+LASSO_TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class Lasso:
             return problem.lowest(torch.zeros(problem.units.shape[:2], device=problem.weight.device), count)
         products /= mean
         pools, units, _ = problem.units.shape
-        score, raises = self._score(products, pools, pools * (units - count))
-        return replace(problem.lowest(score.view(pools, units).to(problem.weight.device), count), raises=raises)
+        score, retries = self._score(products, pools, pools * (units - count))
+        return replace(problem.lowest(score.view(pools, units).to(problem.weight.device), count), retries=retries)
 
     def _score(self, products: Tensor, pools: int, kept: int) -> tuple[Tensor, int]:
         """A score of the units, `(pools · units,)`, with as little jitter as settles it; how often it was raised.
@@ -56,17 +56,17 @@ class Lasso:
             NumericalError: none does.
         """
         target, diagonal = products.sum(1), products.diagonal().clone()
-        raises = 0
+        retries = 0
         while True:
-            products.diagonal().copy_(diagonal + self.jitter * 10**raises)
+            products.diagonal().copy_(diagonal + self.jitter * 10**retries)
             try:
                 if pools == 1:
-                    return at_count(products, target, kept), raises
-                return _worth(_path(products.cpu(), target.cpu(), len(products)), kept), raises
+                    return at_count(products, target, kept), retries
+                return _worth(_path(products.cpu(), target.cpu(), len(products)), kept), retries
             except NumericalError:
-                if raises == RAISES:
+                if retries == JITTER_RETRIES:
                     raise
-                raises += 1
+                retries += 1
 
 
 def design_gram(problem: RemovalProblem) -> Tensor:
@@ -95,7 +95,7 @@ def at_count(products: Tensor, target: Tensor, kept: int) -> Tensor:
     """
     low, high, fewest = 0.0, float(target.abs().max()), 0
     best = _solve(products, target, 0.0, torch.ones_like(target), None)
-    for _ in range(TRIALS):
+    for _ in range(ALPHA_TRIALS):
         surplus = best.used - kept
         if surplus <= 0 or high - low <= 1e-12 * high:
             break
@@ -154,10 +154,10 @@ def _solve(products: Tensor, target: Tensor, alpha: float, signs: Tensor, start:
         NumericalError: the sets do not settle.
     """
     beta = torch.zeros_like(target) if start is None else start
-    for _ in range(CORRECTIONS):
+    for _ in range(SET_CORRECTIONS):
         beta = _conjugate_gradients(products, target - alpha * signs, signs != 0, beta)
         pull = target - products @ beta
-        joins = torch.where(pull.abs() > alpha + TOLERANCE * float(target.abs().max()), pull.sign(), 0.0)
+        joins = torch.where(pull.abs() > alpha + LASSO_TOLERANCE * float(target.abs().max()), pull.sign(), 0.0)
         settled = torch.where(signs != 0, torch.where(beta * signs > 0, signs, 0.0), joins)
         if torch.equal(settled, signs):
             slope = _conjugate_gradients(products, signs, signs != 0, torch.zeros_like(beta))
@@ -175,7 +175,7 @@ def _conjugate_gradients(matrix: Tensor, right: Tensor, support: Tensor, start: 
     residual = (right - matrix @ x) * support
     scaled = residual * weight
     direction, square = scaled.clone(), residual @ scaled
-    enough = TOLERANCE**2 * float((right * support) @ (right * weight))
+    enough = LASSO_TOLERANCE**2 * float((right * support) @ (right * weight))
     for _ in range(len(x)):
         if not float(square) > enough:
             break

@@ -12,9 +12,9 @@ from llmprune.pruning.criteria.problem import Choice, RemovalProblem
 from llmprune.pruning.linalg import damped_inverse
 
 PANEL = 4
-ROUNDS = 64
+SWAP_ROUNDS = 64
 CANDIDATES = 3
-ROWS = 64
+PRODUCT_ROWS = 64
 WIDEST = 4096
 """Wider layers are left as the greedy removal leaves them: exchanges would take longer than all else."""
 
@@ -45,7 +45,7 @@ class OBS:
     zero_threshold: ClassVar[float | None] = None
 
     damping: float = 0.01
-    swaps: int = ROUNDS
+    swaps: int = SWAP_ROUNDS
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove what can best be made up for."""
@@ -58,7 +58,7 @@ class OBS:
                 if at_a_time == 1:
                     break
                 at_a_time = (at_a_time + 1) // 2
-        return Choice(search.gone, search.raises)
+        return Choice(search.removed, search.retries)
 
 
 class Search:
@@ -69,16 +69,16 @@ class Search:
         damping: λ as a fraction of the mean diagonal of H.
 
     Attributes:
-        gone: `(pools, units)`, bool.
+        removed: `(pools, units)`, bool.
         inverse: `M`, `(in, in)`: `A_SS⁻¹` on S, zero elsewhere.
         weight: `W`, `(out, in)`: optimal on S, zero elsewhere.
-        raises: how often the damping was raised tenfold.
+        retries: how often the damping was raised tenfold.
     """
 
     def __init__(self, problem: RemovalProblem, damping: float) -> None:
         self.units, self.target = problem.units, problem.weight
-        self.gone = torch.zeros(problem.units.shape[:2], dtype=torch.bool, device=problem.weight.device)
-        self.inverse, self.ridge, self.raises = damped_inverse(problem.gram, damping)
+        self.removed = torch.zeros(problem.units.shape[:2], dtype=torch.bool, device=problem.weight.device)
+        self.inverse, self.ridge, self.retries = damped_inverse(problem.gram, damping)
         self.gram = problem.gram
         self.weight = problem.weight.clone()
 
@@ -96,13 +96,13 @@ class Search:
     def losses(self) -> Tensor:
         """`tr(W_g M_gg⁻¹ W_gᵀ)` of every unit, `(pools, units)`, infinite for those that are gone."""
         square = _products(self.weight, self.weight, self.units)
-        return _losses(self.inverse, square, self.units).masked_fill(self.gone, torch.inf)
+        return _losses(self.inverse, square, self.units).masked_fill(self.removed, torch.inf)
 
     def _panel(self, size: int, least: int) -> Tensor:
         """The units of every pool that are worth a closer look, `(pools, size)`: those with the lowest loss."""
-        size = min(max(size, least), int((~self.gone[0]).sum()))
+        size = min(max(size, least), int((~self.removed[0]).sum()))
         if self.units.shape[-1] > 1:
-            size = int((~self.gone[0]).sum())
+            size = int((~self.removed[0]).sum())
         return self.losses().sort(dim=1, stable=True).indices[:, :size]
 
     def _best(self, panel: Tensor, count: int) -> tuple[Tensor, float]:
@@ -113,17 +113,17 @@ class Search:
         square = self.weight[:, columns].T @ self.weight[:, columns]
         local = torch.arange(len(columns), device=columns.device).view(units.shape)
         pools, size = panel.shape
-        gone = torch.zeros(pools, size, dtype=torch.bool, device=panel.device)
+        removed = torch.zeros(pools, size, dtype=torch.bool, device=panel.device)
         order: list[list[int]] = [[] for _ in range(pools)]
         total = 0.0
         for _ in range(count * pools):
             full = torch.tensor([len(picked) == count for picked in order], device=panel.device)
-            losses = _losses(inverse, _blocks(square, local), local).masked_fill(gone | full[:, None], torch.inf)
+            losses = _losses(inverse, _blocks(square, local), local).masked_fill(removed | full[:, None], torch.inf)
             at = int(losses.argmin())
             pool, unit = divmod(at, size)
             total += float(losses.flatten()[at])
             order[pool].append(unit)
-            gone[pool, unit] = True
+            removed[pool, unit] = True
             self._downdate(inverse, square, local[pool, unit])
         picked = torch.tensor(order, device=panel.device)
         return panel.gather(1, picked), total
@@ -155,7 +155,7 @@ class Search:
         self.weight[:, columns] = 0
         self.inverse[columns] = 0
         self.inverse[:, columns] = 0
-        self.gone |= self._holds(columns)
+        self.removed |= self._holds(columns)
         return loss
 
     def swap(self, count: int) -> bool:
@@ -164,7 +164,7 @@ class Search:
         if self.units.shape[-1] == 1:
             return self._try(*self._pairs(away, reach, residual, schur, count))
         gains = torch.linalg.solve(schur, _products(residual, residual, away)).diagonal(dim1=-2, dim2=-1).sum(-1)
-        columns = self.units[self.gone].view(away.shape)
+        columns = self.units[self.removed].view(away.shape)
         for at in gains.flatten().argsort(descending=True)[:CANDIDATES].tolist():
             pool, unit = divmod(at, away.shape[1])
             if self._try(columns[pool, unit][None], None, pool):
@@ -173,7 +173,7 @@ class Search:
 
     def _outside(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the inputs P that are gone: the units as numbers in P, `M A_:P`, `[(W* − W) A]_:P`, all `K_g`."""
-        columns = self.units[self.gone].flatten()
+        columns = self.units[self.removed].flatten()
         cross = self._damped(columns)
         reach = self.inverse @ cross
         residual = (self.target - self.weight) @ cross
@@ -188,7 +188,7 @@ class Search:
         With i back, `W_j` becomes `W_j − v_ji r_i / K_i` and `M_jj` becomes `M_jj + v_ji² / K_i`, `v = M A_:P`; so the
         loss of j is known for every i.
         """
-        columns, left = self.units[self.gone].flatten(), self.units[~self.gone].flatten()
+        columns, left = self.units[self.removed].flatten(), self.units[~self.removed].flatten()
         pivot = schur.flatten()
         square = residual.square().sum(0)
         v = reach[left]
@@ -215,7 +215,7 @@ class Search:
         """Exchange units, inputs `(k, size)`; None for the cheapest of the pool to go. Undone if the loss rises."""
         if not len(back):
             return False
-        before = self.gone.clone(), self.weight.clone(), self.inverse.clone()
+        before = self.removed.clone(), self.weight.clone(), self.inverse.clone()
         gained = self._restore(back)
         if going is None:
             losses = self.losses()[pool]
@@ -226,7 +226,7 @@ class Search:
             cost = self._drop_columns(going.flatten())
         if cost < gained * (1 - 1e-9):
             return True
-        self.gone, self.weight, self.inverse = before
+        self.removed, self.weight, self.inverse = before
         return False
 
     def _restore(self, back: Tensor) -> float:
@@ -244,7 +244,7 @@ class Search:
         self.inverse[:, columns] -= upward.T
         self.inverse[columns] -= upward
         self.inverse[columns[:, None], columns] = torch.cholesky_inverse(lower)
-        self.gone &= ~self._holds(columns)
+        self.removed &= ~self._holds(columns)
         return float((step * residual).sum())
 
     def _holds(self, columns: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ def _products(left: Tensor, right: Tensor, units: Tensor) -> Tensor:
     """`L_gᵀR_g` of every unit, `(pools, units, size, size)`."""
     if units.shape[-1] == 1:
         # A few rows at a time, so that no third matrix is written: several times faster.
-        rows = zip(torch.split(left, ROWS), torch.split(right, ROWS), strict=True)
+        rows = zip(torch.split(left, PRODUCT_ROWS), torch.split(right, PRODUCT_ROWS), strict=True)
         return sum(((a * b).sum(0) for a, b in rows), torch.zeros_like(left[0]))[units][..., None]
     return torch.einsum("opus,oput->pust", left[:, units], right[:, units])
 

@@ -13,12 +13,12 @@ class Choice:
     """What a criterion found.
 
     Args:
-        gone: the units that go, `(pools, units)`, bool, the same number in every pool.
-        raises: how often what is added to a diagonal was raised tenfold before the choice could be made.
+        removed: the units that go, `(pools, units)`, bool, the same number in every pool.
+        retries: how often what is added to a diagonal was raised tenfold before the choice could be made.
     """
 
-    gone: Tensor
-    raises: int = 0
+    removed: Tensor
+    retries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +31,14 @@ class RemovalProblem:
         units: `(pools, units, size)`, int64: inputs that go together (one channel, or a head's). The same number of
             units goes from every pool.
         scale: `(in,)`, the learned scale that multiplies every input, or None.
-        quiet: `(in,)`, the share of tokens for which an input is zero or nearly so, or None.
+        zero_fraction: `(in,)`, fraction of tokens for which an input is zero or nearly so, or None.
     """
 
     weight: Tensor
     gram: Tensor
     units: Tensor
     scale: Tensor | None = None
-    quiet: Tensor | None = None
+    zero_fraction: Tensor | None = None
 
     def lowest(self, score: Tensor, count: int) -> Choice:
         """The `count` units of every pool with the lowest score go; ties by lower index first.
@@ -47,34 +47,34 @@ class RemovalProblem:
             score: of every unit, `(pools, units)`.
             count: how many of every pool.
         """
-        going = score.sort(dim=1, stable=True).indices[:, :count]
-        return Choice(torch.zeros_like(score, dtype=torch.bool).scatter_(1, going, True))
+        removed = score.sort(dim=1, stable=True).indices[:, :count]
+        return Choice(torch.zeros_like(score, dtype=torch.bool).scatter_(1, removed, True))
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum over the inputs of every unit, `(pools, units)`, of `values (in,)`."""
         return values[self.units].sum(-1)
 
-    def kept(self, gone: Tensor) -> Tensor:
-        """The inputs that stay, `(k,)`, int64, rising, if the units `gone (pools, units)`, bool, go."""
-        stays = torch.ones(self.weight.shape[1], dtype=torch.bool, device=self.weight.device)
-        stays[self.units[gone].flatten()] = False
-        return stays.nonzero().flatten()
+    def kept(self, removed: Tensor) -> Tensor:
+        """The inputs that stay, `(k,)`, int64, rising, if the units `removed (pools, units)`, bool, go."""
+        kept = torch.ones(self.weight.shape[1], dtype=torch.bool, device=self.weight.device)
+        kept[self.units[removed].flatten()] = False
+        return kept.nonzero().flatten()
 
-    def without(self, gone: Tensor, weight: Tensor) -> RemovalProblem:
+    def excluding(self, removed: Tensor, weight: Tensor) -> RemovalProblem:
         """What is left of the problem once some units are gone.
 
         Args:
-            gone: `(pools, units)`, bool, the same number in every pool.
+            removed: `(pools, units)`, bool, the same number in every pool.
             weight: the new weights of the inputs that stay, `(out, k)`.
         """
-        kept = self.kept(gone)
+        kept = self.kept(removed)
         place = torch.full((self.weight.shape[1],), -1, device=kept.device)
         place[kept] = torch.arange(len(kept), device=kept.device)
         pools, _, size = self.units.shape
         return RemovalProblem(
             weight,
             self.gram[kept][:, kept],
-            place[self.units[~gone].view(pools, -1, size)],
+            place[self.units[~removed].view(pools, -1, size)],
             None if self.scale is None else self.scale[kept],
-            None if self.quiet is None else self.quiet[kept],
+            None if self.zero_fraction is None else self.zero_fraction[kept],
         )

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune.pruning.dense_targets import lacking, without
 from llmprune.pruning.least_squares import polish
 from llmprune.pruning.linalg import damped_cholesky
 from llmprune.pruning.problem import InputStats
+from llmprune.pruning.statistics import excluding, output_residual_cross
 
-RIDGE = 0.3
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
-JUDGES = 512
+DEFAULT_RIDGE = 0.3
+RIDGE_GRID = (0.03, 0.1, 0.3, 1.0, 3.0)
+VALIDATION_ROWS = 512
 """Outputs on which ridges are tried."""
-FLOOR = 1e-3
+SCALE_FLOOR = 1e-3
 """Part of the mean that is added to every input's mean square: one that is hardly ever met has hardly any scale."""
-ZERO_STEPS = 50
+SUPPORT_STEPS = 50
 """Conjugate-gradient steps where the source has zeros."""
 
 Solve = Callable[[Tensor], Tensor]
@@ -33,13 +33,13 @@ class Fit:
         weight: `W̃_S`, `(out, k)`, float64.
         ridge: r.
         strength: α, the share of the correction towards the dense model's output.
-        raises: how often r was raised tenfold before `A_SS` could be factored.
+        retries: how often r was raised tenfold before `A_SS` could be factored.
     """
 
     weight: Tensor
     ridge: float
     strength: float = 0.0
-    raises: int = 0
+    retries: int = 0
 
 
 def reconstruct(weight: Tensor, stats: InputStats, kept: Tensor) -> Fit:
@@ -61,14 +61,14 @@ def reconstruct(weight: Tensor, stats: InputStats, kept: Tensor) -> Fit:
         NumericalError: as `least_squares`.
     """
     ridge, strength = _judged(weight, stats, kept)
-    solve, raises = solver(stats.gram, kept, ridge)
+    solve, retries = solver(stats.gram, kept, ridge)
     right = products(weight, stats.gram, kept, ridge)
     if strength:
-        right += strength * lacking(weight.float(), stats)[:, kept]
-    return Fit(solve(right), ridge, strength, raises)
+        right += strength * output_residual_cross(weight.float(), stats)[:, kept]
+    return Fit(solve(right), ridge, strength, retries)
 
 
-def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = RIDGE) -> tuple[Tensor, int]:
+def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = DEFAULT_RIDGE) -> tuple[Tensor, int]:
     """The best weights on the inputs S that stay: `min tr((W̃ − W) A (W̃ − W)ᵀ)`, so `W̃_S = (W A)_:S A_SS⁻¹`.
 
     `A = H + r D`, D = diag H and `FLOOR` of its mean, pulls every weight towards its old value, as noise of its own on
@@ -87,8 +87,8 @@ def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = RID
     Raises:
         NumericalError: A_SS stays singular.
     """
-    solve, raises = solver(gram, kept, ridge)
-    return solve(products(weight, gram, kept, ridge)), raises
+    solve, retries = solver(gram, kept, ridge)
+    return solve(products(weight, gram, kept, ridge)), retries
 
 
 def products(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
@@ -106,14 +106,14 @@ def solver(gram: Tensor, kept: Tensor, ridge: float) -> tuple[Solve, int]:
         matrix.diagonal().add_(value * scale + unmet)
         return matrix
 
-    lower, _, raises = damped_cholesky(damped, gram, ridge)
-    return lambda right: torch.cholesky_solve(right.T, lower).T, raises
+    lower, _, retries = damped_cholesky(damped, gram, ridge)
+    return lambda right: torch.cholesky_solve(right.T, lower).T, retries
 
 
 def _scale(gram: Tensor) -> Tensor:
     """The diagonal of D, `(in,)`, float64."""
     diagonal = gram.diagonal().double().clamp(min=0)
-    return diagonal + FLOOR * diagonal.mean()
+    return diagonal + SCALE_FLOOR * diagonal.mean()
 
 
 def on_support(weight: Tensor, stats: InputStats, fit: Fit, start: Tensor, support: Tensor, rows: Tensor) -> Tensor:
@@ -128,13 +128,13 @@ def on_support(weight: Tensor, stats: InputStats, fit: Fit, start: Tensor, suppo
         rows: which outputs, int64.
     """
     matrix = stats.gram.to(torch.float64, copy=True)
-    matrix.diagonal().add_(fit.ridge * 10**fit.raises * _scale(stats.gram) + float(stats.tokens == 0))
+    matrix.diagonal().add_(fit.ridge * 10**fit.retries * _scale(stats.gram) + float(stats.tokens == 0))
     target = weight[rows]
     if fit.strength:
-        lacks = lacking(weight.float(), stats)[rows].T.double()
+        lacks = output_residual_cross(weight.float(), stats)[rows].T.double()
         target = target + fit.strength * torch.linalg.solve(matrix, lacks).T
     found = (start[rows] * support[rows]).T.contiguous()
-    polish(matrix, target.T, found, support[rows].T, ZERO_STEPS)
+    polish(matrix, target.T, found, support[rows].T, SUPPORT_STEPS)
     return found.T
 
 
@@ -142,15 +142,15 @@ def _judged(weight: Tensor, stats: InputStats, kept: Tensor) -> tuple[float, flo
     """The ridge and the strength that do best on held-out tokens."""
     held = stats.held
     if held is None or not 0 < held.tokens < stats.tokens:
-        return RIDGE, 0.0
-    rest, some = without(stats, held), slice(None, None, -(-len(weight) // JUDGES))
+        return DEFAULT_RIDGE, 0.0
+    rest, some = excluding(stats, held), slice(None, None, -(-len(weight) // VALIDATION_ROWS))
     rows = weight[some]
-    lacks = lacking(weight.float(), rest)[some][:, kept].double()
-    missed = lacking(weight.float(), held)[some].double()
-    best = (torch.inf, RIDGE, 0.0)
-    for ridge in RIDGES:
-        solve, raises = solver(rest.gram, kept, ridge)
-        if raises:
+    lacks = output_residual_cross(weight.float(), rest)[some][:, kept].double()
+    missed = output_residual_cross(weight.float(), held)[some].double()
+    best = (torch.inf, DEFAULT_RIDGE, 0.0)
+    for ridge in RIDGE_GRID:
+        solve, retries = solver(rest.gram, kept, ridge)
+        if retries:
             continue  # another ridge than this was tried
         change = -rows
         change[:, kept] += solve(products(rows, rest.gram, kept, ridge))

@@ -85,5 +85,5 @@ class APoZ:
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove what is most often zero."""
-        assert problem.quiet is not None
-        return problem.lowest(-problem.summed(problem.quiet), count)
+        assert problem.zero_fraction is not None
+        return problem.lowest(-problem.summed(problem.zero_fraction), count)

@@ -15,8 +15,8 @@ from llmprune.pruning.pattern import NM, Scope, SparsityPattern, Unstructured, k
 from llmprune.pruning.problem import GroupProblem, LayerSolution, Status
 
 RELAXATION = 1.4
-POLISH = 2
-COUNTS = 3
+POLISH_STEPS = 2
+COUNT_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class ADMM:
         gram = problem.stats.gram
         if problem.stats.tokens == 0:
             return [by_magnitude(layer.weight, pattern, Status.NO_INPUT) for layer in problem.layers]
-        scale, ridge, raises = self._scale(gram)
+        scale, ridge, retries = self._scale(gram)
         target = torch.cat([layer.weight.T for layer in problem.layers], dim=1)
         choice = _Choice(problem, pattern, target)
         # Of matrices as large as the Gram there are never more at a time than needed.
@@ -72,9 +72,9 @@ class ADMM:
         weight = state.mul_(scale)
         weight[choice.dead] = target[choice.dead]
         weight.mul_(support)
-        polish(add_ridge(gram, ridge), target, weight, support, POLISH)
-        status = Status.DAMPING_RAISED if raises else Status.OK
-        stats = {"ridge": ridge, "damping_raises": float(raises)}
+        polish(add_ridge(gram, ridge), target, weight, support, POLISH_STEPS)
+        status = Status.DAMPING_RAISED if retries else Status.OK
+        stats = {"ridge": ridge, "damping_retries": float(retries)}
         return [
             LayerSolution(rows, mask, status, dict(stats))
             for rows, mask in zip(problem.split(weight.T), problem.split(support.T), strict=True)
@@ -85,7 +85,7 @@ class ADMM:
         factor = inverse_factor(gram, self.damping)
         diagonal = gram.diagonal() + factor.ridge + (gram.diagonal() == 0).to(gram.dtype)
         scale = (factor.upper.square_().sum(0) / diagonal).pow(0.25)
-        return scale[:, None], factor.ridge, factor.raises
+        return scale[:, None], factor.ridge, factor.retries
 
     def _iterate(self, A: Tensor, target: Tensor, choice: _Choice) -> Tensor:
         """The state X after all iterations, `(in, rows)`, in coordinates in which D is the identity.
@@ -172,7 +172,7 @@ class _Limit:
 
     def follow(self, score: Tensor) -> Tensor:
         """The limit of every row for a score `(in, rows)`, by steps that are exact where sizes are evenly spread."""
-        for _ in range(COUNTS):
+        for _ in range(COUNT_STEPS):
             found = (score <= self.limit).sum(0)
             if self.rows:
                 found = torch.cat([layer.sum().expand(len(layer)) for layer in torch.split(found, self.rows)])

@@ -49,8 +49,8 @@ class SparseGPT:
         columns = torch.cat([layer.weight.T for layer in problem.layers], dim=1)
         selection = _selection(pattern, [len(layer.weight) for layer in problem.layers], columns == 0)
         kept = _Sweep(columns, factor.upper, gram.diagonal() == 0, selection).run()
-        status = Status.DAMPING_RAISED if factor.raises else Status.OK
-        stats = {"ridge": factor.ridge, "damping_raises": float(factor.raises)}
+        status = Status.DAMPING_RAISED if factor.retries else Status.OK
+        stats = {"ridge": factor.ridge, "damping_retries": float(factor.retries)}
         return [
             LayerSolution(weight, mask, status, dict(stats))
             for weight, mask in zip(problem.split(columns.T), problem.split(kept.T), strict=True)
@@ -134,15 +134,15 @@ class _Sweep:
         self.zeros = columns == 0
         self.has_zeros = self.zeros.any(1).tolist()
         self.is_dead = dead.tolist()
-        self.gone = torch.empty_like(columns)
-        self.removed = torch.empty_like(columns)
+        self.pruned = torch.empty_like(columns)
+        self.values = torch.empty_like(columns)
         # Views of single columns, made once: making them anew costs more than the arithmetic on them.
-        self.column, self.gone_of, self.removed_of = columns.unbind(), self.gone.unbind(), self.removed.unbind()
+        self.column, self.pruned_of, self.values_of = columns.unbind(), self.pruned.unbind(), self.values.unbind()
 
     def run(self) -> Tensor:
         """Mask of the kept weights, `(in, rows)`."""
         self._half(0, len(self.columns))
-        return self.gone == 0
+        return self.pruned == 0
 
     def _half(self, start: int, stop: int, chosen: bool = False) -> None:
         width, block, step = stop - start, self.selection.block, self.selection.step
@@ -155,7 +155,7 @@ class _Sweep:
         unit = step if chosen else block
         middle = start + max(width // (2 * unit), 1) * unit
         self._half(start, middle, chosen)
-        self.columns[middle:stop].addmm_(self.unit[start:middle, middle:stop].T, self.removed[start:middle], alpha=-1)
+        self.columns[middle:stop].addmm_(self.unit[start:middle, middle:stop].T, self.values[start:middle], alpha=-1)
         self._half(middle, stop, chosen)
 
     def _choose(self, start: int, stop: int) -> None:
@@ -167,14 +167,14 @@ class _Sweep:
         some_zeros = any(self.has_zeros[start:stop])
         if some_zeros:
             score.masked_fill_(self.zeros[start:stop], -torch.inf)
-        gone = self.selection.choose(start, score)
-        self.gone[start:stop] = gone.logical_or_(self.zeros[start:stop]) if some_zeros else gone
+        pruned = self.selection.choose(start, score)
+        self.pruned[start:stop] = pruned.logical_or_(self.zeros[start:stop]) if some_zeros else pruned
 
     def _eliminate(self, start: int, stop: int) -> None:
         """Prune a few columns one after the other; `removed` keeps each weight as it was when it went."""
         unit = self.unit[start:stop, start:stop].tolist()
         for at in range(start, stop):
-            removed = torch.mul(self.column[at], self.gone_of[at], out=self.removed_of[at])
+            values = torch.mul(self.column[at], self.pruned_of[at], out=self.values_of[at])
             for later in range(at + 1, stop):
-                self.column[later].sub_(removed, alpha=unit[at - start][later - start])
-        self.columns[start:stop].sub_(self.removed[start:stop])
+                self.column[later].sub_(values, alpha=unit[at - start][later - start])
+        self.columns[start:stop].sub_(self.values[start:stop])
