@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from eval.sweep import commit
+from eval import record
 from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.cli.values import positive
 
@@ -70,18 +69,11 @@ def build_parser() -> Parser:
 def run_processes(options: argparse.Namespace) -> int:
     """The command."""
     hush_libraries(options.debug)
+    stamp = record.stamp(["python", "-m", "eval.processes", *sys.argv[1:]], options.out)
     load = os.getloadavg()[0]
     turns = [{str(size): run_with(size, options) for size in options.sizes} for _ in range(options.repeats)]
-    result = {
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", "eval.processes", *sys.argv[1:]]),
-        "load": [load, os.getloadavg()[0]],
-        "cpus": os.cpu_count(),
-        "turns": turns,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result))
+    found = {"load": [load, os.getloadavg()[0]], "cpus": os.cpu_count(), "turns": turns}
+    print(table(record.write(options.out, stamp, found)))
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.sweep import commit
+from eval import record
 from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.cli.values import positive, size
 from llmprune.pruning.methods import METHODS
@@ -210,8 +209,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "shape": asdict(shape),
         "larger": asdict(larger),
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", "eval.scale", *sys.argv[1:]]),
         "settings": {key: str(value) for key, value in vars(options).items() if key not in {"work", "out", "debug"}},
         "runs": runs,
         "full": {"memory": full["memory"]},
@@ -274,13 +271,12 @@ def _stored_bytes(shape: Shape) -> int:
 def run_scale(options: argparse.Namespace) -> int:
     """The command."""
     hush_libraries(options.debug)
+    stamp = record.stamp(["python", "-m", "eval.scale", *sys.argv[1:]], options.out)
     options.work.mkdir(parents=True)
     try:
-        result = measure(options)
+        result = record.write(options.out, stamp, measure(options))
     finally:
         shutil.rmtree(options.work)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: result[key] for key in ("runs", "block", "full", "larger_full") if key in result}, indent=2))
     return 0
 
