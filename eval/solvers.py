@@ -1,8 +1,8 @@
 """`python -m eval.solvers MODEL --calib SRC`: SparseGPT, our ADMM and ALPS on the very same layers.
 
-The layers are those of some of the model's blocks, with the dense model's own inputs. Every layer is solved by
-each; the figures are the share of its output energy that is missed, and the part that our ADMM undoes of what ALPS,
-with up to 300 iterations, undoes of SparseGPT's error. ALPS is the slow form of the paper, in float64 (`eval/alps.py`).
+The layers are those of some of the model's blocks, with the dense model's own inputs. Every layer is solved by each.
+The figures are relative output errors, and by which fraction of what ALPS, with up to 300 iterations, takes from
+SparseGPT's error our ADMM lowers it. ALPS is the slow form of the paper, in float64 (`eval/alps.py`).
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def table(result: dict[str, Any]) -> str:
         "sparsegpt",
         "admm",
         "alps",
-        "of what ALPS undoes",
+        "recovered, of ALPS's",
         "seconds of sparsegpt, admm, alps",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---|---|--:|--:|--:|--:|---|"]

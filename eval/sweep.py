@@ -101,8 +101,8 @@ def caption(cells: Cells, dense: dict[str, Any]) -> str:
     calibration = result["calibration"]
     size = f"{calibration['samples']} x {calibration['seq_len']} tokens, sha256 {calibration['sha256'][:12]}"
     pairs = [(text, settings) for settings, found in cells for text in found["texts"]]
-    shares = any((undone(text, settings, cells, dense) or 0) > 0 for text, settings in pairs)
-    brackets = " In brackets the share of SparseGPT's damage that is undone." if shares else ""
+    shares = any((recovered_fraction(text, settings, cells, dense) or 0) > 0 for text, settings in pairs)
+    brackets = " In brackets the recovered fraction of SparseGPT's increase in log perplexity." if shares else ""
     return (
         f"Perplexity on {texts}.{brackets} Calibration on {Path(calibration['source']).name} (first row {size}); "
         f"commit {', '.join(commits)}."
@@ -146,8 +146,10 @@ def measure_dense(model: str, also: dict[str, Any], out: Path) -> None:
     record.append(out, stamp, {"dense": measure(model, **also)})
 
 
-def undone(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, Any]) -> float | None:
-    """The share of SparseGPT's damage that a cell undoes, `ln(ppl_SparseGPT / ppl) / ln(ppl_SparseGPT / ppl_dense)`.
+def recovered_fraction(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, Any]) -> float | None:
+    """The fraction of SparseGPT's increase in log perplexity that a cell recovers.
+
+    That is `ln(ppl_SparseGPT / ppl) / ln(ppl_SparseGPT / ppl_dense)`.
 
     SparseGPT is the cell with the stages of `fast`, the same sparsity and the same calibration tokens.
 
@@ -158,7 +160,7 @@ def undone(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, A
         dense: perplexities of the dense model.
 
     Returns:
-        the share, 0 for SparseGPT itself; None where there is no such cell or the dense model was not measured.
+        the fraction, 0 for SparseGPT itself; None where there is no such cell or the dense model was not measured.
     """
     ours = next(result for own, result in cells if own == settings)
     same = (result for _, result in cells if _is_sparsegpt(result) and _problem(result) == _problem(ours))
@@ -181,7 +183,7 @@ def _problem(result: dict[str, Any]) -> tuple[str, str]:
 
 
 def table(results: Cells, dense: dict[str, Any]) -> str:
-    """A Markdown table of the cells; where SparseGPT is among them, with the share of its damage that each undoes."""
+    """A Markdown table of the cells; where SparseGPT is among them, with the `recovered_fraction` of each."""
     keys = list(dict.fromkeys(key for settings, _ in results for key in settings))
     texts = list(results[0][1]["texts"])
     evaluated = [] if results[0][1]["evaluation"] is None else ["perplexity"]
@@ -190,7 +192,7 @@ def table(results: Cells, dense: dict[str, Any]) -> str:
     for settings, result in results:
         row = [str(settings.get(key, "")) for key in keys]
         row += [_measured(result["evaluation"]["pruned"])] if evaluated else []
-        row += [_measured(result["texts"][text], undone(text, settings, results, dense)) for text in texts]
+        row += [_measured(result["texts"][text], recovered_fraction(text, settings, results, dense)) for text in texts]
         row += [f"{result['mean_layer_error']:.4f}", f"{result['seconds']['prune']:.0f}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)

@@ -95,7 +95,7 @@ def test_a_key_that_a_cell_lacks_stays_empty() -> None:
     assert rows[2:] == ["| wanda |  | 0.1000 | 2 |", "|  | best | 0.1000 | 2 |"]
 
 
-def test_the_share_that_is_undone_is_that_of_sparsegpt_on_the_same_settings() -> None:
+def test_what_is_recovered_is_of_sparsegpt_on_the_same_settings() -> None:
     dense = {"text": {"value": 10.0}}
     values = {("2:4", "fast"): 1000.0, ("2:4", "best"): 100.0, ("50%", "fast"): 40.0, ("50%", "best"): 10.0}
 
@@ -110,8 +110,9 @@ def test_the_share_that_is_undone_is_that_of_sparsegpt_on_the_same_settings() ->
     cells: sweep.Cells = [
         ({"sparsity": sparsity, "effort": effort}, result(sparsity, effort)) for sparsity, effort in values
     ]
-    assert [sweep.undone("text", settings, cells, dense) for settings, _ in cells] == [0, pytest.approx(0.5), 0, 1]
-    assert sweep.undone("text", cells[1][0], cells[1:], dense) is None
-    assert sweep.undone("text", cells[1][0], cells, {}) is None
+    found = [sweep.recovered_fraction("text", settings, cells, dense) for settings, _ in cells]
+    assert found == [0, pytest.approx(0.5), 0, 1]
+    assert sweep.recovered_fraction("text", cells[1][0], cells[1:], dense) is None
+    assert sweep.recovered_fraction("text", cells[1][0], cells, {}) is None
     other = ({"sparsity": "2:4", "effort": "best", "samples": 4}, result("2:4", "best", "others"))
-    assert sweep.undone("text", other[0], [*cells, other], dense) is None
+    assert sweep.recovered_fraction("text", other[0], [*cells, other], dense) is None
