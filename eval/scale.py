@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -269,10 +270,10 @@ def _stored_bytes(shape: Shape) -> int:
     return sum(2 * math.prod(dims) for dims in shape.block().values())
 
 
-def run_scale(options: argparse.Namespace) -> int:
+def run_scale(options: argparse.Namespace, given: Sequence[str]) -> int:
     """The command."""
     hush_libraries(options.debug)
-    stamp = record.stamp(["python", "-m", "eval.scale", *sys.argv[1:]], options.out)
+    stamp = record.stamp(["python", "-m", "eval.scale", *given], options.out)
     options.work.mkdir(parents=True)
     try:
         result = record.write(options.out, stamp, measure(options))
@@ -282,5 +283,11 @@ def run_scale(options: argparse.Namespace) -> int:
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    return run_command(build_parser(), lambda options: run_scale(options, given), given)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run_scale))
+    raise SystemExit(main())

@@ -12,7 +12,7 @@ from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval import record
+from eval import peers, processes, record, scale, solvers, speed, structured_scale, sweep, zero_shot
 from eval.record import changes
 from llmprune.errors import InputError
 
@@ -150,3 +150,26 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "grid.jsonl").write_text(content)
     with pytest.raises(InputError, match=r"grid\.jsonl"):
         record.rows(tmp_path / "grid.jsonl")
+
+
+def test_every_script_refuses_to_record_changed_code_before_it_measures(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "changes", lambda: ["llmprune/run.py"])
+    (tmp_path / "g.toml").write_text('[grid]\nmethod = ["wanda"]\n[fixed]\nmodel = "none"\n')
+    work, out = tmp_path / "work", tmp_path / "out"
+    calib = ["--calib", str(text)]
+    commands: list[tuple[Any, list[str]]] = [
+        (peers, ["--model", str(tiny), *calib, "--eval", str(text)]),
+        (processes, ["--work", str(work), "--", "--model", "none"]),
+        (scale, ["--shape", "tiny", "--work", str(work)]),
+        (solvers, ["none", *calib, "--blocks", "0"]),
+        (speed, ["none", "none"]),
+        (structured_scale, ["--inputs", "64"]),
+        (sweep, [str(tmp_path / "g.toml")]),
+        (zero_shot, ["none", "--tasks", "none.jsonl"]),
+    ]
+    for script, arguments in commands:
+        assert script.main(["--out", str(out), *arguments]) == 2, script
+        assert "would record code that no commit holds" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["g.toml"]
