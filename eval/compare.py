@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from eval import sweep
 from llmprune.cli.shell import Parser, run_command
 from llmprune.errors import InputError
 from llmprune.reporting import charts as chart
@@ -23,7 +24,7 @@ COLUMNS = ("run", "pattern", "perplexity, dense", "perplexity, pruned", "layer e
 def build_parser() -> Parser:
     """The flags."""
     parser = Parser(prog="python -m eval.compare", description="Show several runs side by side.", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="pruned folder, or result of eval.sweep")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="pruned folder, or .jsonl of eval.sweep")
     parser.add_argument("--out", type=Path, metavar="FILE", help="FILE.png or FILE.html to write")
     parser.add_argument("--json", action="store_true", help="the figures as JSON on stdout, not as a table")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -57,14 +58,27 @@ class Run:
         return [sum(column) / max(len(column), 1) for column in columns]
 
 
-def read(path: Path) -> Run:
-    """A run from a pruned folder, or from a result of `eval.sweep`.
+def read(path: Path) -> list[Run]:
+    """The run of a pruned folder or of its report, or the runs of a JSON-lines file of `eval.sweep`.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is none of them.
     """
+    if path.suffix == ".jsonl":
+        cells, _ = sweep.read(path)
+        if not cells:
+            raise no_run(path, "no cell of a grid is there")
+        return [make_run(path, result) for _, result in cells]
     try:
-        result = json.loads((path / FILE if path.is_dir() else path).read_text(encoding="utf-8"))
+        report = json.loads((path / FILE if path.is_dir() else path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise no_run(path, repr(error)) from error
+    return [make_run(path, report)]
+
+
+def make_run(path: Path, result: dict[str, Any]) -> Run:
+    """What is shown of a report, or of a cell of a grid."""
+    try:
         errors = result.get("layer_errors") or {layer["name"]: layer["error"] for layer in result["layers"]}
         evaluation = result["evaluation"] or {}
         effort = result.get("recipe", {}).get("effort")
@@ -77,8 +91,13 @@ def read(path: Path) -> Run:
             result["peak_memory"] / 2**20,
         ]
         return Run(name, dict(zip(COLUMNS[1:], figures, strict=True)), by_kind(errors.items()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(f"{path} is no run: {error!r}", "name a pruned folder, or a JSON of eval.sweep") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise no_run(path, repr(error)) from error
+
+
+def no_run(path: Path, reason: str) -> InputError:
+    """The error of a path that names no run."""
+    return InputError(f"{path} is no run: {reason}", "name a pruned folder, or a .jsonl of eval.sweep")
 
 
 def _perplexity(value: dict[str, float] | None) -> str:
@@ -133,7 +152,7 @@ def compare(options: argparse.Namespace) -> int:
     """Print the figures of all runs, and draw them."""
     if options.out and options.out.suffix not in DRAWERS:
         raise InputError(f"--out {options.out} is neither .png nor .html", "name a file that is")
-    runs = [read(path) for path in options.runs]
+    runs = [run for path in options.runs for run in read(path)]
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         DRAWERS[options.out.suffix](runs, options.out)

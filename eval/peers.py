@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.sweep import ROOT, commit
+from eval import record
 from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError, PruneError
@@ -143,7 +143,7 @@ def execute(command: Sequence[object], threads: int, log: Path, hint: str) -> tu
     output = log.with_suffix(".stdout")
     start, busy = time.perf_counter(), busy_seconds()
     with output.open("wb") as stdout, log.open("wb") as stderr:
-        usage, code = wait(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr))
+        usage, code = wait(subprocess.Popen(words, cwd=record.ROOT, env=environment, stdout=stdout, stderr=stderr))
     seconds = time.perf_counter() - start
     if code:
         raise PruneError(f"{shlex.join(words)}\nended with status {code}; the end of what it said:\n{tail(log)}", hint)
@@ -271,7 +271,7 @@ def take_turns(tools: dict[str, Callable[[], Run]], repeats: int) -> list[Run]:
 # The report
 
 
-def study(options: argparse.Namespace, given: Sequence[str], work: Path) -> dict[str, Any]:
+def study(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The whole comparison: tokens, runs in turns, one evaluation, and what follows from them."""
     wanted = spelling(options.sparsity)
     if not (options.model / "config.json").is_file():
@@ -290,8 +290,6 @@ def study(options: argparse.Namespace, given: Sequence[str], work: Path) -> dict
     found = evaluate(options, wanted, tokens, folders)
     middles = {name: medians([one for one in runs if one.tool == name]) for name in tools}
     return {
-        "command": shlex.join(["python", "-m", "eval.peers", *given]),
-        "commit": commit(),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "threads": options.threads,
         "sparsity": options.sparsity,
@@ -394,15 +392,12 @@ def table(result: dict[str, Any]) -> str:
 def compare(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Run the study; write and print its result."""
     hush_libraries(options.debug)
+    stamp = record.stamp(["python", "-m", "eval.peers", *given], options.out)
     with tempfile.TemporaryDirectory(prefix="llmprune-peers-") as scratch:
         work = (options.work or Path(scratch)).absolute()
         work.mkdir(parents=True, exist_ok=True)
-        result = study(options, given, work)
-    text = json.dumps(result, indent=2)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text if options.json else table(result))
+        result = record.write(options.out, stamp, study(options, work))
+    print(json.dumps(result, indent=2) if options.json else table(result))
     return 0
 
 

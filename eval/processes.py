@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from eval.sweep import commit
+from eval import record
 from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.cli.values import positive
 
@@ -67,21 +67,14 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_processes(options: argparse.Namespace) -> int:
+def run_processes(options: argparse.Namespace, given: Sequence[str]) -> int:
     """The command."""
     hush_libraries(options.debug)
+    stamp = record.stamp(["python", "-m", "eval.processes", *given], options.out)
     load = os.getloadavg()[0]
     turns = [{str(size): run_with(size, options) for size in options.sizes} for _ in range(options.repeats)]
-    result = {
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", "eval.processes", *sys.argv[1:]]),
-        "load": [load, os.getloadavg()[0]],
-        "cpus": os.cpu_count(),
-        "turns": turns,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result))
+    found = {"load": [load, os.getloadavg()[0]], "cpus": os.cpu_count(), "turns": turns}
+    print(table(record.write(options.out, stamp, found)))
     return 0
 
 
@@ -112,7 +105,13 @@ def _busiest(run: dict[str, Any]) -> float:
     return float(max(rank["cpu"] for rank in run["ranks"]))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["--worker"]:
+        return serve(Path(given[1]), given[2:])
+    return run_command(build_parser(), lambda options: run_processes(options, given), given)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        sys.exit(serve(Path(sys.argv[2]), sys.argv[3:]))
-    sys.exit(run_command(build_parser(), run_processes))
+    raise SystemExit(main())

@@ -2,7 +2,7 @@
 
 The weights are written block by block, never whole in memory, and pruned by our own command in a process of its own.
 What the longer run takes more than the shorter one is the price of a block; with that, and with what a dry run
-foretells for a model that is there by name only (files without data), follows what the full model takes.
+estimates for a model that is there by name only (files without data), follows what the full model takes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.sweep import commit
+from eval import record
 from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.cli.values import positive, size
 from llmprune.pruning.methods import METHODS
@@ -150,8 +150,8 @@ def _watch(process: subprocess.Popen[str], counted: dict[str, int]) -> None:
         time.sleep(0.2)
 
 
-def foretell(model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """What a dry run says of a model: seconds, and bytes above the libraries' own."""
+def estimate(model: Path, options: argparse.Namespace) -> dict[str, float]:
+    """The estimates of a dry run for a model: seconds, and bytes above the libraries' own."""
     from transformers import AutoConfig
 
     from llmprune.model.reader import SafetensorsFolder
@@ -174,7 +174,7 @@ def build_parser() -> Parser:
     """The flags."""
     parser = Parser(prog="python -m eval.scale", description="Prune random models of a shape.", allow_abbrev=False)
     parser.add_argument("--shape", choices=SHAPES, required=True, help=", ".join(SHAPES))
-    parser.add_argument("--larger", choices=SHAPES, default="llama-3-70b", help="shape to foretell from it")
+    parser.add_argument("--larger", choices=SHAPES, default="llama-3-70b", help="shape to estimate from it")
     parser.add_argument("--blocks", type=positive, nargs="+", default=[4, 8], metavar="N", help="of each run")
     parser.add_argument("--method", choices=(AUTO, *METHODS), default="sparsegpt", help="of pruning")
     parser.add_argument("--sparsity", default="2:4", help="pattern")
@@ -203,15 +203,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     runs = {}
     for blocks in sorted(options.blocks):
         model = write_model(shape, blocks, options.work / f"blocks-{blocks}")
-        runs[blocks] = {**run(model, tokens, options), "foretold": foretell(model, options)}
+        runs[blocks] = {**run(model, tokens, options), "estimate": estimate(model, options)}
         shutil.rmtree(model)
-    full = foretell(write_model(shape, shape.blocks, options.work / "full", data=False), options)
-    other = foretell(write_model(larger, larger.blocks, options.work / "larger", data=False), options)
+    full = estimate(write_model(shape, shape.blocks, options.work / "full", data=False), options)
+    other = estimate(write_model(larger, larger.blocks, options.work / "larger", data=False), options)
     return {
         "shape": asdict(shape),
         "larger": asdict(larger),
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", "eval.scale", *sys.argv[1:]]),
         "settings": {key: str(value) for key, value in vars(options).items() if key not in {"work", "out", "debug"}},
         "runs": runs,
         "full": {"memory": full["memory"]},
@@ -240,20 +238,21 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: the runs, and where there are two, what a block took and what the full models would take."""
     gib, few_many = 2**30, sorted(result["runs"].items(), key=lambda item: int(item[0]))
     lines = [
-        "| blocks | peak above the libraries', GiB | foretold, GiB | whole run, s | read, GB | written, GB |",
+        "| blocks | peak above the libraries', GiB | estimated, GiB | whole run, s | read, GB | written, GB |",
         "|--:|--:|--:|--:|--:|--:|",
     ]
     for blocks, run in few_many:
         peak = (run["peak_memory"] - run["baseline_memory"]) / gib
         io = [run["io"][key] / 1e9 for key in ("rchar", "wchar")]
-        foretold = run["foretold"]["memory"] / gib
-        lines.append(f"| {blocks} | {peak:.2f} | {foretold:.2f} | {run['wall']:.0f} | {io[0]:.1f} | {io[1]:.1f} |")
+        estimated = run["estimate"]["memory"] / gib
+        lines.append(f"| {blocks} | {peak:.2f} | {estimated:.2f} | {run['wall']:.0f} | {io[0]:.1f} | {io[1]:.1f} |")
     settings = result["settings"]
     full, larger = result["full"], result["larger_full"]
+    sizes = ((full, "shape"), (larger, "larger"))
     used = f"{settings['method']}, {settings['samples']} x {settings['seq_len']} tokens"
     if "block" not in result:
-        foretold = f"{full['memory'] / gib:.1f} GiB for {settings['shape']} whole, {larger['memory'] / gib:.1f} GiB for"
-        return "\n".join([*lines, "", f"A dry run ({used}) foretells {foretold} {settings['larger']}."])
+        this, other = (f"{part['memory'] / gib:.1f} GiB for {settings[key]}" for part, key in sizes)
+        return "\n".join([*lines, "", f"A dry run ({used}) estimates {this} whole, {other}."])
     block = result["block"]
     disk, read, written = (block["io"][key] / 1e9 for key in ("read_bytes", "rchar", "wchar"))
     lines += [
@@ -271,19 +270,24 @@ def _stored_bytes(shape: Shape) -> int:
     return sum(2 * math.prod(dims) for dims in shape.block().values())
 
 
-def run_scale(options: argparse.Namespace) -> int:
+def run_scale(options: argparse.Namespace, given: Sequence[str]) -> int:
     """The command."""
     hush_libraries(options.debug)
+    stamp = record.stamp(["python", "-m", "eval.scale", *given], options.out)
     options.work.mkdir(parents=True)
     try:
-        result = measure(options)
+        result = record.write(options.out, stamp, measure(options))
     finally:
         shutil.rmtree(options.work)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: result[key] for key in ("runs", "block", "full", "larger_full") if key in result}, indent=2))
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    return run_command(build_parser(), lambda options: run_scale(options, given), given)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(build_parser(), run_scale))
+    raise SystemExit(main())

@@ -1,23 +1,23 @@
 """`python -m eval.solvers MODEL --calib SRC`: SparseGPT, our ADMM and ALPS on the very same layers.
 
-The layers are those of some of the model's blocks, with the dense model's own inputs. Every layer is solved by
-each; the figures are the share of its output energy that is missed, and the part that our ADMM undoes of what ALPS,
-with up to 300 iterations, undoes of SparseGPT's error. ALPS is the slow form of the paper, in float64 (`eval/alps.py`).
+The layers are those of some of the model's blocks, with the dense model's own inputs. Every layer is solved by each.
+The figures are relative output errors, and by which fraction of what ALPS, with up to 300 iterations, takes from
+SparseGPT's error our ADMM lowers it. ALPS is the slow form of the paper, in float64 (`eval/alps.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval import record
 from eval.models import find_model
-from eval.sweep import commit
 from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError
@@ -127,7 +127,7 @@ def compare(problem: GroupProblem, pattern: SparsityPattern) -> list[dict[str, A
     ]
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Solve every layer by every solver for every pattern."""
     import torch
 
@@ -141,6 +141,7 @@ def run(options: argparse.Namespace) -> int:
         if asked.removals or asked.pattern is None:
             raise InputError(f"{text} removes inputs, but ALPS chooses weights", "name patterns such as 2:4 or 50%")
         patterns[text] = asked.pattern
+    stamp = record.stamp(["python", "-m", "eval.solvers", *given], options.out)
     with torch.no_grad():
         problems, digest = gather(options)
         solved = [
@@ -149,11 +150,8 @@ def run(options: argparse.Namespace) -> int:
             for problem in problems
             for row in compare(problem, pattern)
         ]
-    command = shlex.join(["python", "-m", "eval.solvers", *sys.argv[1:]])
-    result = {"commit": commit(), "command": command, "tokens_sha256": digest, "solved": solved}
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1) if options.json else table(result))
+    result = record.write(options.out, stamp, {"tokens_sha256": digest, "solved": solved})
+    print(json.dumps(result, indent=2) if options.json else table(result))
     return 0
 
 
@@ -169,7 +167,7 @@ def table(result: dict[str, Any]) -> str:
         "sparsegpt",
         "admm",
         "alps",
-        "of what ALPS undoes",
+        "recovered, of ALPS's",
         "seconds of sparsegpt, admm, alps",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---|---|--:|--:|--:|--:|---|"]
@@ -183,9 +181,10 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command(build_parser(), run, argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    return run_command(build_parser(), lambda options: run(options, given), given)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from eval import record
 from eval.models import find_model
-from eval.sweep import commit
 from llmprune.cli.shell import Parser, run_command
 from llmprune.cli.values import positive
 from llmprune.errors import PruneError
@@ -61,13 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Measure two models, write and print what was found."""
+    stamp = record.stamp(["python", "-m", "eval.speed", *given], options.out)
     options.dense, options.pruned = (find_model(name).folder for name in (options.dense, options.pruned))
-    figures = {"command": shlex.join(["python", "-m", "eval.speed", *given]), **compare(options)}
-    found = json.dumps(figures, indent=2)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(found + "\n", encoding="utf-8")
-    print(found if options.json else text(figures))
+    figures = record.write(options.out, stamp, compare(options))
+    print(json.dumps(figures, indent=2) if options.json else text(figures))
     return 0
 
 
@@ -104,8 +100,6 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "promised": promised,
         "kept": (ratios["pruned"]["prefill"]["median"] - 1) / (promised - 1) if promised != 1 else None,
         "settings": {**settings, "repeats": options.repeats},
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", "eval.speed", *sys.argv[1:]]),
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
     }
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.sweep import commit
+from eval import record
 from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.cli.values import positive
 from llmprune.pruning.criteria import CRITERIA
@@ -85,9 +85,10 @@ def _gram(inputs: int) -> Any:
     return gram
 
 
-def run_scale(options: argparse.Namespace) -> int:
+def run_scale(options: argparse.Namespace, given: Sequence[str]) -> int:
     """The command."""
     hush_libraries(options.debug)
+    stamp = record.stamp(["python", "-m", "eval.structured_scale", *given], options.out)
     done = json.loads(options.out.read_text(encoding="utf-8")) if options.out and options.out.exists() else {}
     cells: list[dict[str, Any]] = done.get("cells", [])
     for method in options.methods:
@@ -96,22 +97,18 @@ def run_scale(options: argparse.Namespace) -> int:
             settings = {"method": method, "inputs": inputs, "outputs": outputs, "percent": options.percent}
             if any(settings.items() <= cell.items() for cell in cells):
                 continue
-            cells.append({**settings, "commit": commit(), **_apart(options.threads, settings)})
+            cells.append({**settings, "commit": stamp.commit, **_apart(options.threads, settings)})
             sys.stderr.write(f"{cells[-1]}\n")
-            _write(options, cells)
-    result = _write(options, cells)
-    print(json.dumps(result, indent=1) if options.json else table(result))
+            _write(options, stamp, cells)
+    result = _write(options, stamp, cells)
+    print(json.dumps(result, indent=2) if options.json else table(result))
     return 0
 
 
-def _write(options: argparse.Namespace, cells: list[dict[str, Any]]) -> dict[str, Any]:
+def _write(options: argparse.Namespace, stamp: record.Stamp, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """What is known so far, into the file."""
     cells.sort(key=lambda cell: (cell["method"] != "obs", cell["method"], cell["inputs"]))
-    command = shlex.join(["python", "-m", "eval.structured_scale", *sys.argv[1:]])
-    result = {"commit": commit(), "command": command, "threads": options.threads, "cells": cells}
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+    return record.write(options.out, stamp, {"threads": options.threads, "cells": cells})
 
 
 def _apart(threads: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -142,13 +139,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--worker"]:
         print(json.dumps(solve(**json.loads(arguments[1]))))
         return 0
-    return run_command(build_parser(), run_scale, argv)
+    return run_command(build_parser(), lambda options: run_scale(options, arguments), arguments)
 
 
 if __name__ == "__main__":

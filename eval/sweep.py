@@ -1,4 +1,4 @@
-"""`python -m eval.sweep GRID.toml`: run llmprune over a grid of settings: a JSON file a cell, a table, a plot.
+"""`python -m eval.sweep GRID.toml`: run llmprune over a grid of settings: a JSON-lines file, a table, a plot.
 
 The grid is a table of lists; every combination is a cell:
 
@@ -9,8 +9,9 @@ The grid is a table of lists; every combination is a cell:
     model = "demo"
     samples = 32
 
-Cells whose JSON is there already are not run again. A list of tables `[[cells]]` names cells one by one
-instead; a key that a cell lacks is left to its default.
+A cell is a line of the file: its command and commit, its `settings`, and the run's report. Cells that are there are not
+run again. A list of tables `[[cells]]` names cells one by one instead; a key that a cell lacks is left to its
+default.
 
 With a table
 
@@ -19,8 +20,9 @@ With a table
     windows = 12
     context = 1024
 
-every cell's model is measured on these texts too, and the dense model once (`dense.json`). At the end a Markdown table
-is printed and `plot.png` drawn: perplexity over the last setting, a line for each combination of the others.
+every cell's model is measured on these texts too, and the dense model once, in a line with the key `dense`. At the end
+a Markdown table is printed and a picture drawn: perplexity over the last setting, a line for each combination of the
+others.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ import argparse
 import itertools
 import json
 import math
-import re
 import subprocess
 import sys
 import tempfile
@@ -38,13 +39,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from eval import record
 from eval.perplexity import measure
 from eval.plot import draw
 from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.errors import InputError
 from llmprune.pruning.recipe import EFFORTS
 
-ROOT = Path(__file__).resolve().parent.parent
 Cells = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
@@ -52,7 +53,7 @@ def build_parser() -> Parser:
     """The flags."""
     parser = Parser(prog="python -m eval.sweep", description="Run a grid of settings.", allow_abbrev=False)
     parser.add_argument("grid", type=Path, metavar="GRID.toml", help="what to run")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: eval/results/NAME of the grid)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for NAME.jsonl and NAME.png (default: eval/results)")
     parser.add_argument("--json", action="store_true", help="all cells as JSON on stdout instead of the table")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -66,9 +67,18 @@ def cells(grid: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*grid["grid"].values())]
 
 
-def file_name(settings: dict[str, Any]) -> str:
-    """Where the result of a cell is kept."""
-    return re.sub(r"[^\w.]+", "-", "-".join(str(value) for value in settings.values())).strip("-") + ".json"
+def read(path: Path) -> tuple[Cells, dict[str, Any]]:
+    """Settings and results of the cells that a file has, and the dense model on the texts of `[also]`."""
+    rows = record.rows(path)
+    found = [(row.pop("settings"), row) for row in rows if "settings" in row]
+    return found, next((row["dense"] for row in rows if "dense" in row), {})
+
+
+def recorded(grid: dict[str, Any], path: Path) -> tuple[Cells, dict[str, Any]]:
+    """The same, with the cells in the order of the grid; those that it does not name are left out."""
+    found, dense = read(path)
+    named = cells(grid)
+    return sorted((cell for cell in found if cell[0] in named), key=lambda cell: named.index(cell[0])), dense
 
 
 def caption(cells: Cells, dense: dict[str, Any]) -> str:
@@ -91,19 +101,12 @@ def caption(cells: Cells, dense: dict[str, Any]) -> str:
     calibration = result["calibration"]
     size = f"{calibration['samples']} x {calibration['seq_len']} tokens, sha256 {calibration['sha256'][:12]}"
     pairs = [(text, settings) for settings, found in cells for text in found["texts"]]
-    shares = any((undone(text, settings, cells, dense) or 0) > 0 for text, settings in pairs)
-    brackets = " In brackets the share of SparseGPT's damage that is undone." if shares else ""
+    shares = any((recovered_fraction(text, settings, cells, dense) or 0) > 0 for text, settings in pairs)
+    brackets = " In brackets the recovered fraction of SparseGPT's increase in log perplexity." if shares else ""
     return (
         f"Perplexity on {texts}.{brackets} Calibration on {Path(calibration['source']).name} (first row {size}); "
         f"commit {', '.join(commits)}."
     )
-
-
-def read_dense(out: Path) -> dict[str, Any]:
-    """The dense model on the texts of `[also]`, as far as there are such."""
-    path = out / "dense.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -116,10 +119,11 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return found
 
 
-def run_cell(settings: dict[str, Any], also: dict[str, Any]) -> dict[str, Any]:
-    """One run of the command line; keeps its report without the layers."""
+def run_cell(settings: dict[str, Any], also: dict[str, Any], out: Path) -> tuple[record.Stamp, dict[str, Any]]:
+    """One run of the command line: its stamp, and its report with the layers' errors in place of the layers."""
+    command = ["llmprune", *flags(settings)]
+    stamp = record.stamp(command, out)
     with tempfile.TemporaryDirectory() as folder:
-        command = ["llmprune", *flags(settings)]
         extra = ["--out", f"{folder}/out", "--json", "--quiet"]
         done = subprocess.run(
             [sys.executable, "-m", "llmprune", *command[1:], *extra], capture_output=True, text=True, check=False
@@ -127,30 +131,25 @@ def run_cell(settings: dict[str, Any], also: dict[str, Any]) -> dict[str, Any]:
         if done.returncode:
             raise InputError(f"{' '.join(command)} failed: {done.stderr.strip()}", "see above")
         report = json.loads(done.stdout)
-        texts = measure(f"{folder}/out", also["texts"], also["windows"], also["context"]) if also else {}
+        texts = measure(f"{folder}/out", **also) if also else {}
     errors = {layer["name"]: round(layer["error"], 6) for layer in report.pop("layers")}
     for key in ("out", "command"):
         report.pop(key)
-    return {
-        "command": " ".join(command),
-        "commit": commit(),
-        "mean_layer_error": sum(errors.values()) / len(errors),
-        "layer_errors": errors,
-        "texts": texts,
-        **report,
-    }
+    mean = sum(errors.values()) / len(errors)
+    return stamp, {"mean_layer_error": mean, "layer_errors": errors, "texts": texts, **report}
 
 
-def commit() -> str:
-    """The commit of this checkout, with a mark if files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
+def measure_dense(model: str, also: dict[str, Any], out: Path) -> None:
+    """Add the dense model on the texts of `[also]` to the results."""
+    sizes = ["--windows", str(also["windows"]), "--context", str(also["context"])]
+    stamp = record.stamp(["python", "-m", "eval.perplexity", model, "--text", *also["texts"], *sizes], out)
+    record.append(out, stamp, {"dense": measure(model, **also)})
 
 
-def undone(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, Any]) -> float | None:
-    """The share of SparseGPT's damage that a cell undoes, `ln(ppl_SparseGPT / ppl) / ln(ppl_SparseGPT / ppl_dense)`.
+def recovered_fraction(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, Any]) -> float | None:
+    """The fraction of SparseGPT's increase in log perplexity that a cell recovers.
+
+    That is `ln(ppl_SparseGPT / ppl) / ln(ppl_SparseGPT / ppl_dense)`.
 
     SparseGPT is the cell with the stages of `fast`, the same sparsity and the same calibration tokens.
 
@@ -161,7 +160,7 @@ def undone(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, A
         dense: perplexities of the dense model.
 
     Returns:
-        the share, 0 for SparseGPT itself; None where there is no such cell or the dense model was not measured.
+        the fraction, 0 for SparseGPT itself; None where there is no such cell or the dense model was not measured.
     """
     ours = next(result for own, result in cells if own == settings)
     same = (result for _, result in cells if _is_sparsegpt(result) and _problem(result) == _problem(ours))
@@ -184,7 +183,7 @@ def _problem(result: dict[str, Any]) -> tuple[str, str]:
 
 
 def table(results: Cells, dense: dict[str, Any]) -> str:
-    """A Markdown table of the cells; where SparseGPT is among them, with the share of its damage that each undoes."""
+    """A Markdown table of the cells; where SparseGPT is among them, with the `recovered_fraction` of each."""
     keys = list(dict.fromkeys(key for settings, _ in results for key in settings))
     texts = list(results[0][1]["texts"])
     evaluated = [] if results[0][1]["evaluation"] is None else ["perplexity"]
@@ -193,7 +192,7 @@ def table(results: Cells, dense: dict[str, Any]) -> str:
     for settings, result in results:
         row = [str(settings.get(key, "")) for key in keys]
         row += [_measured(result["evaluation"]["pruned"])] if evaluated else []
-        row += [_measured(result["texts"][text], undone(text, settings, results, dense)) for text in texts]
+        row += [_measured(result["texts"][text], recovered_fraction(text, settings, results, dense)) for text in texts]
         row += [f"{result['mean_layer_error']:.4f}", f"{result['seconds']['prune']:.0f}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
@@ -210,24 +209,23 @@ def run(options: argparse.Namespace) -> int:
         grid = tomllib.loads(options.grid.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{options.grid} is no grid: {error}", "name a file such as eval/grids/demo.toml") from error
-    out = options.out or ROOT / "eval" / "results" / options.grid.stem
-    out.mkdir(parents=True, exist_ok=True)
-    also, dense = grid.get("also", {}), out / "dense.json"
-    if also and not dense.exists():
-        found = measure(grid["fixed"]["model"], also["texts"], also["windows"], also["context"])
-        dense.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    results = []
+    out = (options.out or record.RESULTS) / f"{options.grid.stem}.jsonl"
+    found, dense = read(out)
+    also = grid.get("also", {})
+    if also and not dense:
+        measure_dense(grid["fixed"]["model"], also, out)
+    done = [settings for settings, _ in found]
     for settings in cells(grid):
-        path = out / file_name(settings)
-        if not path.exists():
+        if settings not in done:
             sys.stderr.write(f"running {settings}\n")
-            result = run_cell({**grid.get("fixed", {}), **settings}, also)
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        results.append((settings, json.loads(path.read_text(encoding="utf-8"))))
-    print(json.dumps([result for _, result in results], indent=2) if options.json else table(results, read_dense(out)))
+            stamp, result = run_cell({**grid.get("fixed", {}), **settings}, also, out)
+            record.append(out, stamp, {"settings": settings, **result})
+    results, dense = recorded(grid, out)
+    print(json.dumps([result for _, result in results], indent=2) if options.json else table(results, dense))
+    picture = out.with_suffix(".png")
     try:
-        draw(results, read_dense(out), out / "plot.png")
-        sys.stderr.write(f"drew {out / 'plot.png'}\n")
+        draw(results, dense, picture)
+        sys.stderr.write(f"drew {picture}\n")
     except ImportError:
         sys.stderr.write("no plot: matplotlib is not installed (pip install matplotlib)\n")
     return 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval import record
 from eval.models import find_model
 from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.cli.values import positive
@@ -277,9 +277,8 @@ def _cell(figures: dict[str, float], name: str) -> str:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Score, write and print."""
-    from eval.sweep import commit
-
     hush_libraries(options.debug)
+    stamp = record.stamp(["python", "-m", "eval.zero_shot", *given], options.out)
     tasks = [task for task in options.tasks.split(",") if task]
     files = [task for task in tasks if task.endswith(".jsonl") and not options.harness]
     others = [task for task in tasks if task not in files]
@@ -287,13 +286,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     for model in options.models:
         result = score_files(options, model, [Path(file) for file in files]) if files else {}
         results[Path(model).name] = result | (ask_harness(options, model, others) if others else {})
-    command = shlex.join(["python", "-m", "eval.zero_shot", *given])
-    found = {"command": command, "commit": commit(), "limit": options.limit, "results": results}
-    text = json.dumps(found, indent=2)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text if options.json else table(found))
+    found = record.write(options.out, stamp, {"limit": options.limit, "results": results})
+    print(json.dumps(found, indent=2) if options.json else table(found))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,33 @@ def test_the_sweep_of_a_tiny_grid_gives_a_table_and_is_resumed(
     again = capsys.readouterr()
     assert again.out == first.out
     assert "running" not in again.err
-    assert "plot" in again.err
+    assert "g.png" in again.err or "no plot" in again.err
+
+
+def test_a_cell_is_a_line_and_a_larger_grid_goes_on_from_the_cells_that_are_there(
+    tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = (
+        f'[grid]\nmethod = [METHODS]\n[fixed]\nmodel = "{tiny}"\nsparsity = "2:4"\ncalib = "{text}"\nsamples = 2\n'
+        f'seq_len = 16\nno_eval = true\n[also]\ntexts = ["{text}"]\nwindows = 2\ncontext = 16\n'
+    )
+    flags = [str(tmp_path / "g.toml"), "--out", str(tmp_path)]
+    (tmp_path / "g.toml").write_text(grid.replace("METHODS", '"wanda"'))
+    assert sweep.main(flags) == 0
+    first = (tmp_path / "g.jsonl").read_text()
+    (tmp_path / "g.toml").write_text(grid.replace("METHODS", '"magnitude", "wanda"'))
+    capsys.readouterr()
+    assert sweep.main(flags) == 0
+    said = capsys.readouterr()
+    assert said.err.count("running") == 1
+    assert [line.split(" | ")[0] for line in said.out.splitlines()[2:]] == ["| magnitude", "| wanda"]
+    whole = (tmp_path / "g.jsonl").read_text()
+    assert whole.startswith(first)
+    dense, *rows = map(json.loads, whole.splitlines())
+    assert dense["dense"].keys() == {text.name}
+    assert [row["settings"] for row in rows] == [{"method": "wanda"}, {"method": "magnitude"}]
+    assert rows[0]["command"].startswith(f"llmprune --model {tiny.name} --sparsity 2:4 --calib {text.name} ")
+    assert not any(str(path.parent) in whole for path in (tiny, text, tmp_path))
 
 
 def test_a_key_that_a_cell_lacks_stays_empty() -> None:
@@ -68,7 +95,7 @@ def test_a_key_that_a_cell_lacks_stays_empty() -> None:
     assert rows[2:] == ["| wanda |  | 0.1000 | 2 |", "|  | best | 0.1000 | 2 |"]
 
 
-def test_the_share_that_is_undone_is_that_of_sparsegpt_on_the_same_settings() -> None:
+def test_what_is_recovered_is_of_sparsegpt_on_the_same_settings() -> None:
     dense = {"text": {"value": 10.0}}
     values = {("2:4", "fast"): 1000.0, ("2:4", "best"): 100.0, ("50%", "fast"): 40.0, ("50%", "best"): 10.0}
 
@@ -83,8 +110,9 @@ def test_the_share_that_is_undone_is_that_of_sparsegpt_on_the_same_settings() ->
     cells: sweep.Cells = [
         ({"sparsity": sparsity, "effort": effort}, result(sparsity, effort)) for sparsity, effort in values
     ]
-    assert [sweep.undone("text", settings, cells, dense) for settings, _ in cells] == [0, pytest.approx(0.5), 0, 1]
-    assert sweep.undone("text", cells[1][0], cells[1:], dense) is None
-    assert sweep.undone("text", cells[1][0], cells, {}) is None
+    found = [sweep.recovered_fraction("text", settings, cells, dense) for settings, _ in cells]
+    assert found == [0, pytest.approx(0.5), 0, 1]
+    assert sweep.recovered_fraction("text", cells[1][0], cells[1:], dense) is None
+    assert sweep.recovered_fraction("text", cells[1][0], cells, {}) is None
     other = ({"sparsity": "2:4", "effort": "best", "samples": 4}, result("2:4", "best", "others"))
-    assert sweep.undone("text", other[0], [*cells, other], dense) is None
+    assert sweep.recovered_fraction("text", other[0], [*cells, other], dense) is None

@@ -185,14 +185,13 @@ def test_layers_that_only_some_blocks_have_leave_gaps() -> None:
 
 
 def test_runs_are_shown_side_by_side(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = ROOT / "eval" / "results" / "demo" / "wanda-2-4.json"
-    runs = [str(pruned), str(result)]
+    runs = [str(pruned), str(ROOT / "eval" / "results" / "demo.jsonl")]
     assert compare.main([*runs, "--out", str(tmp_path / "runs.html")]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 6
     shown = Checked((tmp_path / "runs.html").read_text())
     assert "wanda" in shown.text
     assert "admm (effort best)" in shown.text
-    assert shown.cells.count("cell") == 13 + 210
+    assert shown.cells.count("cell") == 13 + 3 * 210
     assert compare.main([*runs, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     report = PruneReport.read(pruned)
@@ -211,7 +210,7 @@ def test_what_is_no_run_is_refused(
     pruned: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "list.json").write_text("[]")
-    for path in (tiny, tmp_path / "none", tmp_path / "list.json"):
+    for path in (tiny, tmp_path / "none", tmp_path / "list.json", tmp_path / "none.jsonl"):
         assert compare.main([str(path)]) == 2
         assert "is no run" in capsys.readouterr().err
     assert compare.main([str(pruned), "--out", str(tmp_path / "runs.gif")]) == 2
