@@ -1,4 +1,4 @@
-"""What a run did, as data: `prune_report.json`. Every key is documented in docs/report.md."""
+"""What a run did, as data: `prune_report.json`. Every key is documented in docs/reference/report.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def split_name(layer: str) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One pruned layer; see docs/report.md."""
+    """One pruned layer; see docs/reference/report.md."""
 
     name: str
     shape: tuple[int, int]
@@ -37,7 +37,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """What a block gained by local refinement; see docs/report.md."""
+    """What a block gained by local refinement; see docs/reference/report.md."""
 
     block: str
     before: float
@@ -47,7 +47,7 @@ class Refinement:
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """What a block took; see docs/report.md."""
+    """What a block took; see docs/reference/report.md."""
 
     name: str
     seconds: float
@@ -57,7 +57,7 @@ class BlockReport:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How the dense and the pruned model continue a text; see docs/report.md."""
+    """How the dense and the pruned model continue a text; see docs/reference/report.md."""
 
     prompt: str
     dense: str
@@ -66,7 +66,7 @@ class Sample:
 
 @dataclass(slots=True)
 class PruneReport:
-    """One run; see docs/report.md."""
+    """One run; see docs/reference/report.md."""
 
     llmprune: str
     command: str
