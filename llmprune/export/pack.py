@@ -86,7 +86,7 @@ def pack(
     """Write a compact copy of a pruned folder: of its N:M layers the kept values and where they stand.
 
     A weight of b bytes takes `(M − N)/M · (b + ⌈log2 M⌉/8)` bytes: 56.25 % for 2:4 in bfloat16. One tensor at a time is
-    in memory. See docs/packed.md for the format.
+    in memory. See docs/guides/packed-folders.md for the format.
 
     Args:
         folder: what `prune` wrote, or any model folder together with `sparsity`.

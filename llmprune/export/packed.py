@@ -1,7 +1,7 @@
-"""Packed shards: safetensors files in which N:M weights are kept values and positions; see docs/packed.md.
+"""Packed shards: safetensors files in which N:M weights are kept values and positions.
 
-A packed file knows the header of the plain one as it stood, and its hash, so that the plain file comes back byte for
-byte. Tensors are handled as bytes, one at a time.
+The format stands in docs/guides/packed-folders.md. A packed file knows the header of the plain one as it stood, and its
+hash, so that the plain file comes back byte for byte. Tensors are handled as bytes, one at a time.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ with torch.no_grad():
         weight.mul_(masks[name])
 ```
 
-Quantise after pruning, and by a method that leaves zeros zero (any symmetric one)."""
+Quantise after pruning, and count the zeros: symmetric rounding to nearest keeps them, a zero point or GPTQ does not."""
 
 
 def model_card(report: PruneReport, source: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a run did, as data: `prune_report.json`. Every key is documented in docs/report.md."""
+"""What a run did, as data: `prune_report.json`. Every key is documented in docs/reference/report.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def split_name(layer: str) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One pruned layer; see docs/report.md."""
+    """One pruned layer; see docs/reference/report.md."""
 
     name: str
     shape: tuple[int, int]
@@ -38,7 +38,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class BlockReconstruction:
-    """The error of a block before and after its reconstruction; see docs/report.md."""
+    """The error of a block before and after its reconstruction; see docs/reference/report.md."""
 
     block: str
     before: float
@@ -48,7 +48,7 @@ class BlockReconstruction:
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """What a block took; see docs/report.md."""
+    """What a block took; see docs/reference/report.md."""
 
     name: str
     seconds: float
@@ -58,7 +58,7 @@ class BlockReport:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """How the dense and the pruned model continue a text; see docs/report.md."""
+    """How the dense and the pruned model continue a text; see docs/reference/report.md."""
 
     prompt: str
     dense: str
@@ -67,7 +67,7 @@ class Generation:
 
 @dataclass(slots=True)
 class PruneReport:
-    """One run; see docs/report.md."""
+    """One run; see docs/reference/report.md."""
 
     llmprune: str
     command: str

@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
 import llmprune
 from eval import sweep, tables
-from llmprune.cli.flags import build_parser, pack_parser, report_parser, unpack_parser, verify_parser
+from llmprune.cli.flags import build_parser, pack_parser, push_parser, report_parser, unpack_parser, verify_parser
+from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS
-from llmprune.pruning.recipe import EFFORTS
+from llmprune.pruning.recipe import EFFORTS, REMOVALS
 
-PAGES = sorted(ROOT.glob("docs/*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+every_page = pytest.mark.parametrize("page", TEXTS)
 
 
-@pytest.mark.parametrize("page", tables.PAGES, ids=lambda path: path.name)
-def test_tables_are_made_from_the_recorded_results(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    assert "<!-- results: " in text
-    assert tables.rewrite(text) == text
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 140
+    assert len(TEXTS["ARCHITECTURE.md"].splitlines()) <= 120
+
+
+@every_page
+def test_tables_are_made_from_the_recorded_results(page: str) -> None:
+    assert tables.rewrite(TEXTS[page]) == TEXTS[page]
+    assert ("<!-- results: " in TEXTS[page]) == (page in {"README.md", "docs/results.md"})
+
+
+def test_what_the_readme_says_of_a_peer_was_recorded() -> None:
+    found = re.search(r"\(([\d.]+ ± [\d.]+) beside ([\d.]+ ± [\d.]+), WikiText-2\) in ([\d.]+) times", README)
+    assert found
+    recorded = tables.render("peers")
+    assert re.search(rf"LLM Compressor \|.*\| {found[1]} \|", recorded)
+    assert re.search(rf"llmprune \|.*\| {found[2]} \|", recorded)
+    assert f"whole run {found[3]}" in recorded
 
 
 def test_the_first_commands_of_the_readme_do_everything() -> None:
@@ -33,47 +48,53 @@ def test_the_first_commands_of_the_readme_do_everything() -> None:
     build_parser().parse_args(shlex.split(main.partition("llmprune ")[2]))
 
 
-def test_every_command_of_the_readme_parses() -> None:
-    commands = re.findall(r"^llmprune (--[^#\n]*)", README, re.MULTILINE)
-    assert len(commands) > 3
-    for command in commands:
-        build_parser().parse_args(shlex.split(command))
-
-
-def test_every_command_on_folders_parses() -> None:
+def test_every_command_of_the_pages_parses() -> None:
     parsers = {"verify": verify_parser, "pack": pack_parser, "unpack": unpack_parser, "report": report_parser}
-    text = "\n".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *PAGES])
-    found = re.findall(rf"^(?:`)?llmprune ({'|'.join(parsers)}) ([^#`\n]*)", text, re.MULTILINE)
+    parsers |= {"push": push_parser, "--model": build_parser}
+    text = "\n".join(TEXTS.values())
+    found = re.findall(rf"^[^`\n]*(?<![\w.])llmprune ({'|'.join(parsers)}) ([^#`\n]*)", text, re.MULTILINE)
     assert {command for command, _ in found} == parsers.keys()
     for command, arguments in found:
-        parsers[command]().parse_args(shlex.split(arguments))
+        parsers[command]().parse_args([*(["--model"] if command == "--model" else []), *shlex.split(arguments)])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_code_on_the_pages_compiles(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        compile(code, page.name, "exec")
-    for line in re.findall(r"^from llmprune import (.*)$", text, re.MULTILINE):
+@every_page
+def test_code_on_the_pages_compiles(page: str) -> None:
+    for code in re.findall(r"^```python.*?\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE):
+        compile(code, page, "exec")
+    for line in re.findall(r"^from llmprune import (.*)$", TEXTS[page], re.MULTILINE):
         assert all(hasattr(llmprune, name) for name in line.split(", "))
 
 
-def test_pictures_and_pages_of_the_readme_exist() -> None:
-    links = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
-    assert links
-    assert all((ROOT / link).exists() for link in links)
+@every_page
+def test_what_a_page_links_to_exists(page: str) -> None:
+    for link in re.findall(r"\]\((?!http)([^)#\s]+)", re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL)):
+        assert ((ROOT / page).parent / link).exists(), link
 
 
-def test_the_readme_names_every_method() -> None:
+@every_page
+def test_paths_of_the_package_that_a_page_names_exist(page: str) -> None:
+    """`streaming/hooks.py`, `pruning/methods/`: from the checkout or from the package."""
+    if page == "CHANGELOG.md":
+        return
+    for path in re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]*(?:\.(?:py|md))?)`", TEXTS[page]):
+        places = [folder / path for folder in (ROOT, ROOT / "llmprune", ROOT / "llmprune/pruning")]
+        assert any(place.exists() or place.with_suffix(".py").exists() for place in places), path
+
+
+def test_the_readme_names_every_method_and_criterion() -> None:
     assert all(f"| `{name}`" in README for name in METHODS)
+    assert all(f"`{name}`" in README for name in CRITERIA)
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
-def test_the_readme_tells_what_an_effort_stands_for(effort: str) -> None:
-    recipe = EFFORTS[effort]
+def test_the_pages_tell_what_an_effort_stands_for(effort: str) -> None:
+    recipe, removal = EFFORTS[effort], REMOVALS[effort]
     permute = "yes" if recipe.permute else "no"
     stages = f"{recipe.targets} | {permute} | {recipe.ridge:g} | {recipe.own:g} | {recipe.refine}"
     assert f"| `{effort}` | `{recipe.method}` | {stages} |" in README
+    row = f"| `{effort}` | `{removal.criterion}` | {removal.targets} | {removal.refine} |"
+    assert row in TEXTS["docs/guides/channels-and-heads.md"]
 
 
 def test_cells_may_be_named_one_by_one() -> None:

@@ -21,7 +21,7 @@ from llmprune.reporting.model_card import model_card
 from llmprune.reporting.report import FILE
 from llmprune.streaming.batch_shards import unseen_by_solves
 
-DOCS = ROOT / "docs" / "report.md"
+DOCS = ROOT / "docs" / "reference" / "report.md"
 FREE = ("versions", "method.options", "sparsity.config", "coverage.skipped", "layers[].stats")
 GENERATION = {f"generations[].{key}" for key in ("prompt", "dense", "pruned")}
 SPREAD = {"processes", *(f"processes.{key}" for key in ("world_size", "tokens", "rows"))}
