@@ -45,6 +45,7 @@ from eval.plot import draw
 from llmprune.cli.shell import Parser, hush_libraries, run_command
 from llmprune.errors import InputError
 from llmprune.pruning.recipe import EFFORTS
+from llmprune.reporting.schema import upgraded
 
 Cells = list[tuple[dict[str, Any], dict[str, Any]]]
 
@@ -173,7 +174,7 @@ def recovered_fraction(text: str, settings: dict[str, Any], cells: Cells, dense:
 
 def _is_sparsegpt(result: dict[str, Any]) -> bool:
     """Whether a run was SparseGPT without further stages."""
-    stages = {"method": "", **result.get("recipe", {})}  # an older result lacks the stages that came later
+    stages = {"method": "", **upgraded(result).get("recipe", {})}  # an older result lacks the stages that came later
     return all(stages.get(key, value) == value for key, value in asdict(EFFORTS["fast"]).items())
 
 

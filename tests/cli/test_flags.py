@@ -81,9 +81,9 @@ NONSENSE = {
     "--effort": ["slow", "", "Best"],
     "--targets": ["sparse", ""],
     "--steps": ["0", "-1", "x", "1.5"],
-    "--refine": ["-1", "x", "0.5", ""],
+    "--reconstruct": ["-1", "x", "0.5", ""],
     "--ridge": ["-1", "x", "inf", "nan", "30%", ""],
-    "--own": ["-1", "x", "nan", "15%", ""],
+    "--self-calibration": ["-1", "x", "nan", "15%", ""],
     "--allocate": ["alike", ""],
     "--scope": ["column", ""],
     "--samples": ["0", "-1", "1.5", "many", "", "1e3", "99999999999999999999", "١"],
@@ -119,7 +119,7 @@ def test_a_misspelt_choice_gets_a_suggestion(refused: Callable[..., Outcome], fl
 
 
 def test_refinement_needs_a_window_to_hold_out(refused: Callable[..., Outcome], flags: list[str]) -> None:
-    refused(*with_value(flags, "--samples", 1), "--effort", "best", says="there is 1", hints="--refine 0")
+    refused(*with_value(flags, "--samples", 1), "--effort", "best", says="there is 1", hints="--reconstruct 0")
 
 
 @pytest.mark.parametrize("kind", ["error", "owl"])

@@ -72,7 +72,7 @@ def test_the_readme_names_every_method() -> None:
 def test_the_readme_tells_what_an_effort_stands_for(effort: str) -> None:
     recipe = EFFORTS[effort]
     permute = "yes" if recipe.permute else "no"
-    stages = f"{recipe.targets} | {permute} | {recipe.ridge:g} | {recipe.own:g} | {recipe.refine}"
+    stages = f"{recipe.targets} | {permute} | {recipe.ridge:g} | {recipe.self_calibration:g} | {recipe.reconstruct}"
     assert f"| `{effort}` | `{recipe.method}` | {stages} |" in README
 
 
