@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmprune.cli.flags import build_parser, pack_parser, push_parser, report_parser, unpack_parser, verify_parser
-from llmprune.cli.shell import INTERRUPTED, hush_libraries, run_command
+from llmprune.cli.shell import INTERRUPTED, run_command, silence_libraries
 from llmprune.errors import InputError, PruneError
 from llmprune.sources.network import start_probe
 
@@ -108,7 +108,7 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if not (options.model == "demo" or options.model.endswith(".gguf") or Path(options.model).expanduser().exists()):
         start_probe()
     progress.note("loading libraries")
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     if where:
         from llmprune.export.upload import check_destination
 
@@ -199,7 +199,7 @@ def run_push(options: argparse.Namespace) -> int:
     from llmprune.export.upload import Destination, check_destination, check_folder
 
     start_probe()
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     where = Destination(options.repo, options.private, options.hub_revision)
     check_destination(where, check_folder(options.dir).model["name"])
     address = send(options.dir, where, TerminalProgress(quiet=options.quiet))
@@ -212,7 +212,7 @@ def run_push(options: argparse.Namespace) -> int:
 
 def run_verify(options: argparse.Namespace) -> int:
     """`llmprune verify`."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     from llmprune.export.verify import verify_folder
 
     result = verify_folder(
@@ -232,7 +232,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_pack(options: argparse.Namespace) -> int:
     """`llmprune pack`."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     from llmprune.cli import terminal
     from llmprune.export.pack import pack
 
@@ -251,7 +251,7 @@ def run_pack(options: argparse.Namespace) -> int:
 
 def run_unpack(options: argparse.Namespace) -> int:
     """`llmprune unpack`."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     from llmprune.cli import terminal
     from llmprune.export.pack import unpack
 
@@ -262,7 +262,7 @@ def run_unpack(options: argparse.Namespace) -> int:
 
 def run_report(options: argparse.Namespace) -> int:
     """`llmprune report`."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     from llmprune.cli import terminal
     from llmprune.export.generations import PROMPTS, add_generations
     from llmprune.reporting.html_report import PAGE, write_report

@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(match[1], flags, 1)
             message = f"unknown argument {match[1]!r}"
             hint = f"did you mean {close[0]}?" if close else hint
-        say_error(message, hint)
+        print_error(message, hint)
         raise SystemExit(2)
 
 
@@ -52,10 +52,10 @@ def run_command(parser: Parser, command: Callable[[argparse.Namespace], int], ar
         return guarded(lambda: command(options), options.debug)
     except KeyboardInterrupt:
         # It can arrive while the first handler is being entered or left.
-        return say_interrupted()
+        return print_interrupted()
 
 
-def say_interrupted() -> int:
+def print_interrupted() -> int:
     """The one line of an interruption, and its exit code."""
     sys.stderr.write("\ninterrupted; the output folder is as it was\n")
     return INTERRUPTED
@@ -67,11 +67,11 @@ def guarded(work: Callable[[], int], debug: bool) -> int:
     try:
         return work()
     except KeyboardInterrupt:
-        return say_interrupted()
+        return print_interrupted()
     except PruneError as error:
         if debug:
             traceback.print_exc()
-        say_error(error.message, error.hint)
+        print_error(error.message, error.hint)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,7 +80,7 @@ def guarded(work: Callable[[], int], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         text = str(error).strip().splitlines()
-        say_error(
+        print_error(
             f"{type(error).__name__}: {text[0] if text else 'no message'}",
             "unexpected; run again with --debug and report it",
         )
@@ -93,14 +93,14 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def say_error(message: str, hint: str) -> None:
+def print_error(message: str, hint: str) -> None:
     """The two lines of an error."""
     sys.stderr.write(f"error: {message}\n")
     if hint:
         sys.stderr.write(f"hint: {hint}\n")
 
 
-def hush_libraries(debug: bool) -> None:
+def silence_libraries(debug: bool) -> None:
     """Other libraries' remarks would bury ours."""
     import warnings
 
