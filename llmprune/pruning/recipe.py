@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from llmprune.knobs import MUST, RATIO, SWITCH, TEXT, choice, knob, knobs_of, optional, whole
 
 Targets = Literal["pruned", "dense"]
 Allocate = Literal["uniform", "error", "owl"]
@@ -13,34 +15,91 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The stages a model goes through; every field is a flag of the command line.
+    """What is done to every layer and block."""
 
-    Args:
-        method: a name of the METHODS table; '' where no pattern of weights is asked for.
-        targets: what a layer should give: `pruned`, the dense layer's output on the pruned model's inputs; `dense`, its
-            output in the dense model, as far as the calibration data support it.
-        permute: whether input channels of an N:M layer are reordered where that can be folded into the layers before.
-        steps: in how many nested steps the sparsity is reached, the weights fitted anew in between.
-        ridge: how strongly weights are pulled to their targets, as a share of every input's own mean square.
-        refit: whether the weights are fitted once more, exactly, on the mask that was found.
-        reconstruct: in how many epochs a pruned block learns to give the dense block's output.
-        self_calibration: how many windows the dense model generates and adds to the calibration text, per window of it.
-        allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
-        criterion: by which channels or heads go, a name of the CRITERIA table; '' where none do.
-        compensate: whether what is left of a layer makes up, by least squares, for the inputs that went.
-    """
-
-    method: str
-    targets: Targets = "pruned"
-    permute: bool = False
-    steps: int = 1
-    ridge: float = 0.0
-    refit: bool = False
-    reconstruct: int = 0
-    self_calibration: float = 0.0
-    allocate: Allocate = "uniform"
-    criterion: str = ""
-    compensate: bool = True
+    method: str = knob(MUST, "recipe", "method for weights; empty where no pattern is asked for", TEXT)
+    targets: Targets = knob(
+        "pruned",
+        "recipe",
+        "what a layer is fitted to: the dense layer's output on the pruned model's inputs (pruned), or its output in "
+        "the dense model (dense)",
+        choice(get_args(Targets), metavar="WHICH"),
+        label="{} targets",
+        guesses=("target",),
+    )
+    permute: bool = knob(
+        False,
+        "recipe",
+        "permute input channels where the permutation folds into the layers before",
+        SWITCH,
+        applies_to="N:M",
+        label="permuted channels",
+        guesses=("permutation", "channel_permutation", "reorder"),
+    )
+    steps: int = knob(
+        1,
+        "recipe",
+        "iterative pruning schedule: the sparsity is reached in K nested steps, the weights fitted in between",
+        whole(metavar="K"),
+        label="{} steps",
+        guesses=("iterative_steps", "pruning_steps", "schedule"),
+    )
+    ridge: float = knob(
+        0.0,
+        "recipe",
+        "diagonal-scaled ridge (Tikhonov) penalty on the distance to the targets, relative to every input's mean "
+        "square",
+        RATIO,
+        label="ridge {:g}",
+        guesses=("l2", "tikhonov", "lambda"),
+    )
+    refit: bool = knob(
+        False,
+        "recipe",
+        "least-squares refit of the kept weights on the final mask; by default yes for channels and heads",
+        SWITCH,
+        label="refit",
+        guesses=("least_squares", "update_weights"),
+    )
+    reconstruct: int = knob(
+        0,
+        "recipe",
+        "block-wise reconstruction: epochs in which every pruned block is trained to give the dense block's output; "
+        "the best on held-out windows is kept",
+        whole(0, metavar="EPOCHS"),
+        unit="epochs",
+        label="block-wise reconstruction x{}",
+        earlier=("refine",),
+        guesses=("epochs", "finetune", "num_epochs", "block_reconstruction", "reconstruction"),
+    )
+    self_calibration: float = knob(
+        0.0,
+        "recipe",
+        "self-calibration: windows that the dense model generates, per window of the calibration text, and that are "
+        "added to it",
+        RATIO,
+        label="self-calibration x{:g}",
+        earlier=("own",),
+        guesses=("self_generated", "generate_calibration"),
+    )
+    allocate: Allocate = knob(
+        "uniform",
+        "recipe",
+        "non-uniform layer-wise allocation: less sparsity in blocks with larger errors (error) or more outliers (owl)",
+        choice(get_args(Allocate), metavar="RULE"),
+        applies_to="unstructured",
+        label="allocation by {}",
+        guesses=("allocation", "layerwise", "sparsity_distribution", "owl=owl"),
+    )
+    criterion: str = knob("", "recipe", "criterion for channels and heads; empty where none are removed", TEXT)
+    compensate: bool = knob(
+        True,
+        "recipe",
+        "whether what is left of a layer compensates, by least squares, for the inputs that were removed",
+        SWITCH,
+        applies_to="channels, heads",
+        label="no compensation",
+    )
 
     @classmethod
     def from_report(cls, settings: Mapping[str, Any]) -> Recipe:
@@ -62,27 +121,25 @@ class Recipe:
         return max(round(self.self_calibration * windows), 1) if self.self_calibration else 0
 
     def describe(self) -> str:
-        """The stages in a few words."""
-        stages = [self.label]
-        if self.criterion:
-            stages.append("reconstruction" if self.compensate else "no reconstruction")
-        if self.targets == "dense":
-            stages.append("dense targets")
-        if self.permute:
-            stages.append("permuted channels")
-        if self.steps > 1:
-            stages.append(f"{self.steps} steps")
-        if self.ridge:
-            stages.append(f"ridge {self.ridge:g}")
-        if self.refit:
-            stages.append("refit")
-        if self.reconstruct:
-            stages.append(f"{self.reconstruct} epoch{'s' if self.reconstruct > 1 else ''} of refinement")
-        if self.self_calibration:
-            stages.append(f"own text x{self.self_calibration:g}")
-        if self.allocate != "uniform":
-            stages.append(f"shares by {self.allocate}")
-        return " + ".join(stages)
+        """The method and every setting that is not the plain method's, in one phrase."""
+        settings = [(each, getattr(self, each.name)) for each in knobs_of(Recipe) if each.label]
+        return " + ".join(
+            [self.label, *(each.label.format(value) for each, value in settings if value != each.default)]
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """The settings of a recipe that a user may set; None for those of the effort, or of a plain method."""
+
+    targets: Targets | None = optional(Recipe, "targets")
+    permute: bool | None = optional(Recipe, "permute")
+    steps: int | None = optional(Recipe, "steps")
+    ridge: float | None = optional(Recipe, "ridge")
+    refit: bool | None = optional(Recipe, "refit")
+    reconstruct: int | None = optional(Recipe, "reconstruct")
+    self_calibration: float | None = optional(Recipe, "self_calibration")
+    allocate: Allocate | None = optional(Recipe, "allocate")
 
 
 EFFORTS = {

@@ -40,8 +40,16 @@ def test_a_recipe_says_all_its_stages() -> None:
     everything = Recipe(
         "admm", targets="dense", permute=True, steps=3, ridge=0.3, refit=True, reconstruct=2, self_calibration=0.5
     )
-    stages = ["admm", "dense targets", "permuted channels", "3 steps", "ridge 0.3", "refit", "2 epochs of refinement"]
-    assert everything.describe() == " + ".join([*stages, "own text x0.5"])
+    stages = [
+        "admm",
+        "dense targets",
+        "permuted channels",
+        "3 steps",
+        "ridge 0.3",
+        "refit",
+        "block-wise reconstruction x2",
+    ]
+    assert everything.describe() == " + ".join([*stages, "self-calibration x0.5"])
 
 
 @pytest.mark.parametrize(("sparsity", "asked", "done"), [("2:4", 100, 2), ("4:8", 3, 3), ("50%", 3, 3)])
