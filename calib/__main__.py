@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.cli.values import positive, seed, window
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def build_parser() -> Parser:
 
 def freeze(options: argparse.Namespace) -> int:
     """Make the file."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     from llmprune.cli.terminal import TerminalProgress
     from llmprune.errors import InputError
     from llmprune.sources.demo import default_cache

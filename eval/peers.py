@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import record
-from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError, PruneError
 
@@ -391,7 +391,7 @@ def table(result: dict[str, Any]) -> str:
 
 def compare(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Run the study; write and print its result."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     stamp = record.stamp(["python", "-m", "eval.peers", *given], options.out)
     with tempfile.TemporaryDirectory(prefix="llmprune-peers-") as scratch:
         work = (options.work or Path(scratch)).absolute()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.models import find_model
-from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.cli.values import positive, window
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     results = rows(options)
     if options.json:
         print(json.dumps({"model": options.model, "dense": options.dense, "results": results}, indent=2))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import record
-from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.cli.values import positive
 
 
@@ -69,7 +69,7 @@ def build_parser() -> Parser:
 
 def run_processes(options: argparse.Namespace, given: Sequence[str]) -> int:
     """The command."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     stamp = record.stamp(["python", "-m", "eval.processes", *given], options.out)
     load = os.getloadavg()[0]
     turns = [{str(size): run_with(size, options) for size in options.sizes} for _ in range(options.repeats)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import record
-from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.cli.values import positive, size
 from llmprune.pruning.methods import METHODS
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT
@@ -272,7 +272,7 @@ def _stored_bytes(shape: Shape) -> int:
 
 def run_scale(options: argparse.Namespace, given: Sequence[str]) -> int:
     """The command."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     stamp = record.stamp(["python", "-m", "eval.scale", *given], options.out)
     options.work.mkdir(parents=True)
     try:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval import record
 from eval.models import find_model
-from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError
 
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
 
     from llmprune.pruning.sparsity import parse_sparsity
 
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     torch.set_num_threads(options.threads)
     patterns = {}
     for text in options.sparsity:

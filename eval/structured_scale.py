@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import record
-from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.cli.values import positive
 from llmprune.pruning.criteria import CRITERIA
 
@@ -87,7 +87,7 @@ def _gram(inputs: int) -> Any:
 
 def run_scale(options: argparse.Namespace, given: Sequence[str]) -> int:
     """The command."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     stamp = record.stamp(["python", "-m", "eval.structured_scale", *given], options.out)
     done = json.loads(options.out.read_text(encoding="utf-8")) if options.out and options.out.exists() else {}
     cells: list[dict[str, Any]] = done.get("cells", [])

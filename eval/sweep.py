@@ -42,9 +42,10 @@ from typing import Any
 from eval import record
 from eval.perplexity import measure
 from eval.plot import draw
-from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.errors import InputError
 from llmprune.pruning.recipe import EFFORTS
+from llmprune.reporting.schema import upgraded
 
 Cells = list[tuple[dict[str, Any], dict[str, Any]]]
 
@@ -173,7 +174,7 @@ def recovered_fraction(text: str, settings: dict[str, Any], cells: Cells, dense:
 
 def _is_sparsegpt(result: dict[str, Any]) -> bool:
     """Whether a run was SparseGPT without further stages."""
-    stages = {"method": "", **result.get("recipe", {})}  # an older result lacks the stages that came later
+    stages = {"method": "", **upgraded(result).get("recipe", {})}  # an older result lacks the stages that came later
     return all(stages.get(key, value) == value for key, value in asdict(EFFORTS["fast"]).items())
 
 
@@ -204,7 +205,7 @@ def _measured(found: dict[str, float], share: float | None = None) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Run what is missing, then print the table."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     try:
         grid = tomllib.loads(options.grid.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from eval.perplexity import open_model
-from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError
 from llmprune.runtime.files import replacing
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
 
     from llmprune.sources.generated import check_room, go_on
 
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     skeleton, tokenizer = open_model(options.model)
     at_once = check_room(skeleton, options.length)
     if tokenizer.bos_token_id is None:

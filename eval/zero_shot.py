@@ -22,7 +22,7 @@ from typing import Any
 
 from eval import record
 from eval.models import find_model
-from llmprune.cli.shell import Parser, hush_libraries, run_command
+from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.cli.values import positive
 
 ANSWER = "\nAnswer:"
@@ -277,7 +277,7 @@ def _cell(figures: dict[str, float], name: str) -> str:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Score, write and print."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     stamp = record.stamp(["python", "-m", "eval.zero_shot", *given], options.out)
     tasks = [task for task in options.tasks.split(",") if task]
     files = [task for task in tasks if task.endswith(".jsonl") and not options.harness]

@@ -58,3 +58,8 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'llmprune' has no attribute {name!r}")
     return getattr(import_module(f"llmprune.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return __all__

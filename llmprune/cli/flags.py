@@ -1,17 +1,20 @@
-"""The flags of every command, with their help; no torch is imported for them."""
+"""The flags of every command, those of the main one made from the fields of `Job`; no torch is imported for them."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmprune.cli.guesses import ANSWERS, answer
 from llmprune.cli.shell import Parser
-from llmprune.cli.values import epochs, pair, positive, seed, share, size, window
+from llmprune.cli.values import positive
+from llmprune.job import GROUPS, Job, knobs
+from llmprune.knobs import MUST, Knob
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS, MethodEntry
-from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT, EFFORTS
 
 EXIT_CODES = """\
 exit codes:
@@ -53,8 +56,12 @@ def table(title: str, entries: Mapping[str, MethodEntry]) -> str:
     return "\n".join([f"{title}:", *(f"  {name:<12}{entry.help}" for name, entry in entries.items()), ""])
 
 
-def build_parser() -> Parser:
-    """All flags of the main command."""
+def build_parser(job: type[Job] = Job) -> Parser:
+    """The main command's parser.
+
+    Args:
+        job: its fields become flags; what is not set is left out of the parsed options.
+    """
     methods = table("methods for weights", METHODS) + "\n" + table("criteria for channels and heads", CRITERIA)
     parser = Parser(
         prog="llmprune",
@@ -69,131 +76,53 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    _add_what(parser)
-    _add_data(parser)
-    _add_output(parser)
+    parser.knobs, parser.answers, parser.stray = knobs(job), ANSWERS, answer
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    for each in parser.knobs:
+        add_knob(groups[each.group], each)
+    _add_output(groups["output"])
     _add_hub(parser.add_argument_group("Hugging Face Hub"))
-    _add_machine(parser)
+    _add_other(parser.add_argument_group("other"))
     return parser
 
 
-def _add_what(parser: Parser) -> None:
-    what = parser.add_argument_group("what to prune")
-    what.add_argument(
-        "--model", required=True, help="model folder, Hub id, .gguf file, or demo (SmolLM2-135M-Instruct)"
-    )
-    what.add_argument(
-        "--sparsity", required=True, metavar="PATTERN",
-        help="2:4 (any N:M prunes N of every M weights), 50%% or 0.5; channels:25%% or heads:33%% for a smaller model; "
-        "several with + between: channels:20%%+2:4",
-    )  # fmt: skip
-    what.add_argument(
-        "--effort", choices=EFFORTS, default=DEFAULT_EFFORT, metavar="HOW",
-        help=f"{', '.join(EFFORTS)}: time for quality (default: {DEFAULT_EFFORT}); --dry-run tells the time of each",
-    )  # fmt: skip
-    what.add_argument(
-        "--method", choices=tuple(dict.fromkeys((AUTO, *METHODS, *CRITERIA))), default=AUTO, metavar="NAME",
-        help=f"{', '.join(METHODS)}; for channels and heads {', '.join(CRITERIA)}; alone unless flags below add to it; "
-        f"or {AUTO}: what --effort stands for (default)",
-    )  # fmt: skip
-    what.add_argument(
-        "--option", type=pair, metavar="KEY=VALUE", action="append", default=[],
-        help="an option of the method, e.g. damping=0.03; repeatable",
-    )  # fmt: skip
-    what.add_argument(
-        "--round-to", type=positive, metavar="N",
-        help="channels that stay are a multiple of this (default: 64, or a smaller power of two in a tiny model)",
-    )  # fmt: skip
-    what.add_argument(
-        "--scope", choices=("row", "layer"),
-        help="where an unstructured count is exact (default: row for wanda, layer for the others)",
-    )  # fmt: skip
-    what.add_argument(
-        "--only", metavar="GLOB", action="append", default=[], help="prune only layers that match; repeatable"
-    )
-    what.add_argument(
-        "--skip",
-        metavar="GLOB",
-        action="append",
-        default=[],
-        help="leave matching layers dense, e.g. '*.down_proj'; repeatable",
-    )
-    _add_stages(parser)
-    what.add_argument("--revision", help="branch, tag or commit of a Hub model")
-    what.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+def add_knob(group: argparse._ArgumentGroup, each: Knob) -> None:
+    """Add the flag of a knob; its value stays text, which `Job` reads."""
+    told: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS, "help": help_of(each).replace("%", "%%")}
+    if not each.is_switch:
+        told |= {"metavar": each.metavar, "required": each.default is MUST}
+        group.add_argument(each.flag, action="append" if each.repeatable else "store", **told)
+    elif each.default is None:
+        group.add_argument(each.flag, action=argparse.BooleanOptionalAction, **told)
+    else:
+        group.add_argument(each.flag, action="store_const", const=not each.default, **told)
 
 
-def _add_stages(parser: Parser) -> None:
-    stages = parser.add_argument_group(
-        "stages around the method (default: those of the effort; none for a method by name)"
-    )
-    stages.add_argument(
-        "--targets", choices=("pruned", "dense"),
-        help="fit a layer to the dense layer's output on the pruned model's inputs, or on the dense model's own",
-    )  # fmt: skip
-    switch = argparse.BooleanOptionalAction
-    stages.add_argument(
-        "--permute", action=switch, default=None, help="reorder channels for N:M where it folds into the layers before"
-    )
-    stages.add_argument(
-        "--steps", type=positive, metavar="K",
-        help="reach the sparsity in K nested steps, the weights fitted anew in between (default: 1)",
-    )  # fmt: skip
-    stages.add_argument(
-        "--ridge", type=share, metavar="SHARE",
-        help="pull weights to their targets, as if every input had this share of its mean square as noise of its own",
-    )  # fmt: skip
-    stages.add_argument(
-        "--refit", action=switch, default=None,
-        help="fit the weights once more on what is left (default: yes for channels and heads, no for a named method)",
-    )  # fmt: skip
-    stages.add_argument(
-        "--refine",
-        type=epochs,
-        metavar="EPOCHS",
-        help="train each pruned block so often to give the dense block's output; the epoch that did best is kept",
-    )
-    stages.add_argument(
-        "--own",
-        type=share,
-        metavar="SHARE",
-        help="let the dense model write so many windows itself, per window of the calibration text, and add them to it",
-    )
-    stages.add_argument(
-        "--allocate", choices=("uniform", "error", "owl"),
-        help="unstructured: the same share in every block, or less where errors or outliers are larger",
-    )  # fmt: skip
+def help_of(each: Knob) -> str:
+    """The line of help of a knob: what it does, which patterns it is for, its default."""
+    notes = [f"{each.applies_to} only"] if each.applies_to else []
+    notes += ["repeatable"] if each.repeatable else []
+    notes += [f"default: {each.default_text}"] if each.default_text and not each.is_switch else []
+    negation = "do not " if each.flag.startswith("--no-") else ""
+    return negation + each.help + (f" ({'; '.join(notes)})" if notes else "")
 
 
-def _add_data(parser: Parser) -> None:
-    data = parser.add_argument_group("calibration and evaluation text")
-    text = "text file or folder, or sotu, c4, wikitext2, ptb, fineweb-edu"
-    data.add_argument(
-        "--calib",
-        metavar="SRC",
-        help=f"{text}; or a token file made by `python -m calib` (default: sotu for demo, else c4)",
-    )
-    data.add_argument("--samples", type=positive, metavar="N", help="calibration windows (default: 128)")
-    data.add_argument("--seq-len", type=window, metavar="N", help="tokens per calibration window (default: 512)")
-    data.add_argument("--seed", type=seed, default=0, metavar="N", help="choice of windows (default: 0)")
-    data.add_argument("--eval", metavar="SRC", help=f"{text} (default: sotu, other years, for demo; else wikitext2)")
-    data.add_argument("--eval-windows", type=positive, default=20, metavar="N", help="evaluation windows (default: 20)")
-    data.add_argument("--eval-context", type=window, metavar="N", help="tokens per evaluation window (default: 1024)")
-    data.add_argument("--no-eval", action="store_true", help="measure no perplexity")
+def make_job(options: argparse.Namespace, arguments: Sequence[str], job: type[Job] = Job) -> Job:
+    """The job that the parsed flags describe.
+
+    Args:
+        options: what `build_parser` has parsed.
+        arguments: the words of the command line, for the report.
+        job: the class that the parser was built for.
+
+    Raises:
+        InputError: a value is outside its range.
+    """
+    given = {each.name: getattr(options, each.name) for each in knobs(job) if hasattr(options, each.name)}
+    return job(**given, command=shlex.join(["llmprune", *arguments]))
 
 
-def _add_output(parser: Parser) -> None:
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to make (default: named from model, method and sparsity)"
-    )
-    output.add_argument("--overwrite", action="store_true", help="replace a pruned folder once the new one is complete")
-    output.add_argument(
-        "--restart", action="store_true", help="drop the finished blocks of a stopped run instead of going on from them"
-    )
-    output.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="stored type (default: the source's)"
-    )
+def _add_output(output: argparse._ArgumentGroup) -> None:
     output.add_argument(
         "--dry-run", action="store_true", help="show plan, sizes, and an estimate of memory and time; write nothing"
     )
@@ -213,20 +142,10 @@ def _add_destination(hub: argparse._ActionsContainer) -> None:
     hub.add_argument("--hub-revision", metavar="BRANCH", help="branch to upload to (default: main)")
 
 
-def _add_machine(parser: Parser) -> None:
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    machine.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
-    machine.add_argument(
-        "--activation-memory", type=size, default="2GiB", metavar="SIZE",
-        help="hidden states beyond this rest in files beside the output while it is made (default: 2GiB)",
-    )  # fmt: skip
-    machine.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="converted models and demo data (default: ~/.cache/llmprune)"
-    )
-    machine.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    machine.add_argument("--version", action=Version, nargs=0, help="print the version")
-    machine.add_argument("-h", "--help", action="help", help="print this help")
+def _add_other(other: argparse._ArgumentGroup) -> None:
+    other.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    other.add_argument("--version", action=Version, nargs=0, help="print the version")
+    other.add_argument("-h", "--help", action="help", help="print this help")
 
 
 def _command(name: str, description: str, folder: str = "a pruned folder") -> Parser:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmprune.cli.flags import build_parser, pack_parser, push_parser, report_parser, unpack_parser, verify_parser
-from llmprune.cli.shell import INTERRUPTED, hush_libraries, run_command
+from llmprune.cli.flags import (
+    build_parser,
+    make_job,
+    pack_parser,
+    push_parser,
+    report_parser,
+    unpack_parser,
+    verify_parser,
+)
+from llmprune.cli.shell import INTERRUPTED, is_follower, run_command, silence_libraries
 from llmprune.errors import InputError, PruneError
+from llmprune.progress import Progress
 from llmprune.sources.network import start_probe
 
 if TYPE_CHECKING:
-    from llmprune.cli.terminal import TerminalProgress
     from llmprune.export.upload import Destination
     from llmprune.job import Job
 
@@ -53,106 +60,57 @@ def entry() -> int:
     return code
 
 
-def make_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
-    """The job that the flags describe."""
-    from llmprune.job import Job
-
-    return Job(
-        model=options.model,
-        sparsity=options.sparsity,
-        method=options.method,
-        effort=options.effort,
-        targets=options.targets,
-        permute=options.permute,
-        steps=options.steps,
-        refit=options.refit,
-        refine=options.refine,
-        ridge=options.ridge,
-        own=options.own,
-        allocate=options.allocate,
-        options=tuple(options.option),
-        round_to=options.round_to,
-        scope=options.scope,
-        calib=options.calib,
-        samples=options.samples,
-        seq_len=options.seq_len,
-        seed=options.seed,
-        out=options.out,
-        overwrite=options.overwrite,
-        restart=options.restart,
-        only=tuple(options.only),
-        skip=tuple(options.skip),
-        dtype=options.dtype,
-        device=options.device,
-        threads=options.threads,
-        activation_memory=options.activation_memory,
-        evaluate=not options.no_eval,
-        eval_text=options.eval,
-        eval_windows=options.eval_windows,
-        eval_context=options.eval_context,
-        revision=options.revision,
-        cache_dir=options.cache_dir,
-        trust_remote_code=options.trust_remote_code,
-        command=shlex.join(["llmprune", *arguments]),
-    )
-
-
 def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """The main command."""
-    from llmprune.cli import terminal
+    """The main command, the same in every process of a run; only the first one speaks."""
+    from llmprune.cli.terminal import TerminalProgress
 
-    job = make_job(options, arguments)
-    where = destination(options)
+    try:
+        job, where = make_job(options, arguments), destination(options)
+    except InputError as error:
+        error.silent = is_follower()
+        raise
     words = sys.stderr if options.json else sys.stdout
-    progress = terminal.TerminalProgress(quiet=options.quiet or is_follower())
-    if not (options.model == "demo" or options.model.endswith(".gguf") or Path(options.model).expanduser().exists()):
+    progress = Progress() if is_follower() else TerminalProgress(quiet=options.quiet)
+    if not (job.model == "demo" or job.model.endswith(".gguf") or Path(job.model).expanduser().exists()):
         start_probe()
     progress.note("loading libraries")
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     if where:
         from llmprune.export.upload import check_destination
 
         check_destination(where, job.model)
+    if options.dry_run and is_follower():
+        return 0
+    facts, text = (plan if options.dry_run else run)(job, progress)
     if is_follower():
-        return run_follower(options, job)
-    if options.dry_run:
-        from llmprune.run import dry_run
-
-        facts = dry_run(job, progress)
-        text = terminal.plan_text(facts)
-    else:
-        from llmprune.run import prune
-
-        report = prune(job, progress)
-        for text in report.warnings:
-            progress.warn(text)
-        facts = report.to_json()
-        text = terminal.summary(report)
+        return 0
     if not options.quiet:
         words.write(text)
     if options.json:
         print(json.dumps(facts, indent=2), flush=True)
     if where and not options.dry_run:
-        words.write(f"pushed to    {send(Path(facts['out']), where, progress)}\n")
+        words.write(f"pushed to    {send(Path(facts['out']), where, progress, quiet=options.quiet)}\n")
     return 0
 
 
-def is_follower() -> bool:
-    """Whether this is one of several processes, but not the first, which speaks for all."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+def plan(job: Job, progress: Progress) -> tuple[dict[str, Any], str]:
+    """The plan of a run, as JSON and as text."""
+    from llmprune.cli.terminal import plan_text
+    from llmprune.run import dry_run
+
+    facts = dry_run(job, progress)
+    return facts, plan_text(facts)
 
 
-def run_follower(options: argparse.Namespace, job: Job) -> int:
-    """The main command in all processes but the first; it leaves it to one that failed to say so."""
+def run(job: Job, progress: Progress) -> tuple[dict[str, Any], str]:
+    """Prune; the report, as JSON and as text."""
+    from llmprune.cli.terminal import summary
     from llmprune.run import prune
-    from llmprune.runtime.process_group import PeerFailedError
 
-    try:
-        if not options.dry_run:
-            prune(job)
-    except PeerFailedError:
-        return 1
-    return 0
+    report = prune(job, progress)
+    for text in report.warnings:
+        progress.warn(text)
+    return report.to_json(), summary(report)
 
 
 def destination(options: argparse.Namespace) -> Destination | None:
@@ -171,13 +129,13 @@ def destination(options: argparse.Namespace) -> Destination | None:
     return Destination(options.push_to_hub, options.private, options.hub_revision)
 
 
-def send(folder: Path, where: Destination, progress: TerminalProgress) -> str:
+def send(folder: Path, where: Destination, progress: Progress, quiet: bool) -> str:
     """Upload a finished folder; even an interruption says how to repeat that."""
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
 
     from llmprune.export.upload import upload
 
-    if not progress.quiet:
+    if not quiet:
         enable_progress_bars()
     try:
         return upload(folder, where, progress)
@@ -199,10 +157,10 @@ def run_push(options: argparse.Namespace) -> int:
     from llmprune.export.upload import Destination, check_destination, check_folder
 
     start_probe()
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     where = Destination(options.repo, options.private, options.hub_revision)
     check_destination(where, check_folder(options.dir).model["name"])
-    address = send(options.dir, where, TerminalProgress(quiet=options.quiet))
+    address = send(options.dir, where, TerminalProgress(quiet=options.quiet), options.quiet)
     if options.json:
         print(json.dumps({"repo": where.repo, "revision": where.revision or "main", "commit": address}, indent=2))
     elif not options.quiet:
@@ -212,7 +170,7 @@ def run_push(options: argparse.Namespace) -> int:
 
 def run_verify(options: argparse.Namespace) -> int:
     """`llmprune verify`."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     from llmprune.export.verify import verify_folder
 
     result = verify_folder(
@@ -232,7 +190,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_pack(options: argparse.Namespace) -> int:
     """`llmprune pack`."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     from llmprune.cli import terminal
     from llmprune.export.pack import pack
 
@@ -251,7 +209,7 @@ def run_pack(options: argparse.Namespace) -> int:
 
 def run_unpack(options: argparse.Namespace) -> int:
     """`llmprune unpack`."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     from llmprune.cli import terminal
     from llmprune.export.pack import unpack
 
@@ -262,7 +220,7 @@ def run_unpack(options: argparse.Namespace) -> int:
 
 def run_report(options: argparse.Namespace) -> int:
     """`llmprune report`."""
-    hush_libraries(options.debug)
+    silence_libraries(options.debug)
     from llmprune.cli import terminal
     from llmprune.export.generations import PROMPTS, add_generations
     from llmprune.reporting.html_report import PAGE, write_report

@@ -6,19 +6,66 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NoReturn
 
 from llmprune.errors import PruneError
+from llmprune.knobs import Knob, flag_of, nearest, spellings
 
 INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in two lines, with a hint."""
+    """Errors in two lines, with a hint.
+
+    Attributes:
+        knobs: whose earlier names are taken, and whose names elsewhere are answered.
+        answers: flags that are answered, and the hints.
+        stray: the hint for a word where a flag is expected, given the word and the rest; None if words are taken.
+    """
+
+    knobs: Sequence[Knob] = ()
+    answers: Mapping[str, str] = MappingProxyType({})
+    stray: Callable[[str, Sequence[str]], str] | None = None
+
+    def present(self, arguments: Sequence[str]) -> list[str]:
+        """The command line with all flags under their present names; ends the process at one that is unknown."""
+        earlier = {flag_of(name): each.flag for each in self.knobs for name in each.earlier}
+        found: list[str] = []
+        takes_value = False
+        for at, argument in enumerate(arguments):
+            if argument == "--":
+                return found + list(arguments[at:])
+            flag, equals, value = argument.partition("=")
+            rest = arguments[at + 1 :]
+            if takes_value or not _is_flag(flag):
+                if self.stray is not None and not takes_value:
+                    self.refuse(f"unknown {'argument' if at else 'command'} {argument!r}", self.stray(argument, rest))
+                takes_value = False
+                found.append(argument)
+                continue
+            if flag in earlier:
+                _warn(f"{flag} is now called {earlier[flag]}")
+                flag = earlier[flag]
+            if flag not in self._option_string_actions:
+                self.refuse(f"unknown argument {flag!r}", self._meant(flag, value or next(iter(rest), "")))
+            takes_value = self._option_string_actions[flag].nargs is None and not equals
+            found.append(f"{flag}{equals}{value}")
+        return found
+
+    def _meant(self, flag: str, value: str) -> str:
+        """The hint for an unknown flag, with the value that the user gave it."""
+        hints = {
+            **{name: _offer(each, implied or value) for name, (each, implied) in spellings(self.knobs).items()},
+            **{name: f"did you mean {name}?" for name in self._option_string_actions},
+            **self.answers,
+        }
+        return self.answers.get(flag) or nearest(flag, hints) or f"see {self.prog} --help"
 
     def error(self, message: str) -> NoReturn:
         hint = f"see {self.prog} --help"
@@ -27,13 +74,29 @@ class Parser(argparse.ArgumentParser):
             message, hint = f"{flag} {value!r} is unknown", f"choose from {', '.join(choices)}"
             if close := difflib.get_close_matches(value, choices, 1):
                 hint += f"; did you mean {close[0]}?"
-        elif match := re.search(r"unrecognized arguments: (\S+)", message):
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(match[1], flags, 1)
-            message = f"unknown argument {match[1]!r}"
-            hint = f"did you mean {close[0]}?" if close else hint
-        say_error(message, hint)
+        self.refuse(message.replace("unrecognized arguments:", "unknown argument"), hint)
+
+    def refuse(self, message: str, hint: str) -> NoReturn:
+        """Print an error, once for all processes of a run, and end the process."""
+        if not is_follower():
+            print_error(message, hint)
         raise SystemExit(2)
+
+
+def _is_flag(word: str) -> bool:
+    """Whether argparse would take a word for a flag."""
+    return word.startswith("-") and word != "-" and " " not in word and not re.fullmatch(r"-\d+|-\d*\.\d+", word)
+
+
+def _offer(each: Knob, value: str) -> str:
+    """The hint to use a knob's flag."""
+    given = shlex.quote(value) if value and not _is_flag(value) else each.metavar
+    return f"use {each.flag}" + ("" if each.is_switch else f" {given}")
+
+
+def is_follower() -> bool:
+    """Whether this is one of several processes, but not the first, which speaks for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
 def run_command(parser: Parser, command: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None) -> int:
@@ -45,17 +108,17 @@ def run_command(parser: Parser, command: Callable[[argparse.Namespace], int], ar
         argv: the flags; None for those of the process.
     """
     try:
-        options = parser.parse_args(argv)
+        options = parser.parse_args(parser.present(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         return guarded(lambda: command(options), options.debug)
     except KeyboardInterrupt:
         # It can arrive while the first handler is being entered or left.
-        return say_interrupted()
+        return print_interrupted()
 
 
-def say_interrupted() -> int:
+def print_interrupted() -> int:
     """The one line of an interruption, and its exit code."""
     sys.stderr.write("\ninterrupted; the output folder is as it was\n")
     return INTERRUPTED
@@ -67,11 +130,12 @@ def guarded(work: Callable[[], int], debug: bool) -> int:
     try:
         return work()
     except KeyboardInterrupt:
-        return say_interrupted()
+        return print_interrupted()
     except PruneError as error:
         if debug:
             traceback.print_exc()
-        say_error(error.message, error.hint)
+        if not error.silent:
+            print_error(error.message, error.hint)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,7 +144,7 @@ def guarded(work: Callable[[], int], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         text = str(error).strip().splitlines()
-        say_error(
+        print_error(
             f"{type(error).__name__}: {text[0] if text else 'no message'}",
             "unexpected; run again with --debug and report it",
         )
@@ -93,14 +157,19 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def say_error(message: str, hint: str) -> None:
+def _warn(text: str) -> None:
+    if not is_follower():
+        sys.stderr.write(f"warning: {text}\n")
+
+
+def print_error(message: str, hint: str) -> None:
     """The two lines of an error."""
     sys.stderr.write(f"error: {message}\n")
     if hint:
         sys.stderr.write(f"hint: {hint}\n")
 
 
-def hush_libraries(debug: bool) -> None:
+def silence_libraries(debug: bool) -> None:
     """Other libraries' remarks would bury ours."""
     import warnings
 

@@ -148,7 +148,7 @@ def _errors(report: PruneReport) -> str:
         for layer in report.layers
         if key in layer.stats
     ]
-    if not found or not report.recipe["reconstruct"]:
+    if not found or not report.recipe["compensate"]:
         return mean
     unfitted, refitted, now = (sum(errors) / len(found) for errors in zip(*found, strict=True))
     text = f"{mean}; of layers that lost inputs {unfitted:.4f} before the refit, {refitted:.4f} after"
@@ -164,7 +164,7 @@ def _perplexity_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
 def recipe_text(settings: dict[str, Any]) -> str:
     """What is done to every layer and block."""
     effort = f" (effort {settings['effort']})" if settings["effort"] else ""
-    return Recipe(**{key: value for key, value in settings.items() if key != "effort"}).describe() + effort
+    return Recipe.from_report(settings).describe() + effort
 
 
 def coverage_text(coverage: dict[str, Any]) -> str:

@@ -128,7 +128,7 @@ class RunContext:
     @property
     def generated_windows(self) -> int:
         """Number of calibration windows that the dense model generates."""
-        return self.recipe.own_windows(len(self.data.calibration.tokens))
+        return self.recipe.self_calibration_windows(len(self.data.calibration.tokens))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -155,7 +155,7 @@ class RunContext:
     def hidden_bytes(self) -> int:
         """Bytes of the hidden states that enter a block and leave it, in all streams."""
         hidden = self.source.config.get_text_config().hidden_size
-        element = self.skeleton.compute.itemsize * (2 if self.recipe.twin else 1)
+        element = self.skeleton.compute.itemsize * (2 if self.recipe.dense_stream else 1)
         return 2 * math.prod(self.shape) * int(hidden) * element
 
     @property

@@ -54,7 +54,7 @@ class Task:
     @property
     def own(self) -> int:
         """Tokens that the dense model writes."""
-        return self.recipe.own_windows(self.text // self.seq_len) * self.seq_len
+        return self.recipe.self_calibration_windows(self.text // self.seq_len) * self.seq_len
 
     @property
     def tokens(self) -> int:
@@ -132,8 +132,8 @@ def seconds(task: Task, rate: float) -> float:
     # forwards more.
     alone = [layer.shape for layer in plan.layers if _lands(task, layer)]
     cross = 4 * gram + sum(4 * width * (rows - width) for rows, width in alone)
-    stream = tokens * ((2 * forward + gram + cross) if recipe.twin else forward + gram)
-    train = recipe.refine * tokens * 3 * forward
+    stream = tokens * ((2 * forward + gram + cross) if recipe.dense_stream else forward + gram)
+    train = recipe.reconstruct * tokens * 3 * forward
     write = WRITING * task.own * (forward + 2 * task.hidden * task.vocabulary)
     refits = recipe.steps - (0 if recipe.refit else 1)
     products = recipe.steps * sum(stage.products for stage in _entries(recipe)) + 10 * refits
@@ -184,13 +184,13 @@ def _evaluating(task: Task) -> int:
 def _pruning(task: Task) -> int:
     """A block, its dense and its stored weights, and the most of: solving a group, taking statistics, training."""
     recipe, share = task.recipe, task.plan.covered // task.blocks
-    held = _block(task) * task.element + share * (task.element if recipe.twin else 0)
+    held = _block(task) * task.element + share * (task.element if recipe.dense_stream else 0)
     new = share * task.skeleton.checkpoint.stored_dtype(f"{task.plan.layers[0].name}.weight").itemsize
     solve = max(_solving(recipe, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers)
     pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
     passing = pausing if pausing <= BLOCK_MEMORY else repeating
     window = _window(task)
-    train = 4 * 6 * share + window if recipe.refine else 0
+    train = 4 * 6 * share + window if recipe.reconstruct else 0
     return held + new + max(solve + passing, window + passing, train + repeating)
 
 
@@ -257,7 +257,7 @@ def _widest(task: Task) -> int:
 
 
 def _streams(task: Task) -> int:
-    return 2 if task.recipe.twin else 1
+    return 2 if task.recipe.dense_stream else 1
 
 
 def _block(task: Task) -> int:

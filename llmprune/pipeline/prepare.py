@@ -49,8 +49,8 @@ def prepare(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> RunCo
             "more --samples, or fewer processes",
         )
     # Whether memory suffices to generate text is for rank 0 to say: the others may have more, or less.
-    own = group.broadcast_object(run.recipe.own)
-    return replace(run, procedure=replace(run.procedure, recipe=replace(run.recipe, own=own)))
+    ratio = group.broadcast_object(run.recipe.self_calibration)
+    return replace(run, procedure=replace(run.procedure, recipe=replace(run.recipe, self_calibration=ratio)))
 
 
 def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> RunContext:
@@ -134,22 +134,22 @@ def _check_norm_scales(skeleton: Skeleton, plan: Plan, tokens: Tensor) -> None:
 def without_generation_if_too_large(recipe: Recipe, job: Job, skeleton: Skeleton, length: int) -> tuple[Recipe, str]:
     """The recipe without self-generated text where memory does not suffice, and why; refused if it was asked for."""
     try:
-        if recipe.own:
+        if recipe.self_calibration:
             check_room(skeleton, length)
     except InputError as error:
-        if job.own:
+        if job.self_calibration:
             raise
-        return replace(recipe, own=0.0), f"{job.effort} goes without self-generated text: {error}"
+        return replace(recipe, self_calibration=0.0), f"{job.effort} goes without self-generated text: {error}"
     return recipe, ""
 
 
 def check_reconstruction(recipe: Recipe, calibration: TokenBatch) -> None:
     """Refuse a single window where blocks are reconstructed: they are validated on batches held out of training."""
     windows = len(calibration.tokens)
-    if recipe.refine and windows < LEAST_WINDOWS:
+    if recipe.reconstruct and windows < LEAST_WINDOWS:
         raise InputError(
             f"refinement holds out some of the calibration windows: it needs {LEAST_WINDOWS}, there is {windows}",
-            "use more windows (--samples), or leave refinement out (--refine 0)",
+            "use more windows (--samples), or leave refinement out (--reconstruct 0)",
         )
 
 

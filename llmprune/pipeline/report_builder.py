@@ -232,7 +232,7 @@ def skipped_steps(report: PruneReport) -> list[str]:
 def explosion(run: RunContext, dense: Perplexity, pruned: Perplexity) -> str:
     """What happened, and what to try."""
     tries = [] if run.job.method == AUTO else [f"--effort {DEFAULT_EFFORT} without --method"]
-    tries += ["--effort best"] if run.recipe.refine == 0 else []
+    tries += ["--effort best"] if run.recipe.reconstruct == 0 else []
     tries += [
         "more calibration data (--samples, --seq-len)",
         "calibration text closer to the use (--calib)",

@@ -90,7 +90,7 @@ def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
 
 def _for_removal(recipe: Recipe, job: Job) -> Recipe:
     """The recipe where channels or heads go and no weights after that: one fit, or none."""
-    if not recipe.reconstruct and job.targets == "dense":
+    if not recipe.compensate and job.targets == "dense":
         raise InputError("--targets dense has no meaning with --no-refit", "leave one of them out: nothing is fitted")
-    targets = recipe.targets if recipe.reconstruct else "pruned"
+    targets = recipe.targets if recipe.compensate else "pruned"
     return replace(recipe, allocate="uniform", refit=False, targets=targets)

@@ -96,7 +96,7 @@ def calibration_windows(run: RunContext, generated: TokenBatch | None) -> Tensor
 def windows_at_once(run: RunContext) -> int:
     """Number of calibration windows that pass through a block together, if memory suffices."""
     windows, length = run.shape
-    most = batch_tokens(windows * length) if run.recipe.refine else BATCH_TOKENS
+    most = batch_tokens(windows * length) if run.recipe.reconstruct else BATCH_TOKENS
     return min(max(most // length, 1), windows)
 
 
@@ -117,13 +117,13 @@ def block_stream(
     recipe, solver = run.recipe, run.solver
     observe = Observe(
         chosen=run.chosen,
-        dense_stream=recipe.twin,
+        dense_stream=recipe.dense_stream,
         dense_targets=recipe.targets == "dense",
         permute=recipe.permute,
         removed=run.structure.by_name,
         needs=solver.needs,
         zero_threshold=solver.zero_threshold,
-        reconstruct=recipe.refine > 0,
+        reconstruct=recipe.reconstruct > 0,
     )
     resources = Resources(
         batch_tokens=at_once * windows.shape[1],
@@ -179,10 +179,10 @@ def errors_of(run: RunContext, group: Group, stored: Sequence[Tensor]) -> list[f
 
 def reconstruct(run: RunContext, stream: BlockStream, block: Block) -> list[BlockReconstruction]:
     """Reconstruct a block whose groups are all solved, if the recipe says so."""
-    if not run.recipe.refine:
+    if not run.recipe.reconstruct:
         return []
     peers = Peers(run.group, stream.sharding.batches)
-    return [reconstruct_block(block, peers, run.recipe.refine, run.job.seed)]
+    return [reconstruct_block(block, peers, run.recipe.reconstruct, run.job.seed)]
 
 
 def evaluate(run: RunContext, folder: Path, label: str, progress: Progress) -> Perplexity | None:

@@ -267,6 +267,10 @@ def parse_pattern(text: str, scope: Scope = "layer") -> SparsityPattern:
         except ValueError:
             pass
         else:
+            if not match[2] and 1 < ratio < 100:
+                raise InputError(
+                    f"a sparsity of {spec} is not between 0 and 1", f"for {spec} % use {spec}%; else {_HINT}"
+                )
             return Unstructured(ratio, scope)
     raise InputError(f"unknown sparsity {text!r}", _HINT)
 

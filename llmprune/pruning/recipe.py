@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from llmprune.knobs import MUST, RATIO, SWITCH, TEXT, choice, knob, knobs_of, optional, whole
 
 Targets = Literal["pruned", "dense"]
 Allocate = Literal["uniform", "error", "owl"]
@@ -13,34 +15,96 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The stages a model goes through; every field is a flag of the command line.
+    """What is done to every layer and block."""
 
-    Args:
-        method: a name of the METHODS table; '' where no pattern of weights is asked for.
-        targets: what a layer should give: `pruned`, the dense layer's output on the pruned model's inputs; `dense`, its
-            output in the dense model, as far as the calibration data support it.
-        permute: whether input channels of an N:M layer are reordered where that can be folded into the layers before.
-        steps: in how many nested steps the sparsity is reached, the weights fitted anew in between.
-        ridge: how strongly weights are pulled to their targets, as a share of every input's own mean square.
-        refit: whether the weights are fitted once more, exactly, on the mask that was found.
-        refine: in how many epochs a pruned block learns to give the dense block's output.
-        own: how many windows the dense model writes itself and adds to the calibration text, per window of it.
-        allocate: how the sparsity is shared out among the blocks: alike, or less where it hurts more.
-        criterion: by which channels or heads go, a name of the CRITERIA table; '' where none do.
-        reconstruct: whether what is left of a layer makes up, by least squares, for the inputs that went.
-    """
+    method: str = knob(MUST, "recipe", "method for weights; empty where no pattern is asked for", TEXT)
+    targets: Targets = knob(
+        "pruned",
+        "recipe",
+        "what a layer is fitted to: the dense layer's output on the pruned model's inputs (pruned), or its output in "
+        "the dense model (dense)",
+        choice(get_args(Targets), metavar="WHICH"),
+        label="{} targets",
+        guesses=("target",),
+    )
+    permute: bool = knob(
+        False,
+        "recipe",
+        "permute input channels where the permutation folds into the layers before",
+        SWITCH,
+        applies_to="N:M",
+        label="permuted channels",
+        guesses=("permutation", "channel_permutation", "reorder"),
+    )
+    steps: int = knob(
+        1,
+        "recipe",
+        "iterative pruning schedule: the sparsity is reached in K nested steps, the weights fitted in between",
+        whole(metavar="K"),
+        label="{} steps",
+        guesses=("iterative_steps", "pruning_steps", "schedule"),
+    )
+    ridge: float = knob(
+        0.0,
+        "recipe",
+        "diagonal-scaled ridge (Tikhonov) penalty on the distance to the targets, relative to every input's mean "
+        "square",
+        RATIO,
+        label="ridge {:g}",
+        guesses=("l2", "tikhonov", "lambda"),
+    )
+    refit: bool = knob(
+        False,
+        "recipe",
+        "least-squares refit of the kept weights on the final mask; by default yes for channels and heads",
+        SWITCH,
+        label="refit",
+        guesses=("least_squares", "update_weights"),
+    )
+    reconstruct: int = knob(
+        0,
+        "recipe",
+        "block-wise reconstruction: epochs in which every pruned block is trained to give the dense block's output; "
+        "the best on held-out windows is kept",
+        whole(0, metavar="EPOCHS"),
+        unit="epochs",
+        label="block-wise reconstruction x{}",
+        earlier=("refine",),
+        guesses=("epochs", "finetune", "num_epochs", "block_reconstruction", "reconstruction"),
+    )
+    self_calibration: float = knob(
+        0.0,
+        "recipe",
+        "self-calibration: windows that the dense model generates, per window of the calibration text, and that are "
+        "added to it",
+        RATIO,
+        label="self-calibration x{:g}",
+        earlier=("own",),
+        guesses=("self_generated", "generate_calibration"),
+    )
+    allocate: Allocate = knob(
+        "uniform",
+        "recipe",
+        "non-uniform layer-wise allocation: less sparsity in blocks with larger errors (error) or more outliers (owl)",
+        choice(get_args(Allocate), metavar="RULE"),
+        applies_to="unstructured",
+        label="allocation by {}",
+        guesses=("allocation", "layerwise", "sparsity_distribution", "owl=owl"),
+    )
+    criterion: str = knob("", "recipe", "criterion for channels and heads; empty where none are removed", TEXT)
+    compensate: bool = knob(
+        True,
+        "recipe",
+        "whether what is left of a layer compensates, by least squares, for the inputs that were removed",
+        SWITCH,
+        applies_to="channels, heads",
+        label="no compensation",
+    )
 
-    method: str
-    targets: Targets = "pruned"
-    permute: bool = False
-    steps: int = 1
-    ridge: float = 0.0
-    refit: bool = False
-    refine: int = 0
-    own: float = 0.0
-    allocate: Allocate = "uniform"
-    criterion: str = ""
-    reconstruct: bool = True
+    @classmethod
+    def from_report(cls, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe that a report records beside its effort."""
+        return cls(**{key: value for key, value in settings.items() if key != "effort"})
 
     @property
     def label(self) -> str:
@@ -48,47 +112,45 @@ class Recipe:
         return "+".join(dict.fromkeys(filter(None, (self.criterion, self.method))))
 
     @property
-    def twin(self) -> bool:
+    def dense_stream(self) -> bool:
         """Whether the dense model's activations are needed."""
-        return self.targets == "dense" or self.refine > 0
+        return self.targets == "dense" or self.reconstruct > 0
 
-    def own_windows(self, windows: int) -> int:
+    def self_calibration_windows(self, windows: int) -> int:
         """How many windows the dense model adds to so many of the text; at least one, if it writes at all."""
-        return max(round(self.own * windows), 1) if self.own else 0
+        return max(round(self.self_calibration * windows), 1) if self.self_calibration else 0
 
     def describe(self) -> str:
-        """The stages in a few words."""
-        stages = [self.label]
-        if self.criterion:
-            stages.append("reconstruction" if self.reconstruct else "no reconstruction")
-        if self.targets == "dense":
-            stages.append("dense targets")
-        if self.permute:
-            stages.append("permuted channels")
-        if self.steps > 1:
-            stages.append(f"{self.steps} steps")
-        if self.ridge:
-            stages.append(f"ridge {self.ridge:g}")
-        if self.refit:
-            stages.append("refit")
-        if self.refine:
-            stages.append(f"{self.refine} epoch{'s' if self.refine > 1 else ''} of refinement")
-        if self.own:
-            stages.append(f"own text x{self.own:g}")
-        if self.allocate != "uniform":
-            stages.append(f"shares by {self.allocate}")
-        return " + ".join(stages)
+        """The method and every setting that is not the plain method's, in one phrase."""
+        settings = [(each, getattr(self, each.name)) for each in knobs_of(Recipe) if each.label]
+        return " + ".join(
+            [self.label, *(each.label.format(value) for each, value in settings if value != each.default)]
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """The settings of a recipe that a user may set; None for those of the effort, or of a plain method."""
+
+    targets: Targets | None = optional(Recipe, "targets")
+    permute: bool | None = optional(Recipe, "permute")
+    steps: int | None = optional(Recipe, "steps")
+    ridge: float | None = optional(Recipe, "ridge")
+    refit: bool | None = optional(Recipe, "refit")
+    reconstruct: int | None = optional(Recipe, "reconstruct")
+    self_calibration: float | None = optional(Recipe, "self_calibration")
+    allocate: Allocate | None = optional(Recipe, "allocate")
 
 
 EFFORTS = {
     "fast": Recipe("sparsegpt"),
     "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3),
-    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, refine=2, own=3.0),
+    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, reconstruct=2, self_calibration=3.0),
 }
 REMOVALS = {
     "fast": Recipe("", criterion="wanda"),
     "balanced": Recipe("", targets="dense", criterion="wanda"),
-    "best": Recipe("", targets="dense", criterion="wanda", refine=4),
+    "best": Recipe("", targets="dense", criterion="wanda", reconstruct=4),
 }
 """What the efforts stand for where channels or heads are removed and no weights after that."""
 DEFAULT_EFFORT = "balanced"
@@ -108,5 +170,5 @@ def make_recipe(method: str, effort: str, flags: Mapping[str, Any], criterion: s
     if criterion is not None:
         removal = REMOVALS[effort] if criterion == AUTO else Recipe("", criterion=criterion)
         base = replace(base, criterion=removal.criterion) if method else removal
-        base = replace(base, reconstruct=flags.get("refit") is not False)
+        base = replace(base, compensate=flags.get("refit") is not False)
     return replace(base, **{key: value for key, value in flags.items() if value is not None})

@@ -33,7 +33,7 @@ class StructuredSolver:
 
     Args:
         criterion: chooses the inputs to be removed.
-        recipe: its `steps`, `targets` and `reconstruct` count here.
+        recipe: its `steps`, `targets` and `compensate` count here.
         inner: prunes the kept weights, and layers that lose no inputs.
         sharding: the processes that must agree on the solutions.
     """
@@ -98,7 +98,7 @@ class StructuredSolver:
         stats |= {"choice_retries": float(retries)} if retries else {}
         mask = torch.zeros_like(weight, dtype=torch.bool)
         mask[:, kept] = layer.weight[:, kept] != 0
-        if self.recipe.reconstruct:
+        if self.recipe.compensate:
             fit = reconstruct(target, problem.stats, kept)
             weight[:, kept] = fit.weight
             stats |= {"relative_ridge": fit.ridge} | ({"refit_retries": float(fit.retries)} if fit.retries else {})
@@ -129,7 +129,7 @@ class StructuredSolver:
             kept, done = kept[problem.kept(choice.removed)], upto
             retries = max(retries, choice.retries)
             if step < steps:
-                weight, more = least_squares(target, gram, kept) if self.recipe.reconstruct else (target[:, kept], 0)
+                weight, more = least_squares(target, gram, kept) if self.recipe.compensate else (target[:, kept], 0)
                 retries = max(retries, more)
                 problem = problem.excluding(choice.removed, weight)
         return kept, retries
@@ -143,7 +143,7 @@ class StructuredSolver:
     ) -> GroupSolution:
         """Prune the kept weights, as a problem of its own."""
         weight = solution.weight
-        if self.recipe.reconstruct:
+        if self.recipe.compensate:
             fitted = relative_error(problem.layers[0].weight, weight, problem.stats)
             solution.stats["error_refitted"] = fitted
         gram = problem.stats.gram[kept][:, kept]

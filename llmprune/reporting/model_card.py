@@ -202,7 +202,7 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
 
 
 def _recipe(report: PruneReport) -> str:
-    return Recipe(**{key: value for key, value in report.recipe.items() if key != "effort"}).describe()
+    return Recipe.from_report(report.recipe).describe()
 
 
 def _made(report: PruneReport) -> str:

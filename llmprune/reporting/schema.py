@@ -11,6 +11,7 @@ SCHEMA = 2
 RENAMED_IN_2 = {
     "": {"refinements": "reconstructions", "samples": "generations"},
     "sparsity": {"done": "removed"},
+    "recipe": {"reconstruct": "compensate", "refine": "reconstruct", "own": "self_calibration"},
     "calibration": {"own": "self_generated", "own_sha256": "self_generated_sha256"},
     "layers[]": {"kept_zeros": "unpruned_zeros"},
     "layers[].stats": {

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PROMPT = 16
 AT_ONCE = 32
 MOST_OF_MEMORY = 0.5
-WITHOUT = "do without text by the model itself (--own 0)"
+WITHOUT = "do without text by the model itself (--self-calibration 0)"
 LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 

@@ -81,9 +81,9 @@ NONSENSE = {
     "--effort": ["slow", "", "Best"],
     "--targets": ["sparse", ""],
     "--steps": ["0", "-1", "x", "1.5"],
-    "--refine": ["-1", "x", "0.5", ""],
+    "--reconstruct": ["-1", "x", "0.5", ""],
     "--ridge": ["-1", "x", "inf", "nan", "30%", ""],
-    "--own": ["-1", "x", "nan", "15%", ""],
+    "--self-calibration": ["-1", "x", "nan", "15%", ""],
     "--allocate": ["alike", ""],
     "--scope": ["column", ""],
     "--samples": ["0", "-1", "1.5", "many", "", "1e3", "99999999999999999999", "١"],
@@ -91,7 +91,7 @@ NONSENSE = {
     "--seed": ["-1", "0.5", "x", "9" * 30],
     "--eval-windows": ["0", "-1", "x"],
     "--eval-context": ["0", "1", "x"],
-    "--dtype": ["int8", "float64", "fp16", ""],
+    "--dtype": ["int8", "float64", "fp8", ""],
     "--threads": ["0", "-1", "x", "999999999"],
     "--device": ["tpu", "cuda:99", "cuda:-1", "", "meta", "cpu:x"],
     "--calib": ["no/such/file.txt", "c5", "no.safetensors", "/dev/zero"],
@@ -115,11 +115,11 @@ def test_a_bad_value_of_any_flag_is_refused(
 
 
 def test_a_misspelt_choice_gets_a_suggestion(refused: Callable[..., Outcome], flags: list[str]) -> None:
-    refused(*flags, "--method", "sparsgpt", says="--method 'sparsgpt' is unknown", hints="did you mean sparsegpt")
+    refused(*flags, "--method", "sparsgpt", says="--method sparsgpt is unknown", hints="did you mean sparsegpt")
 
 
 def test_refinement_needs_a_window_to_hold_out(refused: Callable[..., Outcome], flags: list[str]) -> None:
-    refused(*with_value(flags, "--samples", 1), "--effort", "best", says="there is 1", hints="--refine 0")
+    refused(*with_value(flags, "--samples", 1), "--effort", "best", says="there is 1", hints="--reconstruct 0")
 
 
 @pytest.mark.parametrize("kind", ["error", "owl"])
@@ -153,7 +153,7 @@ def test_an_unknown_flag_or_a_stray_word_is_refused(refused: Callable[..., Outco
     refused(*flags, "tiny", says="'tiny'", hints="--help")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--model", "demo"], ["--sparsity", "2:4"], ["prune"], ["verify"]])
+@pytest.mark.parametrize("arguments", [[], ["--model", "demo"], ["--sparsity", "2:4"], ["verify"]])
 def test_a_missing_flag_is_named(refused: Callable[..., Outcome], arguments: list[str]) -> None:
     refused(*arguments, says="required: ", hints="--help")
 

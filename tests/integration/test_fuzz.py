@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -15,8 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from llmprune.cli.values import size
 from llmprune.errors import InputError
+from llmprune.knobs import SIZE
 from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder
 from llmprune.pipeline.state import STATE, read_state
 from llmprune.progress import Progress
@@ -179,9 +178,9 @@ def test_any_sparsity(text: str) -> None:
 @given(text=st.text(max_size=12) | st.text("0123456789.KMGTiB ", max_size=12))
 def test_any_size(text: str) -> None:
     try:
-        assert size(text) >= 0
-    except argparse.ArgumentTypeError:
-        pass
+        assert SIZE.read(text) >= 0
+    except InputError as error:
+        explained(error)
 
 
 @pytest.mark.parametrize(
@@ -189,4 +188,4 @@ def test_any_size(text: str) -> None:
     [("0", 0), ("512MiB", 2**29), ("2GiB", 2**31), ("1.5 GB", 1_500_000_000), ("2k", 2000), ("7B", 7)],
 )
 def test_sizes(text: str, wanted: int) -> None:
-    assert size(text) == wanted
+    assert SIZE.read(text) == wanted

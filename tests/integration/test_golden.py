@@ -31,8 +31,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "2:4 by balanced": {"effort": "balanced"},
     "50 % by sparsegpt": {"sparsity": "50%", "method": "sparsegpt"},
     "channels and 2:4": {"sparsity": "channels:25%+2:4"},
-    "refinement": {"method": "sparsegpt", "refine": 2},
-    "self-generated text": {"method": "sparsegpt", "own": 1.0},
+    "refinement": {"method": "sparsegpt", "reconstruct": 2},
+    "self-generated text": {"method": "sparsegpt", "self_calibration": 1.0},
 }
 
 

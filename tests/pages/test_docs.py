@@ -91,7 +91,7 @@ def test_the_readme_names_every_method_and_criterion() -> None:
 def test_the_pages_tell_what_an_effort_stands_for(effort: str) -> None:
     recipe, removal = EFFORTS[effort], REMOVALS[effort]
     permute = "yes" if recipe.permute else "no"
-    stages = f"{recipe.targets} | {permute} | {recipe.ridge:g} | {recipe.own:g} | {recipe.refine}"
+    stages = f"{recipe.targets} | {permute} | {recipe.ridge:g} | {recipe.self_calibration:g} | {recipe.reconstruct}"
     assert f"| `{effort}` | `{recipe.method}` | {stages} |" in README
     row = f"| `{effort}` | `{removal.criterion}` | {removal.targets} | {removal.refine} |"
     assert row in TEXTS["docs/guides/channels-and-heads.md"]

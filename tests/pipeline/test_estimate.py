@@ -41,7 +41,7 @@ CASES = {
     "many tokens": {"method": "sparsegpt", "samples": 128},
     "dense targets": {"method": "sparsegpt", "targets": "dense"},
     "balanced": {"effort": "balanced"},
-    "own text": {"method": "sparsegpt", "own": 1.0},
+    "own text": {"method": "sparsegpt", "self_calibration": 1.0},
     "evaluated": {"method": "magnitude", "evaluate": True},
     "demo": {"model": "demo", "method": "sparsegpt"},
 }

@@ -19,27 +19,37 @@ def test_auto_is_what_the_effort_stands_for(effort: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_by_name_stands_alone(method: str) -> None:
-    assert make_recipe(method, "best", {"refine": None}) == Recipe(method)
+    assert make_recipe(method, "best", {"reconstruct": None}) == Recipe(method)
 
 
 def test_flags_win() -> None:
     assert make_recipe("wanda", "fast", {"refit": True, "targets": None}) == Recipe("wanda", refit=True)
-    assert make_recipe(AUTO, "best", {"refine": 0}).refine == 0
-    assert make_recipe(AUTO, "best", {"refine": 0}).method == EFFORTS["best"].method
+    assert make_recipe(AUTO, "best", {"reconstruct": 0}).reconstruct == 0
+    assert make_recipe(AUTO, "best", {"reconstruct": 0}).method == EFFORTS["best"].method
 
 
 def test_efforts_rise() -> None:
     assert list(EFFORTS) == ["fast", "balanced", "best"]
     assert DEFAULT_EFFORT in EFFORTS
-    assert not EFFORTS["fast"].twin
-    assert EFFORTS["best"].refine > EFFORTS["balanced"].refine == 0
+    assert not EFFORTS["fast"].dense_stream
+    assert EFFORTS["best"].reconstruct > EFFORTS["balanced"].reconstruct == 0
 
 
 def test_a_recipe_says_all_its_stages() -> None:
     assert Recipe("wanda").describe() == "wanda"
-    everything = Recipe("admm", targets="dense", permute=True, steps=3, ridge=0.3, refit=True, refine=2, own=0.5)
-    stages = ["admm", "dense targets", "permuted channels", "3 steps", "ridge 0.3", "refit", "2 epochs of refinement"]
-    assert everything.describe() == " + ".join([*stages, "own text x0.5"])
+    everything = Recipe(
+        "admm", targets="dense", permute=True, steps=3, ridge=0.3, refit=True, reconstruct=2, self_calibration=0.5
+    )
+    stages = [
+        "admm",
+        "dense targets",
+        "permuted channels",
+        "3 steps",
+        "ridge 0.3",
+        "refit",
+        "block-wise reconstruction x2",
+    ]
+    assert everything.describe() == " + ".join([*stages, "self-calibration x0.5"])
 
 
 @pytest.mark.parametrize(("sparsity", "asked", "done"), [("2:4", 100, 2), ("4:8", 3, 3), ("50%", 3, 3)])

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune import Job, prune
-from llmprune.cli.shell import hush_libraries
+from llmprune.cli.shell import silence_libraries
 from llmprune.cli.terminal import TerminalProgress
 from llmprune.errors import InputError
 from llmprune.export.verify import verify_folder
@@ -299,7 +299,7 @@ def test_a_gguf_file_is_converted_once_and_its_memory_said_first(gguf: Path, tmp
 def test_a_conversion_is_told_by_our_own_progress_alone(
     gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    hush_libraries(debug=False)
+    silence_libraries(debug=False)
     cached_gguf(gguf, tmp_path, TerminalProgress())
     lines = capfd.readouterr().err.splitlines()
     assert [line.partition(" ")[0] for line in lines] == ["converting", "dequantising:"]

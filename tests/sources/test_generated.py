@@ -94,17 +94,25 @@ def test_a_model_without_room_is_pruned_by_best_without_it_and_says_so(
     foretold = dry_run(job)
     assert foretold["efforts"]["best"] == pytest.approx(foretold["estimate"]["seconds"], rel=0.5)
     report = prune(job)
-    assert report.recipe["own"] == report.calibration["self_generated"] == 0
+    assert report.recipe["self_calibration"] == report.calibration["self_generated"] == 0
     assert any("without text by the model itself" in warning for warning in report.warnings)
     with pytest.raises(InputError, match="whole model"):
-        prune(replace(job, own=1.0, out=tmp_path / "other"))
+        prune(replace(job, self_calibration=1.0, out=tmp_path / "other"))
 
 
 @pytest.mark.parametrize(("own", "windows"), [(0.0, 0), (0.01, 1), (0.5, 2), (1.0, 4), (2.6, 10)])
 def test_what_is_asked_for_is_written(own: float, windows: int, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     calib = token_file(tmp_path / "tokens.safetensors", random_tokens(4, 32))
-    job = Job(str(tmp_path / "model"), "2:4", "wanda", calib=str(calib), own=own, evaluate=False, out=tmp_path / "out")
+    job = Job(
+        str(tmp_path / "model"),
+        "2:4",
+        "wanda",
+        calib=str(calib),
+        self_calibration=own,
+        evaluate=False,
+        out=tmp_path / "out",
+    )
     report = prune(job)
     assert report.calibration["self_generated"] == windows
     assert {layer.tokens for layer in report.layers} == {(4 + windows) * 32}
@@ -115,7 +123,7 @@ def test_a_dry_run_foretells_the_writing(model_type: str, tmp_path: Path) -> Non
     save_tiny(model_type, tmp_path / "model")
     calib = token_file(tmp_path / "tokens.safetensors", random_tokens(4, 32))
     job = Job(str(tmp_path / "model"), "50%", calib=str(calib), evaluate=False, out=tmp_path / "out")
-    without, with_it = (dry_run(replace(job, own=own))["estimate"]["seconds"] for own in (0.0, 50.0))
+    without, with_it = (dry_run(replace(job, self_calibration=own))["estimate"]["seconds"] for own in (0.0, 50.0))
     assert with_it > without
 
 
@@ -136,7 +144,15 @@ def test_a_model_whose_own_code_fails_is_named(tmp_path: Path, monkeypatch: pyte
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path / "model")
     calib = token_file(tmp_path / "tokens.safetensors", random_tokens(4, 32))
-    job = Job(str(tmp_path / "model"), "2:4", "wanda", calib=str(calib), own=1.0, evaluate=False, out=tmp_path / "out")
+    job = Job(
+        str(tmp_path / "model"),
+        "2:4",
+        "wanda",
+        calib=str(calib),
+        self_calibration=1.0,
+        evaluate=False,
+        out=tmp_path / "out",
+    )
 
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
