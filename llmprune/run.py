@@ -32,7 +32,7 @@ from llmprune.pipeline.timing import Clock
 from llmprune.pipeline.workdir import open_workdir
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport
-from llmprune.runtime.launch import join
+from llmprune.runtime.launch import process_group
 from llmprune.runtime.memory import mapped_memory
 from llmprune.runtime.oom import with_oom_retry
 from llmprune.runtime.process_group import ProcessGroup
@@ -51,7 +51,7 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
         InputError: the job cannot be done; nothing was written.
         PruneError: the run failed; nothing is left at `job.out`, but finished blocks are kept for the same job.
     """
-    with join(job.device) as (group, device):
+    with process_group(job.device) as (group, device):
         return _prune(replace(job, device=device), group, progress if progress and group.is_main else Progress())
 
 

@@ -1,4 +1,4 @@
-"""The processes that a launcher has started meet here."""
+"""Joins the processes that a launcher has started into a process group."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PATIENCE = timedelta(days=7)
 
 
 @contextmanager
-def join(device: str) -> Iterator[tuple[ProcessGroup, str]]:
-    """Meet the processes that torchrun or accelerate has started; without these, be alone.
+def process_group(device: str) -> Iterator[tuple[ProcessGroup, str]]:
+    """The process group that torchrun or accelerate has started; without these, of one process.
 
     Args:
         device: as the user named it.

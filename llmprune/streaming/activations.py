@@ -126,7 +126,6 @@ class Activations:
 
     def save(self) -> dict[str, Any]:
         """Make what has left the block durable, in a file of its own; returns what `load` needs."""
-        assert self.folder is not None
         left = self._left
         filed = self._to_file(left, self.generation + 1) if isinstance(left, Held) else left
         sync(filed.path)
@@ -141,8 +140,7 @@ class Activations:
             generation: number of the later block.
             sizes: sequences in every batch; one that was saved may make several.
         """
-        assert self.folder is not None
-        filed = Filed(self.folder / saved["file"])
+        filed = Filed(self._path(saved["file"]))
         left = iter(sizes)
         for offset, shape, dtype in saved["pieces"]:
             piece = Piece(offset, tuple(shape), getattr(torch, dtype))
@@ -161,5 +159,8 @@ class Activations:
         return filed
 
     def _filed(self, generation: int) -> Filed:
+        return Filed(self._path(f"{self.name}-{generation:05d}.bin"))
+
+    def _path(self, file: str) -> Path:
         assert self.folder is not None
-        return Filed(self.folder / f"{self.name}-{generation:05d}.bin")
+        return self.folder / file

@@ -113,7 +113,7 @@ class BlockStream:
         analysed = self.observe.permute or "norm_scale" in self.observe.needs
         short = short_batch(skeleton, own, self.inputs.wrap) if analysed else None
         self.types = BlockTypes(skeleton, self.observe.chosen, short)
-        self._state = CrossBlockState(self.inputs) if self.folder else None
+        self._state = CrossBlockState(self.inputs)
         self.uncalled: list[str] = []
         self.done = 0
         if saved:
@@ -158,16 +158,20 @@ class BlockStream:
         Raises:
             CannotBeSavedError: state between blocks that cannot be written.
         """
-        assert self.folder is not None
-        assert self._state is not None
+        folder = self._saves()
         return {
             "done": self.done + 1,
             "batch_size": self.sharding.batch_size,
-            "cross_block_state": self._state.save(self.done + 1, self.folder),
+            "cross_block_state": self._state.save(self.done + 1, folder),
             "hidden": [stream.save() for stream in self._streams],
             "block_types": self.types.save(),
             "uncalled": self.uncalled,
         }
+
+    def _saves(self) -> Path:
+        """Where `save` writes; a stream without a folder cannot be saved."""
+        assert self.folder is not None
+        return self.folder
 
     @property
     def _streams(self) -> list[Activations]:
@@ -207,12 +211,10 @@ class BlockStream:
         )
 
     def _load(self, saved: dict[str, Any]) -> None:
-        assert self.folder is not None
-        assert self._state is not None
         self.done, self.uncalled = saved["done"], list(saved["uncalled"])
         for stream, hidden in zip(self._streams, saved["hidden"], strict=True):
             stream.load(hidden, self.done, [len(batch.tokens) for batch in self.inputs.batches])
-        self._state.load(self.done, self.folder, saved["cross_block_state"])
+        self._state.load(self.done, self._saves(), saved["cross_block_state"])
         self.types.load(saved["block_types"])
         for batch in self.inputs.batches:
             batch.calls[: self.done] = batch.dense_calls[: self.done] = [RELEASED] * self.done

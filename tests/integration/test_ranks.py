@@ -26,7 +26,7 @@ from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import NM, Unstructured
 from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.pruning.statistics import HELD_OUT
-from llmprune.runtime.launch import join
+from llmprune.runtime.launch import process_group
 from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.batch import Call
 from llmprune.streaming.batch_shards import BatchSharding, unseen_by_solves
@@ -46,7 +46,7 @@ from pathlib import Path
 import torch
 
 from llmprune import Job, prune, run
-from llmprune.runtime.launch import join
+from llmprune.runtime.launch import process_group
 from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.batch import Call
 from llmprune.pruning.statistics import HELD_OUT
@@ -60,9 +60,9 @@ def cramped(call, block, hidden):
     return forward(call, block, hidden)
 
 
-with join("cpu") as (group, device):
+with process_group("cpu") as (group, device):
     for options in json.loads(Path(sys.argv[1]).read_text()):
-        run.join = lambda _: nullcontext((ProcessGroup(group.rank, group.world_size), device))
+        run.process_group = lambda _: nullcontext((ProcessGroup(group.rank, group.world_size), device))
         Call.run = cramped if options.pop("cramped", False) and group.rank == 1 else forward
         prune(Job(**{**options, "out": Path(options["out"])}))
 """
@@ -278,12 +278,12 @@ def test_processes_that_have_not_met_are_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("llmprune.runtime.launch.PartialState", Lonely)
-    with pytest.raises(InputError, match="WORLD_SIZE is 2, but 1 of its processes have met"), join("cpu"):
+    with pytest.raises(InputError, match="WORLD_SIZE is 2, but 1 of its processes have met"), process_group("cpu"):
         pass
 
 
 def test_a_process_alone_computes_nothing_new() -> None:
-    with join("cpu") as (group, device):
+    with process_group("cpu") as (group, device):
         assert group.is_single
         assert device == "cpu"
     stats = InputStats(3, torch.eye(2))
