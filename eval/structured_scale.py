@@ -47,10 +47,10 @@ def solve(method: str, inputs: int, outputs: int, percent: int, threads: int) ->
     from llmprune.pruning.criteria import load_criterion
     from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem
     from llmprune.pruning.structured_solver import Remover
-    from llmprune.runtime.memory import mapped_memory, peak_memory, resident_memory
+    from llmprune.runtime.memory import mmap_large_allocations, peak_memory, resident_memory
 
     torch.set_num_threads(threads)
-    with mapped_memory(), torch.no_grad():
+    with mmap_large_allocations(), torch.no_grad():
         stats = InputStats(TOKENS, _gram(inputs))
         weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)) / math.sqrt(inputs)
         problem = GroupProblem((LayerProblem("layer", weight),), stats)

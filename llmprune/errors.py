@@ -1,15 +1,15 @@
-"""Errors a user can act on: what is wrong, and what to do about it."""
+"""Errors with a message for the user and a hint."""
 
 from __future__ import annotations
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in a line; its name where it says nothing."""
+    """The first line of the message of a library's error; its name if it has none."""
     return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 class PruneError(Exception):
-    """A run cannot go on; `exit_code` is what the process returns.
+    """The base of all errors of a run; `exit_code` is that of the process.
 
     Args:
         message: what is wrong, with the two things that disagree.
@@ -27,7 +27,7 @@ class PruneError(Exception):
 
 
 class InputError(PruneError):
-    """What the user asked for cannot be done; found before anything was written."""
+    """The request cannot be carried out; raised before anything is written."""
 
     exit_code = 2
 

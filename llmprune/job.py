@@ -319,7 +319,7 @@ class Job(Stages):
 
     @property
     def recipe(self) -> Recipe:
-        """What is done to every layer and block, defaults applied."""
+        """The stages of the run, defaults applied."""
         asked = {stage.name: getattr(self, stage.name) for stage in fields(Stages)}
         if not self.goal.removals:
             return make_recipe(self.method, self.effort, asked)

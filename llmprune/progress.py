@@ -1,4 +1,4 @@
-"""What a run tells while it runs; the command line draws it, a notebook or a test may ignore it."""
+"""Progress of a run: the command line draws it, a notebook or a test may ignore it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Progress:
         """A stage of `total` steps begins; `unit` is `"B"` where the steps are bytes."""
 
     def step(self, amount: float = 1, text: str = "") -> None:
-        """The stage has gone `amount` further; `text` is its newest figure."""
+        """Advance the stage by `amount`; `text` is its newest figure."""
 
     def finish(self) -> None:
         """The stage is over."""

@@ -33,7 +33,7 @@ from llmprune.pipeline.workdir import open_workdir
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport
 from llmprune.runtime.launch import process_group
-from llmprune.runtime.memory import mapped_memory
+from llmprune.runtime.memory import mmap_large_allocations
 from llmprune.runtime.oom import with_oom_retry
 from llmprune.runtime.process_group import ProcessGroup
 
@@ -114,7 +114,7 @@ def prune_blocks(
     for block in stream:
         for group in stream.groups(block):
             pattern = pattern_for(run, group, patterns[block.index])
-            with mapped_memory():
+            with mmap_large_allocations():
                 with clock("solve"):
                     solution = run.solver.solve(group.problem, pattern)
                 stored = group.write(solution.layers, solution.order)
@@ -123,7 +123,7 @@ def prune_blocks(
                     builder.add_group(group, pattern, solution.layers, stored, errors)
         with clock("reconstruct") if run.recipe.reconstruct else nullcontext():
             builder.report.reconstructions += reconstruct(run, stream, block)
-        with clock("write"), mapped_memory():
+        with clock("write"), mmap_large_allocations():
             state.write(block)
             block.finish()
             builder.add_block(block)

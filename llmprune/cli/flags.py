@@ -99,7 +99,7 @@ def add_knob(group: argparse._ArgumentGroup, each: Knob) -> None:
 
 
 def help_of(each: Knob) -> str:
-    """The line of help of a knob: what it does, which patterns it is for, its default."""
+    """The help line of a knob: meaning, patterns that it applies to, default."""
     notes = [f"{each.applies_to} only"] if each.applies_to else []
     notes += ["repeatable"] if each.repeatable else []
     notes += [f"default: {each.default_text}"] if each.default_text and not each.is_switch else []
@@ -197,7 +197,7 @@ def report_parser() -> Parser:
 
 
 def _add_layers(parser: Parser) -> None:
-    """Which layers of a folder hold which pattern."""
+    """Add the flags that select layers and their pattern."""
     parser.add_argument(
         "--sparsity", metavar="PATTERN", help="pattern of its layers (default: what its prune_report.json says)"
     )

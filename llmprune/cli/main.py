@@ -114,7 +114,7 @@ def run(job: Job, progress: Progress) -> tuple[dict[str, Any], str]:
 
 
 def destination(options: argparse.Namespace) -> Destination | None:
-    """Where the result is to be uploaded, if anywhere.
+    """The upload destination, if there is one.
 
     Raises:
         InputError: a flag that means nothing without `--push-to-hub`.

@@ -1,4 +1,4 @@
-"""How a run looks in a notebook, or in any program that draws bars with tqdm."""
+"""Progress bars of a run in a notebook, or in any program with tqdm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every command runs: flags are read, an error becomes two lines, and an exit code says the rest."""
+"""Runs a command: parses its flags, prints an error in two lines, returns the exit code."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def print_interrupted() -> int:
 
 
 def guarded(work: Callable[[], int], debug: bool) -> int:
-    """Run `work`; turn what goes wrong into two lines and an exit code."""
+    """The exit code of `work`; an exception is printed in two lines."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return work()

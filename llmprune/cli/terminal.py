@@ -1,4 +1,4 @@
-"""How a run looks in a terminal: one line of progress, and a short table at the end."""
+"""Progress and summaries in a terminal: one line of progress, a short table at the end."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def size(count: float) -> str:
 
 
 def summary(report: PruneReport) -> str:
-    """What the user reads at the end."""
+    """The table at the end of a run."""
     return "\n".join(["", *_table(_result_rows(report)), report.sparsity["note"]]) + "\n"
 
 
@@ -141,7 +141,7 @@ def _shared(report: PruneReport) -> str:
 
 
 def _errors(report: PruneReport) -> str:
-    """The mean error; of layers that lost inputs also what it was before and after their reconstruction."""
+    """The mean error; of layers with removed inputs also before and after least squares."""
     key, mean = "error_unfitted", f"{report.mean_error:.4f}"
     found = [
         (layer.stats[key], layer.stats.get("error_refitted", layer.error), layer.error)
@@ -162,13 +162,13 @@ def _perplexity_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def recipe_text(settings: dict[str, Any]) -> str:
-    """What is done to every layer and block."""
+    """The stages of a recipe in a few words."""
     effort = f" (effort {settings['effort']})" if settings["effort"] else ""
     return Recipe.from_report(settings).describe() + effort
 
 
 def coverage_text(coverage: dict[str, Any]) -> str:
-    """How much of the blocks is pruned, and what is not."""
+    """The fraction of the block parameters in pruned layers, and the reasons for the rest."""
     text = (
         f"pruned layers hold {coverage['fraction']:.1%} of {coverage['block_parameters'] / 1e6:.1f} M block parameters"
     )
@@ -179,7 +179,7 @@ def coverage_text(coverage: dict[str, Any]) -> str:
 
 
 def plan_text(facts: dict[str, Any]) -> str:
-    """What `--dry-run` shows."""
+    """The table of `--dry-run`."""
     model, cost = facts["model"], facts["estimate"]
     rows = [
         ("model", f"{model['name']}: {model['class']}, {model['parameters'] / 1e6:.1f} M parameters"),

@@ -13,7 +13,7 @@ from llmprune.errors import InputError
 from llmprune.model.blocks import find_blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.reader import SafetensorsFolder
-from llmprune.runtime.memory import mapped_memory
+from llmprune.runtime.memory import mmap_large_allocations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -85,7 +85,7 @@ class Skeleton:
     def loaded(self, names: list[str]) -> Iterator[None]:
         """Hold the named tensors in memory, and give them back to the meta device at the end."""
         previous = {name: self._slot(name) for name in names}
-        with mapped_memory():
+        with mmap_large_allocations():
             self._load(names)
         memory = {name: self._slot(name)[2].data_ptr() for name in names}
         try:

@@ -1,4 +1,4 @@
-"""How much goes from each block: less where it hurts more, on average exactly what was asked."""
+"""Non-uniform layer-wise allocation: every block gets its own sparsity ratio, with the requested mean."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmprune.streaming.stream import BlockStream
 
 
 class Solver(Protocol):
-    """What an allocation by error asks of a solver."""
+    """The solver interface that allocation by error needs."""
 
     def solve_once(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """The solutions of the method alone."""
@@ -36,7 +36,7 @@ FINEST = 10**11  # what a pattern's name can say
 
 @dataclass(slots=True)
 class Survey:
-    """What the dense model's activations tell of one block.
+    """Statistics of one block of the dense model.
 
     Args:
         weights: number of weights that are pruned from.
@@ -52,7 +52,7 @@ class Survey:
 def allocate(
     stream: BlockStream, pattern: Unstructured, kind: Allocate, solver: Solver, step: Callable[[], None]
 ) -> list[Unstructured]:
-    """Give every block a share of its own, so that all together lose the share asked for.
+    """The pattern of every block, with ratios whose mean over all weights is the requested one.
 
     `owl` spreads densities over a range of `2 REACH` in proportion to the blocks' outlier shares, wherever their mean
     then lies (Yin et al. 2024, with M = 5 and λ = 0.08). `error` minimises the sum of the layers' relative errors, see

@@ -33,7 +33,7 @@ LIBRARIES = ("llmprune", "torch", "transformers", "safetensors", "numpy")
 
 @dataclass(frozen=True, slots=True)
 class Procedure:
-    """How the sparsity is reached.
+    """Sparsity, recipe and solver of a run.
 
     Args:
         sparsity: what is removed and pruned.
@@ -96,7 +96,7 @@ class RunContext:
 
     @property
     def sparsity(self) -> Sparsity:
-        """What is removed and pruned."""
+        """The requested removals and pattern."""
         return self.procedure.sparsity
 
     @property
@@ -138,12 +138,12 @@ class RunContext:
 
     @property
     def workdir(self) -> Path:
-        """Where the work in progress lives: beside `out`, so that the final rename is atomic."""
+        """The working directory: beside `out`, so that the final rename is atomic."""
         return self.out.with_name(f".{self.out.name}.partial")
 
     @property
     def rank_workdir(self) -> Path:
-        """Where this process stores its hidden states."""
+        """The folder in which this process stores its hidden states."""
         return rank_folder(self.workdir, self.group.rank)
 
     @property
@@ -168,7 +168,7 @@ RANK = "rank-"
 
 
 def rank_folder(workdir: Path, rank: int) -> Path:
-    """Where a process stores its hidden states."""
+    """The folder in which a process stores its hidden states."""
     return workdir / f"{RANK}{rank}" if rank else workdir
 
 

@@ -1,4 +1,4 @@
-"""What a run will take: time from counted operations, memory from counted bytes."""
+"""Estimates of a run: time from counted operations, peak memory from counted bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LATE = 24 * 2**20  # of the libraries, what is paged in only when it is used
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What the cost of a run depends on.
+    """The quantities that the cost of a run depends on.
 
     Args:
         skeleton: the model.
@@ -147,7 +147,7 @@ def seconds(task: Task, rate: float) -> float:
 
 
 def memory(task: Task) -> int:
-    """Peak bytes above what the libraries take: the largest of what the stages of a run need."""
+    """Peak memory in bytes above that of the libraries: the maximum over the stages of a run."""
     stages = [_reading(task), _pruning(task)]
     if task.own:
         stages.append(_writing(task))
@@ -159,7 +159,7 @@ def memory(task: Task) -> int:
 
 
 def _reading(task: Task) -> int:
-    """Up to the first block: any tensor as it is checked, the embeddings, and what is written of what is no block."""
+    """Bytes up to the first block: any tensor as it is checked, the embeddings, the shard outside of the blocks."""
     largest = max(entry.nbytes for entry in task.skeleton.checkpoint.folder.entries.values())
     outside = [entry.nbytes for entry in _entries_of(task, task.skeleton.outside())]
     written = min(SHARD_BYTES, sum(outside)) + max(outside, default=0)
@@ -168,7 +168,7 @@ def _reading(task: Task) -> int:
 
 
 def _writing(task: Task) -> int:
-    """The whole model, and what it needs of all windows that are written together."""
+    """Bytes of the whole model and of all windows that are generated together."""
     at_once = min(check_room(task.skeleton, task.seq_len), task.own // task.seq_len)
     return whole_bytes(task.skeleton) + at_once * window_bytes(task.skeleton, task.seq_len)
 
@@ -235,7 +235,7 @@ def _rows(task: Task, layer: LayerRef) -> int:
 
 
 def _pausing(task: Task) -> int:
-    """Forwards of all batches that wait at a group: what entered, what is under way, the group's inputs and as much."""
+    """Bytes of the paused forwards of all batches: block inputs, intermediate activations, the groups' inputs."""
     widths = sum(width for _, width in task.groups) // task.blocks
     return _streams(task) * task.tokens * task.element * 2 * widths
 
@@ -247,7 +247,7 @@ def _resting(task: Task, tokens: int, streams: int) -> int:
 
 
 def _window(task: Task) -> int:
-    """What a forward of one batch makes on its way."""
+    """Bytes of the intermediate activations of one batch."""
     return 3 * _widest(task) + 4 * min(BATCH_TOKENS, task.tokens) * task.element * task.hidden
 
 
@@ -272,7 +272,7 @@ def _loaded(task: Task, names: list[str]) -> int:
 
 
 def _entries_of(task: Task, names: list[str]) -> list[Entry]:
-    """Where parameters come from."""
+    """The file entries of parameters."""
     checkpoint = task.skeleton.checkpoint
     return [checkpoint.folder.entries[name] for name in checkpoint.disk_names(names)]
 

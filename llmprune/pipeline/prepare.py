@@ -36,7 +36,7 @@ MOST_THREADS = 1024  # far more make the thread library end the process
 
 
 def prepare(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> RunContext:
-    """The context of a run; rank 0 checks the job first, the others then find in the cache what it has fetched.
+    """The context of a run; rank 0 checks the job before the others, which then find its downloads in the cache.
 
     Raises:
         InputError: with what to do about it.
@@ -225,7 +225,7 @@ def _data(job: Job, source: Source, cache: Path, progress: Progress) -> Data:
 
 
 def _compute_dtype(source: Source, device: torch.device) -> torch.dtype:
-    """Float32 on the CPU; on an accelerator what the model was made for."""
+    """The dtype of forwards: float32 on the CPU; on an accelerator the config's."""
     own = source.config.dtype
     if device.type == "cpu" or own not in {torch.float16, torch.bfloat16}:
         return torch.float32

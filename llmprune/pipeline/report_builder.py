@@ -96,7 +96,7 @@ class ReportBuilder:
         self.report.coverage = coverage(self.run.plan.without(uncalled, "weight used without a call"))
 
     def add_evaluation(self, dense: Perplexity | None, pruned: Perplexity | None) -> None:
-        """Add the perplexities, and what the user must know about them."""
+        """Add the perplexities, and warnings about them."""
         run, report = self.run, self.report
         if dense is None or pruned is None or run.data.evaluation is None:
             return
@@ -209,7 +209,7 @@ def layer_reports(
 
 
 def coverage(plan: Plan) -> dict[str, Any]:
-    """How much of the blocks is pruned, and what is not."""
+    """The fraction of the block parameters in pruned layers, and the reasons for the rest."""
     return {
         "block_parameters": plan.block_parameters,
         "covered": plan.covered,
@@ -230,7 +230,7 @@ def skipped_steps(report: PruneReport) -> list[str]:
 
 
 def explosion(run: RunContext, dense: Perplexity, pruned: Perplexity) -> str:
-    """What happened, and what to try."""
+    """A warning that the pruned model is hardly usable, with what to try."""
     tries = [] if run.job.method == AUTO else [f"--effort {DEFAULT_EFFORT} without --method"]
     tries += ["--effort best"] if run.recipe.reconstruct == 0 else []
     tries += [
@@ -267,7 +267,7 @@ def write_companions(run: RunContext, report: PruneReport) -> None:
 
 
 def processes(run: RunContext, windows: Tensor) -> dict[str, Any]:
-    """How many processes took part, and the tokens and rows of every one; empty where there is one."""
+    """World size, and tokens and solved rows of every process; empty for a single process."""
     if run.group.is_single:
         return {}
     tokens = [own_windows(windows, run.group, rank).numel() for rank in range(run.group.world_size)]

@@ -1,4 +1,4 @@
-"""The state of a run: what it leaves when it is stopped, and how the same command resumes.
+"""The state of a run, from which the same command resumes after a stop.
 
 The work lies in `.NAME.partial`: the model so far, the hidden states on their way (every process but the first has a
 folder of its own), and `state.json`, which is replaced after every block and names all other files with their hashes.
@@ -53,7 +53,7 @@ class WorkerState:
 
     @property
     def streams(self) -> list[dict[str, Any]]:
-        """What the stream of every process saved last; nothing at the start."""
+        """The last saved streams of all processes; empty at the start."""
         return list(self.state.get("streams", ()))
 
     @property
@@ -63,7 +63,7 @@ class WorkerState:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long the finished blocks took, stage by stage."""
+        """Seconds that the finished blocks took, by stage."""
         found: dict[str, float] = self.state["report"]["seconds"] if self.state else {}
         return found
 
@@ -74,7 +74,7 @@ class WorkerState:
         report.layers, report.reconstructions, report.blocks = found.layers, found.reconstructions, found.blocks
 
     def check_compatible(self, fingerprint: Mapping[str, str]) -> None:
-        """Rank 0 compares what the result depends on with an earlier run's."""
+        """Rank 0 compares the fingerprint with that of an earlier run."""
 
     def write(self, block: Block) -> None:
         """Rank 0 writes the block's shard."""
@@ -153,7 +153,7 @@ class RunState(WorkerState):
             self._clear()
 
     def check_compatible(self, fingerprint: Mapping[str, str]) -> None:
-        """Note what the result depends on.
+        """Add to the fingerprint, and compare it with that of the finished blocks.
 
         Raises:
             InputError: the finished blocks were made otherwise.
@@ -208,7 +208,7 @@ class RunState(WorkerState):
         return files
 
     def _damaged(self) -> Path | None:
-        """The first file whose content is not what the state says."""
+        """The first file whose hash differs from the state's."""
         writer = self._shards()
         sealed = dict(zip((shard.file for shard in writer.shards), writer.final_names(), strict=True))
         files = self._files()

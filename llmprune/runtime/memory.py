@@ -1,4 +1,4 @@
-"""Keeping the C library's heap from fraying, so that peak memory is what the program needs and nothing more.
+"""Controls the heap of glibc, so that freed weights and temporaries return to the system at once.
 
 glibc keeps freed tensors of up to 32 MB in its heap, where longer-lived ones come to lie between them, and the heap
 grows from block to block. Weights and the solves' temporaries are therefore mapped one by one and go back to the
@@ -25,7 +25,7 @@ def _glibc(function: str) -> Any:
 
 
 @contextmanager
-def mapped_memory() -> Iterator[None]:
+def mmap_large_allocations() -> Iterator[None]:
     """Within, tensors of more than `MAPPED` bytes are mapped one by one; does nothing where glibc is not used."""
     mallopt = _glibc("mallopt")
     if mallopt is None:
@@ -39,8 +39,8 @@ def mapped_memory() -> Iterator[None]:
         mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
-def give_back_memory() -> None:
-    """Hand what the heap holds but does not use back to the system."""
+def trim_heap() -> None:
+    """Return unused heap pages to the system."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""How many windows go through a block at once: fewer where the device has no room for them."""
+"""Retries an attempt with smaller batches when the device runs out of memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from llmprune.errors import PruneError, first_line
 from llmprune.progress import Progress
-from llmprune.runtime.memory import give_back_memory
+from llmprune.runtime.memory import trim_heap
 from llmprune.runtime.process_group import SINGLE, ProcessGroup, RemoteOOMError
 
 T = TypeVar("T")
 
 
 def with_oom_retry(attempt: Callable[[int], T], windows: int, progress: Progress, group: ProcessGroup = SINGLE) -> T:
-    """Attempt something with so many windows at once; where memory does not suffice, with half as many, down to one.
+    """The result of an attempt with a number of windows per batch; after an out-of-memory error with half as many.
 
     Args:
         attempt: what to do; called again after it ran out of the device's memory.
@@ -43,15 +43,15 @@ def with_oom_retry(attempt: Callable[[int], T], windows: int, progress: Progress
                 "a shorter --seq-len, or --device cpu",
             )
         # Only here, behind the `except`, is what the attempt held free.
-        windows = half(windows)
-        give_back_memory()
+        windows = smaller_batch(windows)
+        trim_heap()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         progress.warn(f"out of memory on the device: going on with {windows} of the text's windows at a time")
 
 
-def half(windows: int) -> int:
-    """The largest part of a batch, at most half of it, that all parts can have."""
+def smaller_batch(windows: int) -> int:
+    """The largest divisor of a batch size that is at most half of it."""
     return max(part for part in range(1, windows // 2 + 1) if windows % part == 0)
 
 

@@ -50,7 +50,7 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that reads, writes and reports everything that one process can do for all."""
+        """Whether this is rank 0, which reads, writes and reports for all."""
         return self.rank == 0
 
     # Objects

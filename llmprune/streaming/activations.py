@@ -1,4 +1,4 @@
-"""Where hidden states rest between blocks: in memory while they fit, else in files, from which batches are mapped."""
+"""Stores hidden states between blocks: in memory while they fit, else in files, from which batches are mapped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALIGNMENT = 4096  # sums over a mapped tensor must come out as they do over an a
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where a batch lies in a file."""
+    """The place of a batch in a file."""
 
     offset: int
     shape: tuple[int, ...]
@@ -76,7 +76,7 @@ class Held(dict[int, Tensor]):
 
 
 class Activations:
-    """The hidden states of one stream: what entered the block at hand, and what has left it, batch by batch.
+    """The hidden states of one stream, batch by batch: the inputs and the outputs of the current block.
 
     Args:
         name: of its files.
@@ -95,28 +95,28 @@ class Activations:
         self._left: Held | Filed = Held()
 
     def append(self, tensor: Tensor) -> None:
-        """Take in what enters the first block for one batch more."""
+        """Store the input of the first block for one more batch."""
         number = len(self._entered)
         self._entered.put(number, tensor)
         if isinstance(self._entered, Held) and sum(held.nbytes for held in self._entered.values()) > self.limit:
             self._entered, self._left = self._to_file(self._entered, 0), self._filed(1)
 
     def entered(self, number: int) -> Tensor:
-        """What entered the block."""
+        """Input of the current block."""
         return self._entered.take(number)
 
     def newest(self, number: int) -> Tensor:
-        """What has left the block, or entered it if nothing has left yet."""
+        """Output of the current block, or its input if there is no output yet."""
         return (self._left if number in self._left else self._entered).take(number)
 
     def put(self, number: int, tensor: Tensor) -> None:
-        """A batch leaves the block."""
+        """Store the output of the current block for one batch."""
         self._left.put(number, tensor)
         if isinstance(self._entered, Held) and not self.keep:
             self._entered.pop(number, None)
 
     def turn(self) -> None:
-        """The next block's turn: what left the last one enters it."""
+        """Go to the next block: the outputs become its inputs."""
         old, self._entered = self._entered, self._left
         self.generation += 1
         self._left = Held()
@@ -125,7 +125,7 @@ class Activations:
             self._left = self._filed(self.generation + 1)
 
     def save(self) -> dict[str, Any]:
-        """Make what has left the block durable, in a file of its own; returns what `load` needs."""
+        """Make the outputs of the current block durable, in a file of their own; returns what `load` needs."""
         left = self._left
         filed = self._to_file(left, self.generation + 1) if isinstance(left, Held) else left
         sync(filed.path)
@@ -133,10 +133,10 @@ class Activations:
         return {"file": filed.path.name, "sha256": sha256(filed.path), "pieces": pieces}
 
     def load(self, saved: dict[str, Any], generation: int, sizes: Sequence[int]) -> None:
-        """Take what entered a later block, in place of the first, from what `save` left before it.
+        """Restore the inputs of a later block, in place of those of the first, from the outputs that `save` wrote.
 
         Args:
-            saved: what it returned.
+            saved: the return value of `save`.
             generation: number of the later block.
             sizes: sequences in every batch; one that was saved may make several.
         """

@@ -1,4 +1,4 @@
-"""How calibration windows are divided among batches and processes, and which batches judge instead of teach."""
+"""Divides calibration windows among batches and processes, and holds batches out for validation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class BatchSharding:
-    """Deals windows out in turn, so that every process has some of every batch, as far as that goes.
+    """Distributes windows round-robin, so that every process has some of every batch, if there are enough.
 
     Args:
         windows: of the whole calibration text.

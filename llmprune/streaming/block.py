@@ -59,7 +59,7 @@ class Block:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Let all batches pass through the block, and through the dense block where its activations are streamed."""
+        """Pass all batches through the block, and through the dense block where its activations are streamed."""
         for batch in self.batches:
             if self.dense_stream:
                 with self.dense():
@@ -68,18 +68,18 @@ class Block:
         self.advanced = True
 
     def finish(self) -> None:
-        """Let the batches pass, if they have not passed yet."""
+        """Pass the batches through the block, if they have not passed yet."""
         if not self.advanced:
             self.advance()
 
     @torch.no_grad()
     def recompute_outputs(self) -> None:
-        """Let the batches pass once more, with the block's present weights."""
+        """Pass the batches once more, with the block's present weights."""
         for batch in self.batches:
             self.pass_through(batch)
 
     def pass_through(self, batch: Batch, dense: bool = False) -> None:
-        """Let one batch pass through the block."""
+        """Pass one batch through the block, and store the output."""
         output = self.forward(batch, dense)
         if not bool(torch.isfinite(output).all()):
             raise InputError(f"the output of {self.name!r} holds NaN or Inf", OVERFLOW)

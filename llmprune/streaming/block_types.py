@@ -27,7 +27,7 @@ SHORT = 16
 
 @dataclass(frozen=True, slots=True)
 class BlockAnalysis:
-    """How the layers of one block are called and coupled; keys are local names.
+    """Call order, residual adds, norms and coupled channels of one block; keys are local names.
 
     Args:
         order: the call order of its layers.
@@ -105,7 +105,7 @@ class BlockTypes:
         return self._orders[first]
 
     def residual_adds(self, index: int, run: Callable[[], Tensor]) -> dict[int, str]:
-        """Where its layers add to the residual stream, see `find_residual_adds`."""
+        """The residual adds of its layers, see `find_residual_adds`."""
         first = self._first[index]
         if first not in self._residual_adds:
             groups = self._orders[first].groups
@@ -142,7 +142,7 @@ class BlockTypes:
         return self._norm_scales[first]
 
     def save(self) -> dict[str, Any]:
-        """What needs the weights and activations of the types' first blocks, as JSON."""
+        """The results that need weights and activations of the types' first blocks, as JSON."""
         return {
             str(first): {"order": asdict(order), "residual_adds": list(self._residual_adds.get(first, {}).items())}
             for first, order in self._orders.items()

@@ -131,7 +131,7 @@ def _record(skeleton: Skeleton, tokens: Tensor, wrap: Wrap) -> tuple[Tensor, lis
 
 
 def _probe_output(skeleton: Skeleton, sample: Tensor) -> Wrap:
-    """How the blocks return their hidden states, found by running the first one on one sequence."""
+    """The return convention of the blocks, found by running the first one on one sequence."""
     outputs: list[Any] = []
     first = skeleton.blocks[0]
     forward = first.forward

@@ -57,7 +57,7 @@ class CrossBlockState:
         self._fresh = {id(value): (value, dict(value)) for calls in self._calls for value in mappings_of(calls)}
 
     def save(self, index: int, folder: Path) -> dict[str, Any]:
-        """Write what the blocks before `index` put into mappings that later ones are called with.
+        """Write the mappings that blocks from `index` on are called with, where the blocks before changed them.
 
         Raises:
             CannotBeSavedError: it is of a type that cannot be written, or may lie in something else than a mapping.
@@ -105,7 +105,7 @@ class CrossBlockState:
 
 
 def saved_wrap(folder: Path, saved: dict[str, Any]) -> Wrap:
-    """How blocks return their hidden states, from what `CrossBlockState.save` wrote."""
+    """The return convention of the blocks, as `CrossBlockState.save` wrote it."""
     return Wrap(_unpacked(saved["rest"], load_file(folder / saved["file"])))
 
 

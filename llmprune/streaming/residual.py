@@ -16,7 +16,7 @@ SAME = 1e-2
 
 @torch.no_grad()
 def find_residual_adds(module: nn.Module, groups: Sequence[Sequence[str]], run: Callable[[], Tensor]) -> dict[int, str]:
-    """Where groups of a single layer add to the residual stream, if no other group has to be solved before that.
+    """The residual adds of groups of a single layer, where no other group has to be solved before the add.
 
     Args:
         module: the block.
@@ -40,7 +40,7 @@ def _comes_first(place: str, other: str, called: list[str]) -> bool:
 
 
 def find_residual_add(module: nn.Module, layer: str, run: Callable[[], Tensor]) -> str | None:
-    """Where a layer's output is added to the residual stream: the first module that is fed the sum, or the block's end.
+    """The residual add of a layer: the first module with the sum as input, or the end of the block.
 
     The layer's output is perturbed by noise; where exactly this noise is found again, nothing else depends on the
     layer. It counts only if adding the noise there, in place, changes the block in the same way. The noise is as large

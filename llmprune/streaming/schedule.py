@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmprune.model.blocks import LayerRef
 from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem, LayerSolution, UnitRemoval
-from llmprune.runtime.memory import give_back_memory, mapped_memory
+from llmprune.runtime.memory import mmap_large_allocations, trim_heap
 from llmprune.streaming.batch import Batch, StopForward
 from llmprune.streaming.block import Block
 from llmprune.streaming.block_types import BlockAnalysis
@@ -31,7 +31,7 @@ from llmprune.structure.cut import Cut, scale_of
 
 @dataclass(slots=True)
 class Group:
-    """Layers of a block with the very same input tensor.
+    """Layers of a block that share their input tensor.
 
     Args:
         problem: the layer problems to be solved.
@@ -66,13 +66,13 @@ class GroupSchedule:
             for number, stats in self._pausing() if self.pausing else self._repeating():
                 yield self._group(self.order[number], stats)
                 # Memory of the group that was freed would be scattered by the activations that come next.
-                give_back_memory()
+                trim_heap()
         self.block.advanced = True
 
     def _group(self, layers: list[str], stats: InputStats) -> Group:
         block, first = self.block, layers[0]
         refs = tuple(block.layers[local] for local in layers)
-        with mapped_memory():
+        with mmap_large_allocations():
             problems = tuple(
                 LayerProblem(ref.name, block.weight(ref.local).to(torch.float32, copy=True)) for ref in refs
             )

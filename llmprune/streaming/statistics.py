@@ -13,7 +13,7 @@ from llmprune.errors import InputError, PruneError
 from llmprune.model.blocks import LayerRef
 from llmprune.pruning.problem import InputStats
 from llmprune.pruning.statistics import ResidualTarget, RunningGram, RunningPair, ZeroCounter
-from llmprune.runtime.memory import mapped_memory
+from llmprune.runtime.memory import mmap_large_allocations
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.streaming.batch import Batch
 from llmprune.streaming.hooks import Observation
@@ -21,7 +21,7 @@ from llmprune.streaming.hooks import Observation
 
 @dataclass(frozen=True, slots=True)
 class StatisticsOptions:
-    """How statistics are taken, in all blocks alike.
+    """Options of the statistics, the same for all blocks.
 
     Args:
         dense_targets: whether they are taken against the dense model's activations.
@@ -42,7 +42,7 @@ class StatisticsOptions:
 
 
 class GroupStatistics:
-    """Running statistics of layers with the very same input tensor.
+    """Running statistics of layers that share their input tensor.
 
     Args:
         options: how they are taken.
@@ -64,7 +64,7 @@ class GroupStatistics:
         self._first = False
         width = layers[0].shape[1]
         limit = options.zero_threshold if removed else None
-        with mapped_memory():
+        with mmap_large_allocations():
             total = options.group.sum
             zeros = None if limit is None else ZeroCounter(width, limit, self._mean_square, total, device)
             self._running = (RunningPair if options.dense_targets or removed else RunningGram)(width, device, zeros)
@@ -99,7 +99,7 @@ class GroupStatistics:
             InputError: they are not finite.
             PruneError: the processes are at different layers, or one has ended.
         """
-        with mapped_memory():
+        with mmap_large_allocations():
             stats = self._running.result()
         parts = [stats, *filter(None, [stats.held])]
         known = [value for part in parts for name in REDUCED if (value := getattr(part, name)) is not None]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.model.skeleton import Skeleton
-from llmprune.runtime.memory import give_back_memory
+from llmprune.runtime.memory import trim_heap
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.streaming.activations import Activations
 from llmprune.streaming.batch import RELEASED
@@ -35,7 +35,7 @@ BLOCK_MEMORY = 4 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Observe:
-    """What a stream observes on the way.
+    """Options of what a stream observes.
 
     Args:
         chosen: full names of the layers to be pruned.
@@ -60,7 +60,7 @@ class Observe:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a stream may use.
+    """Memory, files and processes of a stream.
 
     Args:
         batch_tokens: tokens per batch; fewer if `saved` says so.
@@ -133,7 +133,7 @@ class BlockStream:
                 batch.calls[index] = batch.dense_calls[index] = RELEASED
             for stream in self._streams:
                 stream.turn()
-            give_back_memory()
+            trim_heap()
 
     def groups(self, block: Block) -> GroupSchedule:
         """The groups of a block in call order, to be solved one after the other."""
@@ -146,7 +146,7 @@ class BlockStream:
 
     @property
     def immovable(self) -> list[str]:
-        """Why the inputs of some blocks could not be permuted, one sentence a block type."""
+        """Reasons why the inputs of some blocks could not be permuted, one sentence per block type."""
         return [
             f"no channels of {self.skeleton.block_name(first)!r} and of blocks like it were reordered: it {reason}"
             for first, reason in self.types.opaque.items()
@@ -169,7 +169,7 @@ class BlockStream:
         }
 
     def _saves(self) -> Path:
-        """Where `save` writes; a stream without a folder cannot be saved."""
+        """The folder of `save`; a stream without one cannot be saved."""
         assert self.folder is not None
         return self.folder
 
@@ -178,7 +178,7 @@ class BlockStream:
         return [self._pruned] if self._dense is None else [self._pruned, self._dense]
 
     def _activations(self) -> tuple[Activations, Activations | None]:
-        """Where the hidden states of the pruned model are stored, and those of the dense one if it is streamed."""
+        """Storage for the hidden states of the pruned model, and of the dense one if it is streamed."""
         observe, folder = self.observe, self.folder
         # The inputs and the outputs of a block are there at once.
         limit = self.resources.hidden_memory // (4 if observe.dense_stream else 2)
@@ -186,7 +186,7 @@ class BlockStream:
         return pruned, Activations("dense", folder, limit) if observe.dense_stream else None
 
     def _analysis(self, block: Block) -> BlockAnalysis:
-        """How the layers of a block are called and coupled; blocks of one type share it."""
+        """The analysis of a block; blocks of one type share it."""
         observe, index = self.observe, block.index
         order = self.types.order(index, list(block.layers), block.trial)
         residual = self._statistics().dense_targets or bool(observe.removed)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmprune import Job, prune
 from llmprune.errors import PruneError
 from llmprune.progress import Progress
-from llmprune.runtime.oom import half, with_oom_retry
+from llmprune.runtime.oom import smaller_batch, with_oom_retry
 from llmprune.sources.tokens import save_tokens, token_batch
 from llmprune.streaming.batch import Call
 
@@ -116,4 +116,4 @@ def test_other_errors_are_left_alone() -> None:
 
 @pytest.mark.parametrize(("windows", "wanted"), [(2, 1), (3, 1), (4, 2), (6, 3), (9, 3), (13, 1), (16, 8)])
 def test_a_batch_is_cut_into_equal_parts(windows: int, wanted: int) -> None:
-    assert half(windows) == wanted
+    assert smaller_batch(windows) == wanted
