@@ -45,7 +45,10 @@ class Parser(argparse.ArgumentParser):
             rest = arguments[at + 1 :]
             if takes_value or not _is_flag(flag):
                 if self.stray is not None and not takes_value:
-                    self.refuse(f"unknown {'argument' if at else 'command'} {argument!r}", self.stray(argument, rest))
+                    self.refuse(
+                        f"unknown argument {argument!r}" if at else f"{argument!r} is no command",
+                        self.stray(argument, rest),
+                    )
                 takes_value = False
                 found.append(argument)
                 continue
