@@ -14,7 +14,7 @@ from llmprune.cli.values import positive
 from llmprune.job import GROUPS, Job, knobs
 from llmprune.knobs import MUST, Knob
 from llmprune.pruning.criteria import CRITERIA
-from llmprune.pruning.methods import METHODS, MethodEntry
+from llmprune.pruning.methods import METHODS, TableEntry
 
 EXIT_CODES = """\
 exit codes:
@@ -51,7 +51,7 @@ class Version(argparse.Action):
         parser.exit()
 
 
-def table(title: str, entries: Mapping[str, MethodEntry]) -> str:
+def table(title: str, entries: Mapping[str, TableEntry]) -> str:
     """Names and their lines of help."""
     return "\n".join([f"{title}:", *(f"  {name:<12}{entry.help}" for name, entry in entries.items()), ""])
 

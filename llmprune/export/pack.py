@@ -20,7 +20,6 @@ from llmprune.model.reader import INDEX, PACKED, SINGLE, read_index
 from llmprune.model.skeleton import build_on_meta
 from llmprune.model.writer import replace_folder
 from llmprune.progress import Progress
-from llmprune.pruning.pattern import NM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,7 +101,7 @@ def pack(
     """
     skeleton, goal, layers = open_pruned(folder, sparsity, None, only, skip, trust_remote_code)
     pattern = goal.pattern
-    if not isinstance(pattern, NM):
+    if pattern is None or pattern.nm is None:
         raise InputError(f"{goal.name} cannot be packed", "only N:M patterns keep the same number in every group")
     checkpoint = skeleton.checkpoint
     weights = {checkpoint.disk_names([f"{ref.name}.weight"])[0]: ref.transposed for ref, _ in layers}

@@ -22,7 +22,7 @@ from torch import Tensor
 from llmprune.errors import InputError, PruneError
 from llmprune.export.positions import BITS, decode, encode, fits, shapes
 from llmprune.model.reader import read_header
-from llmprune.pruning.pattern import NM, parse_pattern
+from llmprune.pruning.pattern import SparsityPattern, parse_pattern
 
 FORMAT = "llmprune-packed"
 VERSION = "1"
@@ -126,7 +126,7 @@ class Layout:
         transposed: the packed ones by name; whether the weight is stored as `(in, out)`.
     """
 
-    pattern: NM
+    pattern: SparsityPattern
     plain: dict[str, Field]
     transposed: dict[str, bool]
 
@@ -137,7 +137,7 @@ class Layout:
             return f"{field.dtype} of shape {field.shape} has no whole bytes to store"
         if taken := {name + VALUES, name + POSITIONS} & self.plain.keys():
             return f"the file has another tensor {taken.pop()!r}"
-        return self.pattern.divides(*self.shape(name))
+        return self.pattern.mismatch(*self.shape(name))
 
     def shape(self, name: str) -> tuple[int, int]:
         """A weight's `(out, in)`."""
@@ -185,7 +185,9 @@ class Layout:
         return text + b" " * (-len(text) % 8)
 
 
-def pack_file(source: Path, target: Path, pattern: NM, transposed: Mapping[str, bool]) -> tuple[Layout, dict[str, str]]:
+def pack_file(
+    source: Path, target: Path, pattern: SparsityPattern, transposed: Mapping[str, bool]
+) -> tuple[Layout, dict[str, str]]:
     """Write the packed form of a safetensors file.
 
     Args:
@@ -241,7 +243,7 @@ class PackedFile:
             pattern = parse_pattern(metadata["pattern"])
             transposed = {name: _ORDERS[order] for name, order in json.loads(metadata["packed"]).items()}
             _, plain = parse_fields(self.header)
-            if not isinstance(pattern, NM):
+            if pattern.nm is None:
                 raise ValueError(f"the pattern {pattern.name} is not N:M")
             self.layout = Layout(pattern, plain, transposed)
             self._check()

@@ -8,25 +8,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmprune.pruning.pattern import NM
+from llmprune.pruning.pattern import SparsityPattern
 
 CHUNK = 2**22
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers as wide as a weight of so many bytes: what is zero is what has no bit set, so -0.0 is a value."""
 
 
-def position_bits(pattern: NM) -> int:
+def position_bits(pattern: SparsityPattern) -> int:
     """The fewest whole bits that tell a position in a group, `⌈log2 M⌉`."""
-    return (pattern.m - 1).bit_length()
+    return (_nm(pattern)[1] - 1).bit_length()
 
 
-def shapes(pattern: NM, rows: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def shapes(pattern: SparsityPattern, rows: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shapes of the values and of the positions (bytes; every row begins a new one) of a weight `(rows, width)`."""
-    kept = width // pattern.m * (pattern.m - pattern.n)
+    n, m = _nm(pattern)
+    kept = width // m * (m - n)
     return (rows, kept), (rows, -(-kept * position_bits(pattern) // 8))
 
 
-def fits(bits: Tensor, pattern: NM) -> bool:
+def fits(bits: Tensor, pattern: SparsityPattern) -> bool:
     """Whether every group of a weight has at least N entries without a bit set.
 
     Args:
@@ -36,7 +37,7 @@ def fits(bits: Tensor, pattern: NM) -> bool:
     return all(pattern.check(rows).violations == 0 for (rows,) in _in_chunks(bits))
 
 
-def encode(bits: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
+def encode(bits: Tensor, pattern: SparsityPattern) -> tuple[Tensor, Tensor]:
     """The M − N values of every group that may differ from zero, and where they stand in it.
 
     Values are in the order of the row. Positions are numbers of `position_bits` bits each, in the order of the values,
@@ -51,7 +52,7 @@ def encode(bits: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
     """
     values_shape, positions_shape = shapes(pattern, *bits.shape)
     values, positions = bits.new_empty(values_shape), torch.empty(positions_shape, dtype=torch.uint8)
-    place = torch.arange(bits.shape[1]).remainder(pattern.m)
+    place = torch.arange(bits.shape[1]).remainder(_nm(pattern)[1])
     for rows, part, packed in _in_chunks(bits, values, positions):
         kept = pattern.project((rows != 0).float())
         part.copy_(rows[kept].view_as(part))
@@ -59,32 +60,39 @@ def encode(bits: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
     return values, positions
 
 
-def decode(values: Tensor, positions: Tensor, pattern: NM) -> Tensor:
+def decode(values: Tensor, positions: Tensor, pattern: SparsityPattern) -> Tensor:
     """The weight that `encode` took apart, `(out, in)`, of the dtype of `values`.
 
     Raises:
         ValueError: the positions of a group do not rise, or lie beyond it.
     """
-    keep = pattern.m - pattern.n
+    n, m = _nm(pattern)
+    keep = m - n
     rows, kept = values.shape
-    bits = torch.zeros(rows, kept // keep * pattern.m, dtype=values.dtype)
-    first = torch.arange(kept).div(keep, rounding_mode="floor") * pattern.m
+    bits = torch.zeros(rows, kept // keep * m, dtype=values.dtype)
+    first = torch.arange(kept).div(keep, rounding_mode="floor") * m
     for out, part, packed in _in_chunks(bits, values, positions):
         place = _from_bytes(packed, kept, pattern)
         grouped = place.view(len(place), -1, keep)
-        if bool((place >= pattern.m).any()) or bool((grouped.diff(dim=-1) <= 0).any()):
+        if bool((place >= m).any()) or bool((grouped.diff(dim=-1) <= 0).any()):
             raise ValueError(f"positions that {pattern.name} does not know")
         out.scatter_(1, place + first, part)
     return bits
 
 
-def _to_bytes(place: Tensor, pattern: NM) -> Tensor:
+def _nm(pattern: SparsityPattern) -> tuple[int, int]:
+    """N and M of a pattern that can be packed."""
+    assert pattern.nm is not None
+    return pattern.nm
+
+
+def _to_bytes(place: Tensor, pattern: SparsityPattern) -> Tensor:
     """Positions `(rows, kept)` as bytes."""
     bits = (place[..., None] >> torch.arange(position_bits(pattern))) & 1
     return torch.from_numpy(np.packbits(bits.flatten(1).to(torch.uint8).numpy(), axis=1, bitorder="little"))
 
 
-def _from_bytes(packed: Tensor, kept: int, pattern: NM) -> Tensor:
+def _from_bytes(packed: Tensor, kept: int, pattern: SparsityPattern) -> Tensor:
     """The inverse of `_to_bytes`, int64."""
     width = position_bits(pattern)
     bits = np.unpackbits(packed.numpy(), axis=1, count=kept * width, bitorder="little")

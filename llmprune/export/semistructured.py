@@ -87,7 +87,7 @@ def weight_obstacle(weight: Tensor) -> str:
     if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}"
     rows, width = weight.shape
-    if PATTERN.divides(rows, width) or PATTERN.check(weight.data).violations:
+    if PATTERN.mismatch(rows, width) or PATTERN.check(weight.data).violations:
         return "not 2:4"
     return ""
 

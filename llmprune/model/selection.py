@@ -90,7 +90,7 @@ def make_plan(
             reason = _storage_obstacle(skeleton, f"{layer.name}.weight")
         if reason:
             skipped.append(Skipped(layer.name, layer.weights, reason))
-        elif pattern is not None and (problem := pattern.divides(*layer.shape)):
+        elif pattern is not None and (problem := pattern.mismatch(*layer.shape)):
             raise InputError(
                 f"{pattern.name} does not fit layer {layer.name!r}: {problem}",
                 "choose another pattern, or leave such layers dense with --skip GLOB",

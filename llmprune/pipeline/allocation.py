@@ -86,7 +86,7 @@ def allocate(
 def _pattern(share: Fraction, scope: Scope, shapes: list[tuple[int, int]], kind: Allocate) -> Unstructured:
     """The pattern of a block whose layers have these shapes."""
     pattern = Unstructured(share, scope) if 0 < share < 1 else None
-    problems = [pattern.divides(*shape) for shape in shapes] if pattern else ["that is nothing, or all"]
+    problems = [pattern.mismatch(*shape) for shape in shapes] if pattern else ["that is nothing, or all"]
     if pattern is None or any(problems):
         raise InputError(
             f"--allocate {kind} gives a block {percent(share)}, and {next(filter(None, problems))}",

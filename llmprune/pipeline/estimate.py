@@ -18,8 +18,8 @@ from llmprune.model.writer import SHARD_BYTES
 from llmprune.pipeline.prepare import prepare, without_generation_if_too_large
 from llmprune.pipeline.report_builder import initial_report
 from llmprune.progress import Progress
-from llmprune.pruning.criteria import CRITERIA
-from llmprune.pruning.methods import METHODS, MethodEntry
+from llmprune.pruning.criteria import load_criterion
+from llmprune.pruning.methods import Cost, load_method
 from llmprune.pruning.recipe import EFFORTS, Recipe
 from llmprune.sources.generated import check_room, whole_bytes, window_bytes
 from llmprune.streaming.perplexity import CHUNK_ELEMENTS
@@ -136,13 +136,13 @@ def seconds(task: Task, rate: float) -> float:
     train = recipe.reconstruct * tokens * 3 * forward
     write = WRITING * task.own * (forward + 2 * task.hidden * task.vocabulary)
     refits = recipe.steps - (0 if recipe.refit else 1)
-    products = recipe.steps * sum(stage.products for stage in _entries(recipe)) + 10 * refits
+    products = recipe.steps * sum(cost.products for cost in _costs(recipe)) + 10 * refits
     factors = 1
     if recipe.targets == "dense":
         products, factors = products + 8, 3
     if recipe.allocate != "uniform":
         stream += tokens * (forward + gram)
-        products, factors = products + 2 * METHODS[recipe.method].products, factors + 2
+        products, factors = products + 2 * load_method(recipe.method).cost.products, factors + 2
     return (stream + train + write + (products + 2) * product + factors * factor + evaluate) / rate
 
 
@@ -198,7 +198,7 @@ def _solving(recipe: Recipe, width: int, rows: int, lands: bool) -> int:
     """A group of so many inputs and stacked rows: statistics, weights, and what the stages around the method need."""
     square, stack = width**2, rows * width
     paired = recipe.targets == "dense"
-    stages = [(entry.squares, entry.stacks + (1 if paired else 0)) for entry in _entries(recipe)]
+    stages = [(cost.squares, cost.stacks + (1 if paired else 0)) for cost in _costs(recipe)]
     if paired:
         stages.append((3.5, 3.2 if lands else 5.5))
     if recipe.refit:
@@ -222,10 +222,10 @@ def _lands(task: Task, layer: LayerRef) -> bool:
     return _rows(task, layer) == layer.shape[0] == task.hidden
 
 
-def _entries(recipe: Recipe) -> list[MethodEntry]:
-    """The criterion for channels and heads, and the method for weights, as far as there are such."""
-    found = [CRITERIA[recipe.criterion]] if recipe.criterion else []
-    return found + ([METHODS[recipe.method]] if recipe.method else [])
+def _costs(recipe: Recipe) -> list[Cost]:
+    """The costs of the criterion for channels and heads, and of the method for weights, as far as there are such."""
+    found = [load_criterion(recipe.criterion).cost] if recipe.criterion else []
+    return found + ([load_method(recipe.method).cost] if recipe.method else [])
 
 
 def _rows(task: Task, layer: LayerRef) -> int:

@@ -11,7 +11,6 @@ from llmprune.pruning.criteria import CRITERIA, load_criterion
 from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.methods import METHODS, load_method
 from llmprune.pruning.parallel import RowSharding
-from llmprune.pruning.pattern import NM, Unstructured
 from llmprune.pruning.recipe import AUTO, Recipe
 from llmprune.pruning.sparsity import Sparsity, parse_sparsity
 from llmprune.pruning.structured_solver import StructuredSolver
@@ -33,7 +32,7 @@ def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
     if method is not None:
         # Of a layer that loses rows later, a count over rows alone stays exact.
         goal = parse_sparsity(job.sparsity, job.scope or ("row" if goal.removals else method.scope))
-    if job.scope and not isinstance(goal.pattern, Unstructured):
+    if job.scope and goal.scope != job.scope:
         raise InputError(
             f"--scope {job.scope} does not apply to {goal.name}",
             "leave it out: it is for shares of weights such as 50%",
@@ -65,27 +64,27 @@ def _check_method(job: Job, goal: Sparsity) -> None:
 
 def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
     """The recipe without what has no meaning for this pattern; refused if the user asked for it by name."""
-    if isinstance(goal.pattern, NM):
-        if job.allocate not in {None, "uniform"}:
-            raise InputError(
-                f"--allocate {job.allocate} does not apply to {goal.name}",
-                "leave it out: N:M prunes the same in every group of every layer",
-            )
-        # A group of M loses one more in every step at least.
-        steps = recipe.steps if goal.removals else min(recipe.steps, goal.pattern.n)
-        return replace(recipe, allocate="uniform", steps=steps)
-    if job.permute:
+    pattern = goal.pattern
+    if job.permute and not (pattern and pattern.permutable):
         raise InputError(f"--permute does not apply to {goal.name}", "leave it out: it is for N:M patterns")
-    if goal.pattern is None and job.allocate not in {None, "uniform"}:
+    if job.allocate not in {None, "uniform"} and not (pattern and pattern.allocatable):
+        all_alike = f"leave it out: {pattern.name} prunes the same in every group of every layer" if pattern else ""
         raise InputError(
-            f"--allocate {job.allocate} does not apply to {goal.name}", "a config has one width and one number for all"
+            f"--allocate {job.allocate} does not apply to {goal.name}",
+            all_alike or "a config has one width and one number for all",
         )
-    if goal.pattern is None and job.ridge:
+    if pattern is not None:
+        return replace(
+            recipe,
+            permute=recipe.permute and pattern.permutable,
+            allocate=recipe.allocate if pattern.allocatable else "uniform",
+            steps=recipe.steps if goal.removals else len(pattern.steps(recipe.steps)),
+        )
+    if job.ridge:
         raise InputError(
             f"--ridge {job.ridge:g} does not apply to {goal.name}", "leave it out: held-out tokens choose the ridge"
         )
-    recipe = replace(recipe, permute=False)
-    return recipe if goal.pattern else _for_removal(recipe, job)
+    return _for_removal(replace(recipe, permute=False), job)
 
 
 def _for_removal(recipe: Recipe, job: Job) -> Recipe:

@@ -11,7 +11,7 @@ from llmprune.pruning.dense_targets import DenseTarget, dense_targets
 from llmprune.pruning.least_squares import refit
 from llmprune.pruning.methods import Method
 from llmprune.pruning.parallel import RowSharding
-from llmprune.pruning.pattern import NM, SparsityPattern
+from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.permutation import choose, saliency
 from llmprune.pruning.problem import GroupProblem, GroupSolution, InputStats, LayerSolution, Status, masked
 from llmprune.pruning.recipe import Recipe
@@ -80,7 +80,7 @@ class LayerSolver:
         self, goal: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, int]:
         """An order that keeps more, None for the one that is; and how often the damping of its scores was raised."""
-        if not classes or not self.recipe.permute or not isinstance(pattern, NM):
+        if not classes or not self.recipe.permute or not pattern.permutable:
             return None, 0
         (layer,) = goal.layers
         score, retries = saliency(layer.weight, goal.stats.gram)
@@ -99,7 +99,7 @@ class LayerSolver:
         *early, last = pattern.steps(self.recipe.steps)
         shapes = [layer.weight.shape for layer in goal.layers]
         # A small share of a small layer may round to nothing in the first steps.
-        for step in [step for step in early if not any(step.divides(*shape) for shape in shapes)] + [last]:
+        for step in [step for step in early if not any(step.mismatch(*shape) for shape in shapes)] + [last]:
             solutions = self.solve_once(current, step)
             if self.recipe.refit or step is not last:
                 solutions = refit(goal, solutions)

@@ -1,11 +1,15 @@
-"""Sparsity patterns: which weights of a matrix may stay.
+"""Sparsity patterns: the supports that a weight may have.
 
 `N:M` means that of every M consecutive inputs of a row, N weights are pruned (the convention of SparseGPT, Wanda and
 LLM Compressor; a part of the literature counts the kept ones).
+
+Adding a pattern: a frozen dataclass that declares how it groups, and how its name is read in `parse_pattern`. Methods,
+permutation, allocation and checks ask for nothing else.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -17,22 +21,23 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import InputError
+from llmprune.pruning.lowest import lowest
 
 Scope = Literal["row", "layer"]
+PatternScope = Literal["group", "row", "layer"]
 
-FEW_ROWS = 32
-_HINT = "use N:M with 0 < N < M (2:4 prunes 2 of every 4), a share such as 50% or 0.5, channels:25% or heads:33%"
+_HINT = "use N:M with 0 < N < M (2:4 prunes 2 of every 4), a ratio such as 50% or 0.5, channels:25% or heads:33%"
 
 
 @dataclass(frozen=True, slots=True)
 class PatternCheck:
-    """What `SparsityPattern.check` found in one weight.
+    """The zeros that `SparsityPattern.check` counted in one weight.
 
     Args:
-        weights: number of weights looked at.
+        weights: number of weights.
         zeros: how many of them are exactly zero.
         required: how many the pattern asks for.
-        violations: zeros that are missing, summed over the groups (N:M), rows or the layer that have too few.
+        violations: missing zeros, summed over the groups, rows or the layer that have too few.
     """
 
     weights: int
@@ -47,7 +52,13 @@ class PatternCheck:
 
 
 class SparsityPattern(ABC):
-    """A set of allowed supports for a weight of shape `(out, in)`; `project` picks the best of them for a score."""
+    """A set of allowed supports for a weight of shape `(out, in)`; `project` finds the best of them for a score.
+
+    In every group an exact count of units is pruned. A unit is one weight, or a block of weights that are pruned
+    together; a group is `group` consecutive inputs of a row, a whole row, or the layer, as `scope` says. A pattern
+    that is not made like this overrides `project`, `check` and `mismatch`, and declares itself not `elementwise` and
+    not `permutable`.
+    """
 
     __slots__ = ()
 
@@ -59,54 +70,134 @@ class SparsityPattern(ABC):
     @property
     @abstractmethod
     def sparsity(self) -> Fraction:
-        """The exact share of weights that is pruned."""
+        """The exact ratio of pruned weights."""
+
+    @property
+    @abstractmethod
+    def scope(self) -> PatternScope:
+        """Where the count is exact: in every group of inputs of a row, every row, or every layer."""
 
     @abstractmethod
     def describe(self) -> str:
-        """One phrase that leaves no doubt which weights go."""
+        """One phrase that leaves no doubt which weights are pruned."""
+
+    @abstractmethod
+    def count(self, size: int) -> int:
+        """The number of units that are pruned in a group of `size` units."""
+
+    @abstractmethod
+    def with_ratio(self, ratio: Fraction) -> SparsityPattern:
+        """The same kind of pattern with another ratio of pruned weights, rounded up to the next that it can have."""
+
+    @property
+    def group(self) -> int | None:
+        """The number of consecutive inputs that a group spans; None where it is a whole row or the layer."""
+        return None
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """The block of weights that are pruned together, `(rows, inputs)`."""
+        return 1, 1
+
+    @property
+    def allocatable(self) -> bool:
+        """Whether every ratio can be had, so that blocks may get ratios of their own."""
+        return False
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether single weights are pruned, so that in every group the lowest scores are."""
+        return self.unit == (1, 1)
+
+    @property
+    def nm(self) -> tuple[int, int] | None:
+        """`(N, M)` if N single weights of every M consecutive inputs of a row are pruned, else None."""
+        return (self.count(self.group), self.group) if self.group is not None and self.elementwise else None
+
+    @property
+    def rows_independent(self) -> bool:
+        """Whether the mask of a row does not depend on other rows."""
+        return self.unit[0] == 1 and self.scope != "layer"
+
+    @property
+    def permutable(self) -> bool:
+        """Whether another order of the inputs can keep more: they are in groups, each on its own."""
+        return self.group is not None and self.unit[1] == 1
+
+    @property
+    def multiple_of(self) -> int:
+        """What the number of inputs must be a multiple of."""
+        return self.group or self.unit[1]
 
     def speed_note(self) -> str:
-        """What this pattern does to file size and speed, said honestly."""
+        """What this pattern does to file size and speed."""
         return (
             f"{self.name} leaves file size and speed unchanged in stock runtimes; "
             "it pays where a runtime or a compressor knows about zeros"
         )
 
-    @abstractmethod
-    def divides(self, rows: int, width: int) -> str:
+    def mismatch(self, rows: int, width: int) -> str:
         """Why a weight of shape `(rows, width)` cannot have this pattern, or '' if it can."""
+        for size, divisor, what in ((width, self.multiple_of, "inputs"), (rows, self.unit[0], "rows")):
+            if size % divisor:
+                return f"{size} {what} are not divisible by {divisor}"
+        inputs = width if self.group is None else self.group
+        size = inputs * (rows if self.scope == "layer" else self.unit[0])
+        units = size // math.prod(self.unit)
+        if 0 < self.count(units) < units:
+            return ""
+        return f"{percent(self.sparsity)} of {size} weights rounds to {self.count(units) * math.prod(self.unit)}"
 
-    @property
-    @abstractmethod
-    def rows_independent(self) -> bool:
-        """Whether the mask of a row does not depend on the other rows."""
-
-    @abstractmethod
-    def groups(self, score: Tensor) -> tuple[Tensor, int]:
-        """`score (out, in)` viewed as `(..., group)` with the number of weights to prune in each group."""
-
-    @abstractmethod
     def steps(self, count: int) -> list[SparsityPattern]:
-        """Patterns of rising sparsity that end in this one, at most `count`."""
+        """An iterative schedule: patterns of rising ratio that end in this one, at most `count`."""
+        return list(dict.fromkeys(self.with_ratio(self.sparsity * step / count) for step in range(1, count + 1)))
+
+    def units(self, score: Tensor) -> Tensor:
+        """The score of every unit, `(out / unit rows, in / unit inputs)`: the sum over its weights.
+
+        `-inf`, which marks weights that are zero already, counts only for units of nothing else.
+        """
+        if self.unit == (1, 1):
+            return score
+        rows, inputs = self.unit
+        blocks = score.reshape(len(score) // rows, rows, -1, inputs)
+        marked = blocks == -torch.inf
+        return blocks.masked_fill(marked, 0).sum((1, 3)).masked_fill(marked.all(3).all(1), -torch.inf)
+
+    def groups(self, units: Tensor) -> tuple[Tensor, int]:
+        """A matrix of units viewed as `(..., size)`, one line a group; and the number to prune in each."""
+        if self.scope == "layer":
+            grouped = units.reshape(1, -1)
+        elif self.group is None:
+            grouped = units
+        else:
+            grouped = units.reshape(len(units), -1, self.group // self.unit[1])
+        return grouped, self.count(grouped.shape[-1])
 
     def project(self, score: Tensor) -> Tensor:
-        """Keep mask `(out, in)`, True = kept: in every group the lowest scores go, ties by lower index first.
+        """Keep mask `(out, in)`, True = kept: in every group the lowest scores are pruned, of ties the first.
 
         Args:
-            score: `(out, in)`, any float dtype, no NaN. `-inf` marks weights that must go first.
+            score: `(out, in)`, any float dtype, no NaN. `-inf` marks weights that must be pruned first.
         """
-        grouped, count = self.groups(score)
-        return ~lowest(grouped, count).reshape(score.shape)
+        units = self.units(score)
+        grouped, count = self.groups(units)
+        kept = ~lowest(grouped, count).reshape(units.shape)
+        if self.unit == (1, 1):
+            return kept
+        return kept.repeat_interleave(self.unit[0], 0).repeat_interleave(self.unit[1], 1)
 
     def check(self, weight: Tensor) -> PatternCheck:
         """Count the zeros of `weight (out, in)` against this pattern."""
-        grouped, count = self.groups(weight)
-        zeros = (grouped == 0).sum(-1)
+        zeros = weight == 0
+        empty = zeros if self.unit == (1, 1) else self.units((~zeros).float()) == 0
+        grouped, count = self.groups(empty)
+        found, size = grouped.sum(-1), math.prod(self.unit)
         return PatternCheck(
             weights=weight.numel(),
             zeros=int(zeros.sum()),
-            required=count * zeros.numel(),
-            violations=int((count - zeros).clamp(min=0).sum()),
+            required=count * found.numel() * size,
+            violations=int((count - found).clamp(min=0).sum()) * size,
         )
 
 
@@ -129,6 +220,14 @@ class NM(SparsityPattern):
     def sparsity(self) -> Fraction:
         return Fraction(self.n, self.m)
 
+    @property
+    def scope(self) -> PatternScope:
+        return "group"
+
+    @property
+    def group(self) -> int:
+        return self.m
+
     def describe(self) -> str:
         return f"{self.name}, prunes {self.n} of every {self.m} weights, {percent(self.sparsity)}"
 
@@ -140,24 +239,16 @@ class NM(SparsityPattern):
             "(torch.sparse.to_sparse_semi_structured)"
         )
 
-    def steps(self, count: int) -> list[SparsityPattern]:
-        rising = sorted({-(-self.n * step // count) for step in range(1, count + 1)})
-        return [NM(n, self.m) for n in rising]
+    def count(self, size: int) -> int:
+        return self.n * size // self.m
 
-    def divides(self, rows: int, width: int) -> str:
-        return "" if width % self.m == 0 else f"{width} inputs are not divisible by {self.m}"
-
-    @property
-    def rows_independent(self) -> bool:
-        return True
-
-    def groups(self, score: Tensor) -> tuple[Tensor, int]:
-        return score.reshape(score.shape[0], -1, self.m), self.n
+    def with_ratio(self, ratio: Fraction) -> NM:
+        return NM(math.ceil(ratio * self.m), self.m)
 
 
 @dataclass(frozen=True, slots=True)
 class Unstructured(SparsityPattern):
-    """An exact share of the weights of every row (`scope="row"`) or of the layer (`scope="layer"`) is pruned.
+    """An exact ratio of the weights of every row (`scope="row"`) or of the layer (`scope="layer"`) is pruned.
 
     The count is `ratio * size` rounded to the nearest integer, halves up.
     """
@@ -177,83 +268,27 @@ class Unstructured(SparsityPattern):
     def sparsity(self) -> Fraction:
         return self.ratio
 
+    @property
+    def allocatable(self) -> bool:
+        return True
+
     def describe(self) -> str:
         where = "every row" if self.scope == "row" else "every layer"
         return f"{percent(self.ratio)} unstructured, counted exactly in {where}"
 
     def count(self, size: int) -> int:
-        """How many of `size` weights are pruned."""
         return int(self.ratio * size + Fraction(1, 2))
 
-    def steps(self, count: int) -> list[SparsityPattern]:
-        return [Unstructured(self.ratio * step / count, self.scope) for step in range(1, count + 1)]
-
-    def divides(self, rows: int, width: int) -> str:
-        size = width if self.scope == "row" else rows * width
-        if 0 < self.count(size) < size:
-            return ""
-        return f"{percent(self.ratio)} of {size} weights rounds to {self.count(size)}"
-
-    @property
-    def rows_independent(self) -> bool:
-        return self.scope == "row"
-
-    def groups(self, score: Tensor) -> tuple[Tensor, int]:
-        grouped = score if self.scope == "row" else score.reshape(1, -1)
-        return grouped, self.count(grouped.shape[-1])
+    def with_ratio(self, ratio: Fraction) -> Unstructured:
+        return Unstructured(ratio, self.scope)
 
 
-def lowest(score: Tensor, count: int | Tensor, dim: int = -1) -> Tensor:
-    """Mask of the `count` lowest entries along `dim`; equal scores go by lower index first.
-
-    Args:
-        score: any shape, no NaN.
-        count: between 0 and the size of `dim`; a tensor that broadcasts (size 1 along `dim`) gives every line its own.
-        dim: the dimension to choose along.
-    """
-    if isinstance(count, Tensor):
-        ordered = score.sort(dim=dim).values
-        kth = ordered.gather(dim, (count - 1).clamp(min=0)).masked_fill(count == 0, -torch.inf)
-        wanted = int(count.sum())
-    elif count:
-        kth = kth_lowest(score, count, dim)
-        wanted = count * (score.numel() // score.shape[dim])
-    else:
-        return torch.zeros_like(score, dtype=torch.bool)
-    mask = score <= kth
-    if int(mask.sum()) == wanted:
-        return mask
-    below = score < kth
-    ties = mask & ~below
-    room = count - below.sum(dim, keepdim=True)
-    return below | (ties & (ties.cumsum(dim) <= room))
-
-
-def kth_lowest(score: Tensor, count: int, dim: int = -1) -> Tensor:
-    """The `count`-th lowest entry along `dim`, which keeps size 1; fast for a short first dimension."""
-    if dim == 0 and count * len(score) <= FEW_ROWS:
-        return _kth_row(score, count)
-    return score.kthvalue(count, dim=dim, keepdim=True).values
-
-
-def _kth_row(score: Tensor, count: int) -> Tensor:
-    """The `count`-th lowest of a few rows, elementwise, by insertion: far faster than a selection per column."""
-    lowest_rows: list[Tensor] = []
-    for row in score:
-        rising = row
-        for at, held in enumerate(lowest_rows):
-            lowest_rows[at], rising = torch.minimum(held, rising), torch.maximum(held, rising)
-        if len(lowest_rows) < count:
-            lowest_rows.append(rising)
-    return lowest_rows[-1][None]
-
-
-def parse_pattern(text: str, scope: Scope = "layer") -> SparsityPattern:
-    """Read `2:4`, `50%` or `0.5`.
+def parse_pattern(text: str, scope: PatternScope = "layer") -> SparsityPattern:
+    """The pattern that `2:4`, `50%` or `0.5` stands for.
 
     Args:
         text: what the user typed.
-        scope: where the count of an unstructured pattern is exact.
+        scope: where the count of an unstructured pattern is exact; other patterns have their own.
 
     Raises:
         InputError: for anything else, with a hint.
@@ -271,7 +306,7 @@ def parse_pattern(text: str, scope: Scope = "layer") -> SparsityPattern:
                 raise InputError(
                     f"a sparsity of {spec} is not between 0 and 1", f"for {spec} % use {spec}%; else {_HINT}"
                 )
-            return Unstructured(ratio, scope)
+            return Unstructured(ratio, "row" if scope == "row" else "layer")
     raise InputError(f"unknown sparsity {text!r}", _HINT)
 
 

@@ -66,7 +66,7 @@ class Sparsity:
     @property
     def scope(self) -> str:
         """Where the count is exact: `group`, `row`, `layer`, or `model` where nothing but removal is asked for."""
-        return "model" if self.pattern is None else getattr(self.pattern, "scope", "group")
+        return "model" if self.pattern is None else self.pattern.scope
 
     def describe(self, shared_out: bool = False) -> str:
         """One phrase that leaves no doubt what goes.

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from llmprune.errors import InputError
 from llmprune.model.skeleton import Skeleton
-from llmprune.pruning.pattern import NM, SparsityPattern
+from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.sparsity import WORDS, Kind, Removal
 from llmprune.structure.config_search import changed_config, channel_settings, find_settings, head_settings
 from llmprune.structure.coupling import Coupling
@@ -124,8 +124,8 @@ class _Planner:
         if round_to is None and step * COARSE > old:
             step = 1 << max(int(math.log2(max(old // COARSE, 1))), 0)
             note = f", {ROUND_TO} being coarse for {old}"
-        if isinstance(self.pattern, NM):
-            step = math.lcm(step, self.pattern.m)
+        if self.pattern is not None:
+            step = math.lcm(step, self.pattern.multiple_of)
         wanted = old * (1 - removal.ratio)
         new = int(wanted / step + Fraction(1, 2)) * step
         if not 0 < new < old:
@@ -216,7 +216,7 @@ class _Planner:
                     "remove weights instead, e.g. --sparsity 2:4",
                 )
         rows = self.tensors[f"{cut.name}.weight"].numel() // cut.coupling.width
-        if self.pattern is not None and (problem := self.pattern.divides(rows, cut.width)):
+        if self.pattern is not None and (problem := self.pattern.mismatch(rows, cut.width)):
             raise InputError(f"{self.pattern.name} does not fit {cut.name!r}: {problem}", "choose another --round-to")
 
     def settings(self, candidates: Iterator[dict[str, int]], cuts: list[Cut]) -> tuple[dict[str, int], str]:

@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from llmprune.errors import InputError
-from llmprune.pruning.pattern import NM, PatternCheck, SparsityPattern, Unstructured, lowest, parse_pattern
+from llmprune.pruning.lowest import lowest
+from llmprune.pruning.pattern import NM, PatternCheck, SparsityPattern, Unstructured, parse_pattern
 
 HALF = Fraction(1, 2)
 EXTREMES = [0.0, -0.0, torch.inf, -torch.inf, 1e38, -1e38, 1e-45, -1e-45, 1e-40, 1e-38, 1.0, -1.0]
@@ -145,13 +146,13 @@ def test_patterns_are_values() -> None:
         NM(2, 4).n = 3
 
 
-def test_divides_says_why_not() -> None:
-    assert NM(2, 4).divides(3, 12) == ""
-    assert "10" in NM(2, 4).divides(4, 10)
-    assert Unstructured(HALF, "row").divides(2, 7) == ""
-    assert Unstructured(Fraction(1, 100), "layer").divides(10, 10) == ""
-    assert "rounds to 0" in Unstructured(Fraction(1, 100), "row").divides(10, 10)
-    assert "rounds to 10" in Unstructured(Fraction(99, 100), "row").divides(10, 10)
+def test_mismatch_says_why_not() -> None:
+    assert NM(2, 4).mismatch(3, 12) == ""
+    assert "10" in NM(2, 4).mismatch(4, 10)
+    assert Unstructured(HALF, "row").mismatch(2, 7) == ""
+    assert Unstructured(Fraction(1, 100), "layer").mismatch(10, 10) == ""
+    assert "rounds to 0" in Unstructured(Fraction(1, 100), "row").mismatch(10, 10)
+    assert "rounds to 10" in Unstructured(Fraction(99, 100), "row").mismatch(10, 10)
 
 
 @given(shares, st.integers(0, 10**6))

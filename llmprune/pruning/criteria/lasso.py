@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import NumericalError
+from llmprune.pruning.criteria import Criterion
 from llmprune.pruning.criteria.problem import Choice, RemovalProblem
+from llmprune.pruning.methods import Cost
 
 ALPHA_TRIALS, SET_CORRECTIONS, JITTER_RETRIES = 64, 64, 7
 LASSO_TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
-class Lasso:
+class Lasso(Criterion):
     """The units whose coefficient is zero go: `min_β ½ ‖Y − Σ_g β_g X_g W_gᵀ‖² / tokens + α ‖β‖₁`, `Y = X Wᵀ`.
 
     As α rises from 0 (all β are 1) more and more coefficients become zero; the α with as many as wanted is taken (He et
@@ -33,8 +35,7 @@ class Lasso:
             reported.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    zero_threshold: ClassVar[float | None] = None
+    cost: ClassVar[Cost] = Cost(products=8, squares=8.0)
 
     jitter: float = 1e-8
 

@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmprune.pruning.criteria import Criterion
 from llmprune.pruning.criteria.problem import Choice, RemovalProblem
 from llmprune.pruning.linalg import damped_inverse
+from llmprune.pruning.methods import Cost
 
 PANEL = 4
 SWAP_ROUNDS = 64
@@ -20,7 +22,7 @@ WIDEST = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class OBS:
+class OBS(Criterion):
     """The unit whose loss the others can best make up for goes, one after the other; then units change places.
 
     With `A = H + λI` and `M = A_SS⁻¹` over the inputs S that are left, the loss of unit g is `tr(W_g M_gg⁻¹ W_gᵀ)`
@@ -41,8 +43,7 @@ class OBS:
         swaps: most rounds of swaps.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    zero_threshold: ClassVar[float | None] = None
+    cost: ClassVar[Cost] = Cost(products=8, squares=8.0)
 
     damping: float = 0.01
     swaps: int = SWAP_ROUNDS

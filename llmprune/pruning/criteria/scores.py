@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llmprune.pruning.criteria import Criterion
 from llmprune.pruning.criteria.problem import Choice, RemovalProblem
 
 
 @dataclass(frozen=True, slots=True)
-class Magnitude:
+class Magnitude(Criterion):
     """The units with the smallest `Σ_j ‖W_:j‖²` go (Han et al. 2015, by columns)."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    zero_threshold: ClassVar[float | None] = None
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the size of the weights."""
@@ -21,11 +19,8 @@ class Magnitude:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanda:
+class Wanda(Criterion):
     """The units with the smallest `Σ_j ‖W_:j‖ · ‖X_j‖` go (Sun et al. 2023, by columns)."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    zero_threshold: ClassVar[float | None] = None
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the size of the weights times that of the inputs."""
@@ -34,14 +29,11 @@ class Wanda:
 
 
 @dataclass(frozen=True, slots=True)
-class OBD:
+class OBD(Criterion):
     """The units with the smallest `Σ_j ½ ‖W_:j‖² H_jj` go: the loss if nothing makes up for them (LeCun et al. 1989).
 
     For single channels this is half of Wanda's score squared, so the same channels go; for heads the two sums differ.
     """
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    zero_threshold: ClassVar[float | None] = None
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the diagonal of the second-order loss."""
@@ -50,11 +42,10 @@ class OBD:
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
+class Scaling(Criterion):
     """The units with the smallest `Σ_j |γ_j|` go, γ the learned scale that multiplies the inputs (Liu et al. 2017)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"channel_scale"})
-    zero_threshold: ClassVar[float | None] = None
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the learned scale."""
@@ -63,7 +54,7 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True)
-class APoZ:
+class APoZ(Criterion):
     """The units whose inputs have the highest average percentage of zeros go (Hu et al. 2016).
 
     Exact where at least 5% of a layer's inputs are exactly zero (ReLU). Elsewhere an input counts as zero up to

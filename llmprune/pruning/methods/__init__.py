@@ -1,16 +1,17 @@
 """The table of pruning methods: name -> where its class is, and one line of help.
 
-A method is a frozen dataclass whose fields are its options. `scope` says where an unstructured count is exact unless
-the user says otherwise, and `solve(problem, pattern)` returns one solution per layer of a group. Adding a method: one
-file here, one line in the table.
+A method is a frozen dataclass derived from `Method` whose fields are its options. It declares what it needs and costs,
+and `solve(problem, pattern)` returns one solution per layer of a group. Adding a method: one file here, one line in the
+table.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from llmprune.errors import InputError
 
@@ -19,61 +20,73 @@ if TYPE_CHECKING:
     from llmprune.pruning.problem import GroupProblem, LayerSolution
 
 
-class Method(Protocol):
-    """What every method provides."""
-
-    scope: ClassVar[Scope]
-    needs: ClassVar[frozenset[str]]
-
-    def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
-        """Prune the layers of one group; pure: no modules, no device policy."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class MethodEntry:
-    """A row of the table.
+class Cost:
+    """The cost of solving a group of layers once.
 
     Args:
-        target: `module:Class`.
-        help: one line.
-        products: what a solve takes, in products of the layer's weight by its Gram.
-        squares, stacks: the memory that it takes, in float32 matrices of a Gram's size and of the weights' size.
+        products: time, in products of the layers' weight `(out, in)` by its Gram, `2 · out · in²` operations each.
+        squares: peak memory in float32 matrices of the Gram's size, `(in, in)`; added to `stacks`.
+        stacks: peak memory in float32 matrices of the weights' size, `(out, in)`.
     """
 
-    target: str
-    help: str
     products: int = 0
     squares: float = 0.5
     stacks: float = 4.8
 
 
+class Method(ABC):
+    """What every method declares and does.
+
+    Attributes:
+        scope: where an unstructured count is exact, unless the user says otherwise.
+        needs: names of statistics beyond the Gram: `norm_scale`, the learned scale of the norm that feeds the layers.
+        cost: of `solve`.
+    """
+
+    __slots__ = ()
+
+    scope: ClassVar[Scope] = "layer"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    cost: ClassVar[Cost] = Cost()
+
+    @abstractmethod
+    def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
+        """The pruned layers of one group; pure: no modules, no device policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableEntry:
+    """A row of a table.
+
+    Args:
+        target: `module:Class`.
+        help: one line.
+    """
+
+    target: str
+    help: str
+
+
 METHODS = {
-    "magnitude": MethodEntry(
-        "llmprune.pruning.methods.magnitude:Magnitude", "smallest weights go; the floor for others to beat"
+    "magnitude": TableEntry(
+        "llmprune.pruning.methods.magnitude:Magnitude", "smallest |weight| is pruned; the floor for others to beat"
     ),
-    "wanda": MethodEntry("llmprune.pruning.methods.wanda:Wanda", "smallest |weight| x input norm in each row go"),
-    "obd": MethodEntry(
+    "wanda": TableEntry("llmprune.pruning.methods.wanda:Wanda", "smallest |weight| x input norm of a row is pruned"),
+    "obd": TableEntry(
         "llmprune.pruning.methods.obd:OBD",
-        "smallest weight squared x input mean square in the layer goes; in a row as wanda",
+        "smallest weight squared x input mean square of the layer is pruned; of a row as wanda",
     ),
-    "scaling": MethodEntry(
+    "scaling": TableEntry(
         "llmprune.pruning.methods.norm_scale:Scaling",
-        "smallest |weight| x learned scale of the norm that feeds the layer goes",
+        "smallest |weight| x learned scale of the norm that feeds the layer is pruned",
     ),
-    "sparsegpt": MethodEntry(
+    "sparsegpt": TableEntry(
         "llmprune.pruning.methods.sparsegpt:SparseGPT",
-        "second-order choice, the kept weights make up for the pruned ones",
-        4,
-        1.7,
-        4.0,
+        "second-order choice, the kept weights compensate the pruned ones",
     ),
-    "admm": MethodEntry(
-        "llmprune.pruning.methods.admm:ADMM",
-        "mask and weights sought together, at several times the price",
-        products=15,
-        squares=4.1,
-        stacks=5.2,
+    "admm": TableEntry(
+        "llmprune.pruning.methods.admm:ADMM", "mask and weights optimised together, at several times the price"
     ),
 }
 
@@ -91,7 +104,7 @@ def load_method(name: str, options: Mapping[str, str] | None = None) -> Method:
     return cast("Method", load_entry(name, METHODS[name], options))
 
 
-def load_entry(name: str, entry: MethodEntry, options: Mapping[str, str] | None = None) -> object:
+def load_entry(name: str, entry: TableEntry, options: Mapping[str, str] | None = None) -> object:
     """Instantiate a row of a table; see `load_method`."""
     module, _, attribute = entry.target.partition(":")
     cls = getattr(import_module(module), attribute)

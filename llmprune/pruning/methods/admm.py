@@ -10,8 +10,10 @@ from torch import Tensor
 
 from llmprune.pruning.least_squares import polish
 from llmprune.pruning.linalg import add_ridge, inverse_factor
+from llmprune.pruning.lowest import kth_lowest
+from llmprune.pruning.methods import Cost, Method
 from llmprune.pruning.methods.magnitude import by_magnitude
-from llmprune.pruning.pattern import NM, Scope, SparsityPattern, Unstructured, kth_lowest
+from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.problem import GroupProblem, LayerSolution, Status
 
 RELAXATION = 1.4
@@ -20,7 +22,7 @@ COUNT_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class ADMM:
+class ADMM(Method):
     """Split the problem into a ridge regression without a pattern and a projection without a Gram, and alternate.
 
     For `min tr((W − W*)ᵀ A (W − W*))` over W in the pattern, `A = H + λI`, with a penalty `ρD` (D diagonal) and the
@@ -50,8 +52,7 @@ class ADMM:
         end: ρ at the end.
     """
 
-    scope: ClassVar[Scope] = "layer"
-    needs: ClassVar[frozenset[str]] = frozenset()
+    cost: ClassVar[Cost] = Cost(products=15, squares=4.1, stacks=5.2)
 
     damping: float = 0.01
     iterations: int = 8
@@ -119,7 +120,7 @@ def _half_reflection(A: Tensor, rho: float) -> Tensor:
 
 
 class _Choice:
-    """Chooses the weights that stay by the size of a state `(in, rows)`; existing zeros and dead inputs go first."""
+    """Projects a state `(in, rows)` on the pattern by its size; existing zeros and dead inputs are pruned first."""
 
     def __init__(self, problem: GroupProblem, pattern: SparsityPattern, target: Tensor) -> None:
         self.problem, self.pattern = problem, pattern
@@ -127,24 +128,29 @@ class _Choice:
         zeros = target == 0
         self.zeros = zeros if bool(zeros.any()) else None
         self.score = torch.empty_like(target)
-        self.limit: _Limit | None = None
+        self.threshold: _Threshold | None = None
 
     def exact(self, state: Tensor) -> Tensor:
-        """Mask of the weights that stay, `(in, rows)`."""
-        kept = [self.pattern.project(rows) for rows in self.problem.split(self._score(state).T)]
-        support = torch.cat([rows.T for rows in kept], dim=1)
+        """Mask of the kept weights, `(in, rows)`."""
+        support = self._projected(self._score(state))
         return support if self.zeros is None else support & ~self.zeros
 
     def kept(self, state: Tensor) -> Tensor:
-        """1 for the weights that stay, 0 for the others, `(in, rows)`; an unstructured count is only nearly right."""
+        """1 for the kept weights, 0 for the others, `(in, rows)`; a count over a row or layer is only nearly right."""
         score = self._score(state)
-        if isinstance(self.pattern, NM):
-            groups = score.view(-1, self.pattern.m, score.shape[1]).transpose(0, 1)
-            groups.gt_(kth_lowest(groups, self.pattern.n, dim=0))
+        if self.pattern.nm is not None:
+            n, m = self.pattern.nm
+            groups = score.view(-1, m, score.shape[1]).transpose(0, 1)
+            groups.gt_(kth_lowest(groups, n, dim=0))
             return score
-        if self.limit is None:
-            self.limit = _Limit(self.problem, self.pattern, score)
-        return score.gt_(self.limit.follow(score))
+        if not self.pattern.elementwise:
+            return score.copy_(self._projected(score))
+        if self.threshold is None:
+            self.threshold = _Threshold(self.problem, self.pattern, score)
+        return score.gt_(self.threshold.follow(score))
+
+    def _projected(self, score: Tensor) -> Tensor:
+        return torch.cat([self.pattern.project(rows).T for rows in self.problem.split(score.T)], dim=1)
 
     def _score(self, state: Tensor) -> Tensor:
         score = torch.abs(state, out=self.score)
@@ -152,16 +158,19 @@ class _Choice:
         return score if self.zeros is None else score.masked_fill_(self.zeros, -torch.inf)
 
 
-class _Limit:
-    """The size up to which weights go, of every row, followed from iteration to iteration by counting.
+class _Threshold:
+    """The size up to which weights of a row are pruned, followed from iteration to iteration by counting.
 
     A selection costs as much as the iteration's matrix product, a count almost nothing.
+
+    Args:
+        problem: the layers.
+        pattern: an elementwise pattern without groups.
+        score: of the first iteration, `(in, rows)`.
     """
 
     def __init__(self, problem: GroupProblem, pattern: SparsityPattern, score: Tensor) -> None:
-        if not isinstance(pattern, Unstructured):
-            raise TypeError(f"admm has no rule for {pattern.name}")
-        self.rows = [len(layer.weight) for layer in problem.layers] if pattern.scope == "layer" else None
+        self.rows = None if pattern.rows_independent else [len(layer.weight) for layer in problem.layers]
         limits, counts = [], []
         for layer in problem.split(score.T):
             groups, count = pattern.groups(layer)
@@ -171,7 +180,7 @@ class _Limit:
         self.limit, self.wanted = torch.cat(limits).clamp(min=0.0), torch.cat(counts)
 
     def follow(self, score: Tensor) -> Tensor:
-        """The limit of every row for a score `(in, rows)`, by steps that are exact where sizes are evenly spread."""
+        """The threshold of every row for a score `(in, rows)`, exact after one step if sizes are evenly spread."""
         for _ in range(COUNT_STEPS):
             found = (score <= self.limit).sum(0)
             if self.rows:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from llmprune.pruning.pattern import Scope, SparsityPattern
+from llmprune.pruning.methods import Method
+from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.problem import GroupProblem, LayerSolution, Status, masked, zeros_first
 
 
 @dataclass(frozen=True, slots=True)
-class Magnitude:
+class Magnitude(Method):
     """Prune the weights with the smallest `|W_ij|` and leave the others as they are (Han et al. 2015)."""
-
-    scope: ClassVar[Scope] = "layer"
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """Prune each layer of the group by the size of its weights."""

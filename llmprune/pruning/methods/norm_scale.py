@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llmprune.errors import PruneError
-from llmprune.pruning.pattern import Scope, SparsityPattern
+from llmprune.pruning.methods import Method
+from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.problem import GroupProblem, LayerSolution, masked, zeros_first
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
+class Scaling(Method):
     """Prune the smallest `|W_ij| · |γ_j|`, γ the scale of the norm that feeds the layer (after Liu et al. 2017).
 
     Needs no calibration text beyond what shows which norm feeds which layer. Layers that no norm feeds are refused.
     """
 
-    scope: ClassVar[Scope] = "layer"
     needs: ClassVar[frozenset[str]] = frozenset({"norm_scale"})
 
     def solve(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from llmprune.pruning.linalg import inverse_factor
+from llmprune.pruning.lowest import lowest
+from llmprune.pruning.methods import Cost, Method
 from llmprune.pruning.methods.magnitude import by_magnitude
-from llmprune.pruning.pattern import NM, Scope, SparsityPattern, Unstructured, lowest
+from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.problem import GroupProblem, LayerSolution, Status
+
+STEP, BLOCK = 8, 128
 
 
 @dataclass(frozen=True, slots=True)
-class SparseGPT:
+class SparseGPT(Method):
     """Prune columns left to right; the columns to the right make up for every weight that goes.
 
     With `(H + λI)⁻¹ = UᵀU`, a pruned weight `w_j` leaves the error `e_j = w_j / U_jj`, and `w_k −= e_j U_jk` for all
@@ -35,8 +39,7 @@ class SparseGPT:
         damping: λ as a fraction of the mean diagonal of H.
     """
 
-    scope: ClassVar[Scope] = "layer"
-    needs: ClassVar[frozenset[str]] = frozenset()
+    cost: ClassVar[Cost] = Cost(products=4, squares=1.7, stacks=4.0)
 
     damping: float = 0.03
 
@@ -57,34 +60,73 @@ class SparseGPT:
         ]
 
 
-class _GroupSelection:
-    """N:M: the weights of a group of M columns are chosen when the sweep reaches it."""
+class _Selection(Protocol):
+    """Chooses the pruned weights while the sweep goes on.
 
-    def __init__(self, pattern: NM) -> None:
-        self.n = pattern.n
-        self.step = self.block = pattern.m
+    Attributes:
+        block: number of columns whose weights are chosen together, when the sweep reaches them.
+        step: number of columns that are swept one by one.
+    """
+
+    block: int
+    step: int
 
     def choose(self, start: int, score: Tensor) -> Tensor:
-        """Mask of the pruned weights of a group, for its score `(m, rows)`."""
+        """Mask of the pruned weights of the block from column `start` on, for its score `(columns, rows)`."""
+        ...
+
+
+class _GroupSelection:
+    """N of every M inputs are chosen when the sweep reaches the M."""
+
+    def __init__(self, n: int, m: int) -> None:
+        self.n = n
+        self.step = self.block = m
+
+    def choose(self, start: int, score: Tensor) -> Tensor:
         return lowest(score, self.n, dim=0)
 
 
-class _BlockSelection:
-    """Unstructured: a share is chosen when the sweep reaches a block of columns, exact over all blocks.
+class _ProjectedSelection:
+    """Any pattern: a group of inputs is projected when the sweep reaches it; without groups, all inputs at its start.
 
-    Zeros of the source go anyway; what the count asks for beyond them is spread over the blocks in proportion to their
-    nonzero weights, as differences of one cumulative count, so that it adds up exactly.
+    Args:
+        pattern: the pattern of every layer.
+        rows: number of rows of every layer.
+        width: number of inputs.
     """
 
-    step, block = 8, 128
+    def __init__(self, pattern: SparsityPattern, rows: list[int], width: int) -> None:
+        self.pattern, self.rows = pattern, rows
+        self.block = pattern.group or width
+        self.step = min(STEP, self.block)
 
-    def __init__(self, pattern: Unstructured, rows: list[int], zeros: Tensor) -> None:
-        self.row_scope, self.rows = pattern.scope == "row", rows
+    def choose(self, start: int, score: Tensor) -> Tensor:
+        kept = [self.pattern.project(layer.T).T for layer in torch.split(score, self.rows, 1)]
+        return ~torch.cat(kept, 1)
+
+
+class _BlockSelection:
+    """A ratio of the weights of a row or a layer: each block of columns has a quota, exact over all blocks.
+
+    Zeros of the source are pruned anyway; what the count asks for beyond them is spread over the blocks in proportion
+    to their nonzero weights, as differences of one cumulative count, so that it adds up exactly.
+
+    Args:
+        pattern: an elementwise pattern without groups.
+        rows: number of rows of every layer.
+        zeros: of the source, `(in, rows)`, bool.
+    """
+
+    step, block = STEP, BLOCK
+
+    def __init__(self, pattern: SparsityPattern, rows: list[int], zeros: Tensor) -> None:
+        self.by_row, self.rows = pattern.rows_independent, rows
         width = len(zeros)
-        sizes = [width] * zeros.shape[1] if self.row_scope else [width * r for r in rows]
+        sizes = [width] * zeros.shape[1] if self.by_row else [width * r for r in rows]
         count = torch.tensor([pattern.count(size) for size in sizes], device=zeros.device)
         nonzero = torch.stack([(~block).sum(0) for block in torch.split(zeros, self.block)])
-        if not self.row_scope:
+        if not self.by_row:
             nonzero = torch.stack([part.sum(1) for part in torch.split(nonzero, rows, dim=1)], 1)
         upto = nonzero.cumsum(0)
         beyond = (count - torch.tensor(sizes, device=zeros.device) + upto[-1]).clamp(min=0)
@@ -93,22 +135,21 @@ class _BlockSelection:
         self.zeros, self.quota = zeros, done.diff(dim=0, prepend=torch.zeros_like(done[:1]))
 
     def choose(self, start: int, score: Tensor) -> Tensor:
-        """Mask of the pruned weights of the block that begins at column `start`, for its score `(columns, rows)`."""
         quota = self.quota[start // self.block]
         zeros = self.zeros[start : start + len(score)]
-        if self.row_scope:
+        if self.by_row:
             return lowest(score, (quota + zeros.sum(0))[None], dim=0)
         parts = zip(torch.split(score, self.rows, 1), torch.split(zeros, self.rows, 1), quota.tolist(), strict=True)
         chosen = [lowest(s.T.flatten(), n + int(z.sum())).view(s.T.shape) for s, z, n in parts]
         return torch.cat(chosen).T.contiguous()
 
 
-def _selection(pattern: SparsityPattern, rows: list[int], zeros: Tensor) -> _GroupSelection | _BlockSelection:
-    if isinstance(pattern, NM):
-        return _GroupSelection(pattern)
-    if isinstance(pattern, Unstructured):
+def _selection(pattern: SparsityPattern, rows: list[int], zeros: Tensor) -> _Selection:
+    if pattern.nm is not None:
+        return _GroupSelection(*pattern.nm)
+    if pattern.elementwise:
         return _BlockSelection(pattern, rows, zeros)
-    raise TypeError(f"sparsegpt has no rule for {pattern.name}")
+    return _ProjectedSelection(pattern, rows, len(zeros))
 
 
 class _Sweep:
@@ -119,13 +160,12 @@ class _Sweep:
     Args:
         columns: the weights transposed, `(in, rows)`; pruned in place.
         upper: U, `(in, in)`; used up.
-        dead: inputs that are always zero, `(in,)`; their weights go before all others, but after existing zeros.
-        selection: which weights go; `block` columns at a time, of which `step` are swept one by one.
+        dead: inputs that are always zero, `(in,)`; of their weights all are pruned before those of other inputs, but
+            after existing zeros.
+        selection: chooses the pruned weights.
     """
 
-    def __init__(
-        self, columns: Tensor, upper: Tensor, dead: Tensor, selection: _GroupSelection | _BlockSelection
-    ) -> None:
+    def __init__(self, columns: Tensor, upper: Tensor, dead: Tensor, selection: _Selection) -> None:
         pivot = upper.diagonal().clone()
         self.columns = columns
         self.unit = upper.div_(pivot[:, None])
