@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, first_line
 from llmprune.model.blocks import find_blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.reader import SafetensorsFolder
@@ -147,9 +147,8 @@ def build_on_meta(config: PreTrainedConfig, compute: torch.dtype, trust_remote_c
                 config, dtype=compute, trust_remote_code=trust_remote_code
             )
     except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:300] if str(error) else repr(error)
         raise InputError(
-            f"model type {config.model_type!r} cannot be built as a causal language model: {reason}",
+            f"model type {config.model_type!r} cannot be built as a causal language model: {first_line(error)[:300]}",
             "llmprune prunes decoder-only language models; remote code needs --trust-remote-code",
         ) from error
     return model.eval().requires_grad_(False)

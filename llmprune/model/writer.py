@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from llmprune.errors import PruneError
 from llmprune.model.reader import INDEX, SINGLE
-from llmprune.runtime.files import replacing, sha256, sync
+from llmprune.runtime.files import replacing, sha256, write_json
 
 SHARD_BYTES = 2 * 2**30
 
@@ -101,26 +100,6 @@ class ShardWriter:
         for path in self.folder.iterdir():
             if path.name not in {shard.file for shard in self.shards}:
                 path.unlink()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON under a temporary name, then rename."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put the finished folder `new` in the place of `target`."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-        os.replace(new, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(new, target)
-    sync(target.parent)
 
 
 def copy_companions(source: Path, target: Path) -> None:

