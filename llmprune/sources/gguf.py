@@ -73,7 +73,7 @@ def convert_gguf(file: Path, folder: Path, progress: Progress, card: str = "") -
 
 @contextmanager
 def _bar_replaced(progress: Progress) -> Iterator[None]:
-    """Let `progress` tell how far the dequantising is; transformers draws a bar of its own even into plain files."""
+    """Report dequantisation to `progress` instead of transformers' own bar, which is drawn even into plain files."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     def told(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""From what the user calls a model to a folder of safetensors that can be pruned, or to a clear refusal."""
+"""Model sources: a name resolved to a folder of safetensors that can be pruned, or refused."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Source:
     """A model to prune.
 
     Args:
-        name: what the user called it.
-        folder: its files.
+        name: as the user gave it.
+        folder: of its files.
         revision: the Hub commit, or ''.
         config: its configuration.
     """
@@ -38,10 +38,10 @@ class Source:
 
 
 def open_source(name: str, *, revision: str | None, cache: Path, trust_remote_code: bool, progress: Progress) -> Source:
-    """Find, download or convert a model, and refuse what is no decoder-only language model with plain weights.
+    """Find, download or convert a model; only decoder-only language models with unquantised weights are accepted.
 
     Raises:
-        InputError: with what to do instead.
+        InputError: it is missing, unreachable, or another kind of model.
     """
     folder, commit = _locate(name, revision, cache, progress)
     _refuse_adapters(folder)
@@ -200,7 +200,7 @@ def _refuse_non_decoders(config: PreTrainedConfig) -> None:
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer.
+    """The tokenizer of a model.
 
     Raises:
         InputError: the folder has none.
