@@ -28,15 +28,15 @@ def run(options: argparse.Namespace) -> int:
     """Let the model write, and keep it."""
     import torch
 
-    from llmprune.sources.generated import check_room, go_on
+    from llmprune.sources.generated import generate, generation_batch_size
 
     silence_libraries(options.debug)
     skeleton, tokenizer = open_model(options.model)
-    at_once = check_room(skeleton, options.length)
+    at_once = generation_batch_size(skeleton, options.length)
     if tokenizer.bos_token_id is None:
         raise InputError(f"the tokenizer of {options.model} has no token that begins a text", "choose another model")
     prompts = torch.full((options.windows, 1), tokenizer.bos_token_id)
-    written = go_on(skeleton, prompts, options.length, options.seed, at_once)
+    written = generate(skeleton, prompts, options.length, options.seed, at_once)
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     with replacing(options.out) as partial:
         partial.write_text("\n\n".join(texts), encoding="utf-8")

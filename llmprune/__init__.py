@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from llmprune.progress import Progress
     from llmprune.reporting.report import PruneReport
     from llmprune.run import prune
-    from llmprune.training.finetune import KeepZeros, add_lora, merge_lora
+    from llmprune.training.keep_zeros import KeepZeros
+    from llmprune.training.lora import add_lora, merge_lora
 
 _WHERE = {
     "InputError": "errors",
     "Job": "job",
-    "KeepZeros": "training.finetune",
+    "KeepZeros": "training.keep_zeros",
     "Progress": "progress",
     "ProgressBars": "cli.notebook",
     "PruneError": "errors",
     "PruneReport": "reporting.report",
     "accelerate": "export.semistructured",
-    "add_lora": "training.finetune",
+    "add_lora": "training.lora",
     "load": "export.pack",
-    "merge_lora": "training.finetune",
+    "merge_lora": "training.lora",
     "pack": "export.pack",
     "prune": "run",
     "push": "export.upload",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the message of a library's error; its name if it has none."""
-    return str(error).splitlines()[0] if str(error) else repr(error)
+    """The first line of an error's message; its `repr` where that is empty."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]
 
 
 class PruneError(Exception):

@@ -9,7 +9,6 @@ from functools import partial
 from torch import Tensor
 
 from llmprune.job import Job
-from llmprune.model.writer import replace_folder
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.estimate import dry_run
 from llmprune.pipeline.prepare import prepare
@@ -32,6 +31,7 @@ from llmprune.pipeline.timing import Clock
 from llmprune.pipeline.workdir import open_workdir
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport
+from llmprune.runtime.files import replace_folder
 from llmprune.runtime.launch import process_group
 from llmprune.runtime.memory import mmap_large_allocations
 from llmprune.runtime.oom import with_oom_retry

@@ -1,5 +1,5 @@
 """What can be done with a finished folder: verify, pack, upload, accelerate, generate.
 
 May import `reporting` and all below it. A new format: one module here that reads a folder and writes another one
-(`pack.new_folder` makes it appear whole or not at all).
+(`runtime.files.replacing_folder` makes it appear whole or not at all).
 """

@@ -18,8 +18,8 @@ from llmprune.export.packed import Layout, PackedFile, pack_file
 from llmprune.export.verify import open_pruned
 from llmprune.model.reader import INDEX, PACKED, SINGLE, read_index
 from llmprune.model.skeleton import build_on_meta
-from llmprune.model.writer import replace_folder
 from llmprune.progress import Progress
+from llmprune.runtime.files import replacing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -215,7 +215,7 @@ def beside(folder: Path, name: str) -> Path:
 
 @contextmanager
 def new_folder(out: Path, source: Path) -> Iterator[Path]:
-    """A folder to work in, which takes its name `out` only when the work is done, and is gone if it fails.
+    """A hidden folder to fill, renamed to `out` if nothing is raised, and removed otherwise.
 
     Raises:
         InputError: `out` exists, or lies in `source`.
@@ -226,15 +226,10 @@ def new_folder(out: Path, source: Path) -> Iterator[Path]:
         raise InputError(f"{out} exists already", "choose another --out, or remove it")
     if source.resolve() in out.parents:
         raise InputError(f"{out} lies inside {source}", "choose another --out")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        replace_folder(partial, out)
+        with replacing_folder(out) as partial:
+            yield partial
     except OSError as error:
         raise PruneError(
-            f"cannot write {partial}: {error.strerror or error}", "free disk space or choose another --out"
+            f"cannot write {out}: {error.strerror or error}", "free disk space or choose another --out"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -6,7 +6,6 @@ hash, so that the plain file comes back byte for byte. Tensors are handled as by
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from llmprune.errors import InputError, PruneError
 from llmprune.export.positions import BITS, decode, encode, fits, shapes
 from llmprune.model.reader import read_header
 from llmprune.pruning.pattern import SparsityPattern, parse_pattern
+from llmprune.runtime.files import sha256
 
 FORMAT = "llmprune-packed"
 VERSION = "1"
@@ -110,12 +110,6 @@ def write_file(path: Path, header: bytes, tensors: Iterable[tuple[str, Tensor]])
             stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
-def file_hash(path: Path) -> str:
-    """The sha256 of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Which tensors of a plain file are packed, and what stands for them.
@@ -174,7 +168,7 @@ class Layout:
             "pattern": self.pattern.name,
             "packed": json.dumps({name: "in,out" if flag else "out,in" for name, flag in self.transposed.items()}),
             "header": file.header.decode(),
-            "sha256": file_hash(file.path),
+            "sha256": sha256(file.path),
         }
         made: dict[str, Any] = {"__metadata__": metadata}
         at = 0
@@ -297,7 +291,7 @@ class PackedFile:
             PruneError: it is not, byte for byte, what was packed.
         """
         write_file(target, self.header.encode(), ((name, self.read(name)) for name in self.layout.plain))
-        if (found := file_hash(target)) != self.sha256:
+        if (found := sha256(target)) != self.sha256:
             raise PruneError(
                 f"{self.file.path} unpacks to sha256 {found[:12]}, but {self.sha256[:12]} was packed", _COPY_AGAIN
             )

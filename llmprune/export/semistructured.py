@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from llmprune.errors import first_line
 from llmprune.pruning.pattern import NM
 
 PATTERN = NM(2, 4)
@@ -63,7 +64,7 @@ def accelerate(model: nn.Module, seed: int = 0) -> Acceleration:
         try:
             deviation = switch(module, seed)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            done.left[name] = (str(error).splitlines() or [repr(error)])[0]
+            done.left[name] = first_line(error)
             continue
         if deviation is None:
             done.left[name] = "its outputs would deviate by more than rounding"

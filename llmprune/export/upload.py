@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from llmprune.errors import InputError, PruneError
+from llmprune.errors import InputError, PruneError, first_line
 from llmprune.model.reader import PACKED
 from llmprune.progress import Progress
 from llmprune.reporting.model_card import card_for
@@ -112,7 +112,7 @@ def _check_names(where: Destination, model: str) -> None:
             raise HFValidationError("it has no owner")
     except HFValidationError as error:
         raise InputError(
-            f"{where.repo!r} is no name on the Hub: {str(error).splitlines()[0]}", "use ORG/NAME, such as you/tiny-2of4"
+            f"{where.repo!r} is no name on the Hub: {first_line(error)}", "use ORG/NAME, such as you/tiny-2of4"
         ) from error
     branch = where.revision or "main"
     if not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)*", branch) or ".." in branch or branch.endswith((".lock", ".")):

@@ -1,4 +1,4 @@
-"""How a model's blocks and prunable layers are found, for any causal language model; no model class is named here."""
+"""Discovery of transformer blocks and linear layers in any causal language model; no model class is named here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LayerRef:
         local: module name inside its block.
         shape: `(out, in)`.
         transposed: True where the module stores `(in, out)` (Conv1D).
-        skip: why it stays dense, or ''.
+        skip: why it is kept dense, or ''.
     """
 
     name: str
@@ -42,7 +42,7 @@ class LayerRef:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Block parameters that stay dense, and why."""
+    """Block parameters that are kept dense, and why."""
 
     name: str
     weights: int
@@ -50,9 +50,9 @@ class Skipped:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The transformer blocks: the `ModuleList` whose items are what `_no_split_modules` names.
+    """The name and the `ModuleList` of the transformer blocks, whose classes `_no_split_modules` names.
 
-    A model that does not say so gets the outermost `ModuleList` that holds the most parameters.
+    Without these names, the outermost `ModuleList` with the most parameters.
 
     Raises:
         InputError: if the model has no list of blocks.
@@ -79,7 +79,7 @@ def find_layers(block: nn.Module, prefix: str, config: PreTrainedConfig) -> list
     Args:
         block: one transformer block (any device, also meta).
         prefix: the block's module name.
-        config: tells the number of experts.
+        config: gives the number of experts.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -95,14 +95,14 @@ def find_layers(block: nn.Module, prefix: str, config: PreTrainedConfig) -> list
 
 
 def _is_router(name: str, rows: int, config: PreTrainedConfig) -> bool:
-    """A layer called gate or router with one output per expert, or a single one, chooses experts."""
+    """Whether a layer is a router: named gate or router, with one output per expert, or a single one."""
     settings = config.get_text_config().to_dict()
     experts = {value for key, value in settings.items() if re.fullmatch(r"(moe_)?(n|num)_(\w+_)?experts", key)}
     return bool(re.search(r"(^|_)(gate|router)$", name.rpartition(".")[2])) and rows in experts | {1}
 
 
 def find_other_weights(block: nn.Module, prefix: str) -> list[Skipped]:
-    """Parameters of a block with two or more dimensions that are no linear layer's: they stay dense."""
+    """Parameters of a block with two or more dimensions outside linear layers, which are kept dense."""
     from transformers.pytorch_utils import Conv1D
 
     return [
@@ -120,7 +120,7 @@ def _kind(owner: nn.Module, parameter: nn.Parameter) -> str:
 
 
 def select(name: str, only: tuple[str, ...], skip: tuple[str, ...]) -> str:
-    """Why the user's globs leave out the layer `name`, or ''."""
+    """Why the globs exclude the layer `name`, or ''."""
     if only and not any(fnmatchcase(name, glob) for glob in only):
         return "not in --only"
     return "--skip" if any(fnmatchcase(name, glob) for glob in skip) else ""
@@ -134,6 +134,6 @@ def weight_of(module: nn.Module, transposed: bool) -> Tensor:
 
 
 def is_scale(module: nn.Module) -> bool:
-    """A norm, or anything else that has a weight for every channel."""
+    """Whether a module is a norm, or anything else with one weight per channel."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, nn.Parameter) and weight.dim() == 1 and not any(True for _ in module.children())

@@ -1,7 +1,7 @@
-"""A model's parameters in the files of a folder, by the names that the model has for them.
+"""The parameters of a model in a folder of safetensors, by module name.
 
 Names on disk are not always the module's: a checkpoint of the base model lacks the prefix, old ones use legacy names,
-experts may be fused on load. `Checkpoint` maps them with transformers' own rules; what is written keeps the names of
+experts may be fused on load. `Checkpoint` maps them with transformers' own rules; files are written with the names of
 the source, so that whatever loaded the source loads the result.
 """
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """How the tensors of one or more parameters come from the disk: the names there, and the conversion if any."""
+class _Origin:
+    """The tensors on disk that one or more parameters are read from, and their conversion, if any."""
 
     names: tuple[str, ...]
     patterns: tuple[str, ...] = ()
@@ -38,8 +38,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Args:
         folder: the tensors on disk.
-        model: the model on the meta device; tells names and shapes.
-        dtype: what floating tensors are stored as in the result, or None for the dtype of the source.
+        model: on the meta device; gives names and shapes.
+        dtype: of floating tensors in the result; None for the dtype of the source.
 
     Raises:
         InputError: the checkpoint does not cover the model, or a shape differs.
@@ -50,7 +50,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.dtype = dtype
         self._model = model
         state = dict(model.state_dict(keep_vars=True))
-        self._sources: dict[str, _Source] = {}
+        self._sources: dict[str, _Origin] = {}
         self.unused: list[str] = []
         self._map_names(state)
         self._alias_tied(state)
@@ -78,17 +78,17 @@ class Checkpoint(Mapping[str, Tensor]):
             if target not in state:
                 self.unused.append(name)
             elif pattern is None:
-                self._sources[target] = _Source((name,))
+                self._sources[target] = _Origin((name,))
             else:
                 converted[target].append((name, pattern))
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         for target, pairs in converted.items():
             names, patterns = zip(*pairs, strict=True)
-            source = _Source(tuple(names), tuple(patterns), by_pattern[patterns[0]])
+            source = _Origin(tuple(names), tuple(patterns), by_pattern[patterns[0]])
             for made in self._convert(source, target, meta=True):
                 self._sources[made] = source
 
-    def _convert(self, source: _Source, target: str, meta: bool = False) -> dict[str, Tensor]:
+    def _convert(self, source: _Origin, target: str, meta: bool = False) -> dict[str, Tensor]:
         """Run transformers' own conversion (experts stacked, fused layers split) for one parameter."""
         rule = deepcopy(source.converter)
         for name, pattern in zip(source.names, source.patterns, strict=True):
@@ -98,7 +98,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _alias_tied(self, state: Mapping[str, Tensor]) -> None:
-        """A tied parameter that is not stored is read from the one it is tied to, whichever of the two is there."""
+        """Read a tied parameter that is not stored from the one it is tied to, whichever of the two is stored."""
         tied = self._model.all_tied_weights_keys
         for target, source in [*tied.items(), *((source, target) for target, source in tied.items())]:
             if target in state and target not in self._sources and source in self._sources:
@@ -120,7 +120,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 )
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor of a parameter or persistent buffer, in the dtype it will be stored in."""
+        """The tensor of a parameter or persistent buffer, in the dtype of the result."""
         source = self._sources[name]
         if source.converter is None:
             return self.stored(self.folder[source.names[0]])
@@ -133,35 +133,35 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._sources)
 
     def stored(self, tensor: Tensor) -> Tensor:
-        """`tensor` rounded to the dtype it will be stored in; non-floating tensors as they are."""
+        """`tensor` cast to the dtype of the result; non-floating tensors as they are."""
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     def writable(self, name: str) -> bool:
-        """Whether a parameter is stored as it is, so that new values can be written under the name on disk."""
+        """Whether a parameter is stored without conversion, so that new values can be written under it."""
         return self._sources[name].converter is None
 
     def disk_names(self, names: Iterable[str]) -> list[str]:
-        """The names on disk that the parameters `names` are made of, each once."""
+        """The names on disk that the parameters `names` are read from, each once."""
         return list(dict.fromkeys(disk for name in names for disk in self._sources[name].names))
 
     def users(self, disk: str) -> list[str]:
-        """The parameters that the tensor `disk` is read for; several where they are tied."""
+        """The parameters that are read from the tensor `disk`; several where they are tied."""
         return self._users.get(disk, [])
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype a parameter will be stored in."""
+        """The dtype of a parameter in the result."""
         own = self.folder.entries[self._sources[name].names[0]].dtype
         return self.dtype if self.dtype is not None and own.is_floating_point else own
 
     def export(self, names: Iterable[str], changed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """What to write for the parameters `names`: disk name and tensor; `changed` (by module name) has new values."""
+        """Names on disk and tensors to write for the parameters `names`; `changed` (by module name) has new values."""
         new = {self._sources[name].names[0]: tensor for name, tensor in changed.items()}
         for disk in self.disk_names(names):
             tensor = new[disk] if disk in new else self.folder[disk]
             yield disk, self.stored(tensor).contiguous()
 
     def out_bytes(self) -> int:
-        """Size of all tensors as they will be stored."""
+        """Bytes of all tensors in the result."""
         size = 0
         for entry in self.folder.entries.values():
             stored = self.dtype if self.dtype is not None and entry.dtype.is_floating_point else entry.dtype

@@ -1,4 +1,4 @@
-"""The safetensors of a Hugging Face folder: read lazily, headers and index checked before anything else."""
+"""Lazy reader of the safetensors of a Hugging Face folder; headers and index are checked first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one tensor lies: file, dtype, shape and size in bytes."""
+    """File, dtype, shape and size in bytes of one tensor."""
 
     file: Path
     dtype: torch.dtype
@@ -68,7 +68,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         return len(self.entries)
 
     def meta(self, name: str) -> Tensor:
-        """A tensor without data, of the right shape and dtype."""
+        """A tensor on the meta device, of the shape and dtype on disk."""
         entry = self.entries[name]
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
@@ -103,7 +103,7 @@ def read_index(path: Path) -> dict[str, Path]:
     """Tensor name -> file, from an index.
 
     Raises:
-        InputError: it is none, or points outside its folder.
+        InputError: it is damaged, or points outside its folder.
     """
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -117,7 +117,7 @@ def read_index(path: Path) -> dict[str, Path]:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Parse and check the header of a safetensors file.
+    """The entries of the header of a safetensors file, checked against its size.
 
     Raises:
         InputError: the file is missing, truncated, or not safetensors.

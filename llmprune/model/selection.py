@@ -1,4 +1,4 @@
-"""What a run will do, worked out on shapes alone before anything expensive happens."""
+"""Selection of the layers to prune, from names and shapes alone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llmprune.pruning.pattern import SparsityPattern
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which layers are pruned, and what the run takes.
+    """The layers to prune, and sizes of the model.
 
     Args:
-        layers: the layers to be pruned.
-        skipped: block weights that stay dense, and why.
+        layers: the layers to prune.
+        skipped: block weights that are kept dense, and why.
         block_parameters: number of parameters in all blocks.
         parameters: number of parameters of the model, tied ones once.
         out_bytes: size of the folder to be written.
@@ -31,37 +31,37 @@ class Plan:
 
     @property
     def names(self) -> frozenset[str]:
-        """Full names of the layers to be pruned."""
+        """Full names of the layers to prune."""
         return frozenset(layer.name for layer in self.layers)
 
     @property
     def covered(self) -> int:
-        """Number of weights in the layers to be pruned."""
+        """Number of weights in the layers to prune."""
         return sum(layer.weights for layer in self.layers)
 
     @property
     def coverage(self) -> float:
-        """Share of the block parameters that lie in pruned layers (fraction)."""
+        """Ratio of the weights in layers to prune to all block parameters."""
         return self.covered / max(self.block_parameters, 1)
 
     def without(self, names: Collection[str], reason: str) -> Plan:
-        """The plan with some layers left dense after all."""
+        """The plan with some of the layers kept dense."""
         skipped = tuple(Skipped(layer.name, layer.weights, reason) for layer in self.layers if layer.name in names)
         kept = tuple(layer for layer in self.layers if layer.name not in names)
         return replace(self, layers=kept, skipped=self.skipped + skipped)
 
-    def smaller(self, touched: frozenset[str] | None, saved: int) -> Plan:
-        """The plan of a run that makes the model smaller.
+    def smaller(self, sliced: frozenset[str] | None, saved: int) -> Plan:
+        """The plan of a run that removes channels or heads.
 
         Args:
-            touched: full names of the layers that get smaller; the others are left as they are. None to keep them all.
-            saved: bytes that go.
+            sliced: full names of the layers that lose rows or inputs, the only ones to keep in the plan; None for all.
+            saved: bytes that the model loses.
         """
-        left = [] if touched is None else [layer.name for layer in self.layers if layer.name not in touched]
+        left = [] if sliced is None else [layer.name for layer in self.layers if layer.name not in sliced]
         return replace(self.without(left, "no channels or heads to lose"), out_bytes=self.out_bytes - saved)
 
     def skipped_by_reason(self) -> dict[str, int]:
-        """Number of weights that stay dense, by reason."""
+        """Number of weights that are kept dense, by reason."""
         total: dict[str, int] = {}
         for item in self.skipped:
             total[item.reason] = total.get(item.reason, 0) + item.weights
@@ -71,7 +71,7 @@ class Plan:
 def make_plan(
     skeleton: Skeleton, pattern: SparsityPattern | None, only: tuple[str, ...], skip: tuple[str, ...]
 ) -> Plan:
-    """Choose the layers, and check that the pattern (if there is one) fits every one.
+    """Select the layers to prune, and check that the pattern (if there is one) divides every one.
 
     Raises:
         InputError: a glob that matches nothing, a width that the pattern does not divide, nothing left to prune.

@@ -1,4 +1,4 @@
-"""A model without weights: modules on the meta device, parts of it filled from the checkpoint while they are needed."""
+"""A model on the meta device whose parameters are loaded from the checkpoint part by part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, first_line
 from llmprune.model.blocks import find_blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.reader import SafetensorsFolder
@@ -23,9 +23,9 @@ class Skeleton:
     """A causal language model whose parameters are on the meta device (its rotary buffers are real).
 
     Args:
-        config: the model's configuration.
+        config: of the model.
         folder: its weights.
-        dtype: what floating tensors are stored as in the result, None for the dtype of the source.
+        dtype: of floating tensors in the result; None for the dtype of the source.
         compute: dtype of activations and of weights in use.
         device: where blocks run.
         trust_remote_code: whether code that comes with the model may run.
@@ -66,7 +66,7 @@ class Skeleton:
         return [name for name in self.checkpoint if not name.startswith(self.block_path + ".")]
 
     def before_blocks(self) -> list[str]:
-        """Those of them that a forward needs up to the last block: all but a head of its own."""
+        """Those of them that a forward needs up to the last block: all but an untied head."""
         head = self.model.get_output_embeddings()
         own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
         slots = {name: self._slot(name)[2] for name in self.outside()}
@@ -76,14 +76,14 @@ class Skeleton:
         return len(self.checkpoint.users(self.checkpoint.disk_names([name])[0])) > 1
 
     def export_outside(self) -> Iterator[tuple[str, Tensor]]:
-        """What lies outside the blocks, by its names on disk, with what the model does not use."""
+        """Names on disk and tensors outside the blocks, those that the model does not use included."""
         yield from self.checkpoint.export(self.outside(), {})
         for name in self.checkpoint.unused:
             yield name, self.checkpoint.stored(self.checkpoint.folder[name])
 
     @contextmanager
     def loaded(self, names: list[str]) -> Iterator[None]:
-        """Hold the named tensors in memory, and give them back to the meta device at the end."""
+        """Load the named tensors; they return to the meta device at the end."""
         previous = {name: self._slot(name) for name in names}
         with mmap_large_allocations():
             self._load(names)
@@ -147,9 +147,8 @@ def build_on_meta(config: PreTrainedConfig, compute: torch.dtype, trust_remote_c
                 config, dtype=compute, trust_remote_code=trust_remote_code
             )
     except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:300] if str(error) else repr(error)
         raise InputError(
-            f"model type {config.model_type!r} cannot be built as a causal language model: {reason}",
+            f"model type {config.model_type!r} cannot be built as a causal language model: {first_line(error)[:300]}",
             "llmprune prunes decoder-only language models; remote code needs --trust-remote-code",
         ) from error
     return model.eval().requires_grad_(False)

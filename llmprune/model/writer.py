@@ -1,8 +1,7 @@
-"""Folders larger than memory, written shard by shard: no file has its name before it is whole and durable."""
+"""Shard-by-shard writer of safetensors folders larger than memory; every file is written atomically."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,14 +15,14 @@ from torch import Tensor
 
 from llmprune.errors import PruneError
 from llmprune.model.reader import INDEX, SINGLE
-from llmprune.runtime.files import replacing, sha256, sync
+from llmprune.runtime.files import replacing, sha256, write_json
 
 SHARD_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file that was written: its name in the folder, what it holds, the bytes of that, the file's hash."""
+    """A written shard: file name, names and bytes of its tensors, SHA-256 of the file."""
 
     file: str
     tensors: list[str]
@@ -32,11 +31,11 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes a HF folder shard by shard; every file appears under its name only when it is whole and durable.
+    """Writes a Hugging Face folder shard by shard, each one atomically.
 
     Args:
         folder: an existing folder.
-        shards: those that it holds already.
+        shards: those that were written before.
     """
 
     def __init__(self, folder: Path, shards: Iterable[Shard] = ()) -> None:
@@ -79,7 +78,7 @@ class ShardWriter:
             ) from error
 
     def final_names(self) -> list[str]:
-        """What the shards are called in a complete folder."""
+        """The names of the shards in a complete folder."""
         total = len(self.shards)
         return [SINGLE] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
 
@@ -94,7 +93,7 @@ class ShardWriter:
             write_json(self.folder / INDEX, index)
 
     def unseal(self) -> None:
-        """Take back a seal that may have been broken off; what is no shard goes."""
+        """Undo a `seal` that may have been interrupted; files that are no shards are removed."""
         for shard, final in zip(self.shards, self.final_names(), strict=True):
             if (self.folder / final).exists():
                 os.replace(self.folder / final, self.folder / shard.file)
@@ -103,28 +102,8 @@ class ShardWriter:
                 path.unlink()
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON under a temporary name, then rename."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put the finished folder `new` in the place of `target`."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-        os.replace(new, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(new, target)
-    sync(target.parent)
-
-
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy everything stock loaders need beside the weights: tokenizer, generation config, remote code, licence."""
+    """Copy the files that stock loaders need beside the weights: tokenizer, generation config, remote code, licence."""
     wanted = re.compile(
         r"tokenizer.*|.*tokens.*\.json|vocab.*|merges\.txt|.*\.model|chat_template.*|generation_config\.json"
         r"|preprocessor_config\.json|.*\.py|.*\.jinja|(LICENSE|NOTICE|USE_POLICY).*",

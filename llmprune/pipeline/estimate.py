@@ -21,7 +21,7 @@ from llmprune.progress import Progress
 from llmprune.pruning.criteria import load_criterion
 from llmprune.pruning.methods import Cost, load_method
 from llmprune.pruning.recipe import EFFORTS, Recipe
-from llmprune.sources.generated import check_room, whole_bytes, window_bytes
+from llmprune.sources.generated import generation_batch_size, model_bytes, window_bytes
 from llmprune.streaming.perplexity import CHUNK_ELEMENTS
 from llmprune.streaming.stream import BATCH_TOKENS, BLOCK_MEMORY
 
@@ -169,8 +169,8 @@ def _reading(task: Task) -> int:
 
 def _writing(task: Task) -> int:
     """Bytes of the whole model and of all windows that are generated together."""
-    at_once = min(check_room(task.skeleton, task.seq_len), task.own // task.seq_len)
-    return whole_bytes(task.skeleton) + at_once * window_bytes(task.skeleton, task.seq_len)
+    at_once = min(generation_batch_size(task.skeleton, task.seq_len), task.own // task.seq_len)
+    return model_bytes(task.skeleton) + at_once * window_bytes(task.skeleton, task.seq_len)
 
 
 def _evaluating(task: Task) -> int:

@@ -23,7 +23,7 @@ from llmprune.pruning.recipe import Recipe
 from llmprune.runtime.device import pick_device
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.sources.demo import default_cache
-from llmprune.sources.generated import check_room
+from llmprune.sources.generated import generation_batch_size
 from llmprune.sources.models import Source, load_tokenizer, open_source
 from llmprune.sources.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 from llmprune.streaming.block_reconstruction import LEAST_WINDOWS
@@ -135,7 +135,7 @@ def without_generation_if_too_large(recipe: Recipe, job: Job, skeleton: Skeleton
     """The recipe without self-generated text where memory does not suffice, and why; refused if it was asked for."""
     try:
         if recipe.self_calibration:
-            check_room(skeleton, length)
+            generation_batch_size(skeleton, length)
     except InputError as error:
         if job.self_calibration:
             raise

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmprune.model.selection import Plan
-from llmprune.model.writer import copy_companions, write_json
+from llmprune.model.writer import copy_companions
 from llmprune.pipeline.context import RunContext, own_windows
 from llmprune.pipeline.timing import Clock
 from llmprune.pruning.pattern import SparsityPattern
@@ -24,6 +24,7 @@ from llmprune.pruning.spectrum import input_spectrum
 from llmprune.reporting.html_report import write_report
 from llmprune.reporting.model_card import model_card
 from llmprune.reporting.report import BlockReport, LayerReport, PruneReport
+from llmprune.runtime.files import write_json
 from llmprune.runtime.memory import peak_memory, resident_memory
 from llmprune.sources.tokens import TokenBatch
 from llmprune.streaming.block import Block

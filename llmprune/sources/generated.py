@@ -1,11 +1,12 @@
-"""Calibration text that the dense model writes itself.
+"""Self-generated calibration data: windows sampled from the dense model (self-calibration).
 
-A short text of one kind holds a narrow part of what a model knows, and layers that are fitted to it one after another
-learn its peculiarities; what the model writes shows the layers what *it* expects of text. Its answer to that, which
-they are fitted to, is known like that to any other text.
+A short calibration text covers a narrow part of a model's distribution, and layers fitted to it one after another
+overfit it; samples of the model cover what *it* expects of text. The dense outputs that layers are fitted to are as
+well defined on them as on any text.
 
-Source: self-calibration (Williams, Chrysostomou and Aletras 2025), where the model's text stands in for all other text
-and begins with nothing; here both are used, and the model's goes on from the other's, whose topics it keeps.
+Source: self-calibration (Williams, Chrysostomou and Aletras 2025). Differs from it: there samples replace the
+calibration text and start from an empty prompt; here they are added to it, prompted with pieces of it, so that its
+topics are kept.
 """
 
 from __future__ import annotations
@@ -27,58 +28,57 @@ from llmprune.runtime.oom import out_of_memory
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-PROMPT = 16
-AT_ONCE = 32
-MOST_OF_MEMORY = 0.5
-WITHOUT = "do without text by the model itself (--self-calibration 0)"
+PROMPT_TOKENS = 16
+MAX_BATCH_SIZE = 32
+MEMORY_RATIO = 0.5
+DO_WITHOUT = "do without self-generated calibration text (--self-calibration 0)"
 LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def beginnings(text: Tensor, windows: int, seed: int = 0) -> Tensor:
-    """A few tokens from anywhere in a text, for each of so many windows that a model is to write.
+def sample_prompts(text: Tensor, windows: int, seed: int = 0) -> Tensor:
+    """Prompts for generation: `PROMPT_TOKENS` tokens from random places of a text, for each window.
 
     Args:
         text: calibration windows `(samples, length)`, int64.
-        windows: how many beginnings.
+        windows: number of prompts.
         seed: of the places.
 
     Returns:
         `(windows, prompt)`, int64.
     """
     length = text.shape[1]
-    prompt = min(PROMPT, max(length // 2, 1))
+    prompt = min(PROMPT_TOKENS, max(length // 2, 1))
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(length - prompt + 1, (windows,), generator=generator).tolist()
     return torch.stack([text[at % len(text), start : start + prompt] for at, start in enumerate(starts)])
 
 
 @torch.no_grad()
-def go_on(
+def generate(
     skeleton: Skeleton,
     prompts: Tensor,
     length: int,
     seed: int = 0,
-    at_once: int = AT_ONCE,
+    batch_size: int = MAX_BATCH_SIZE,
     step: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Let the model go on from prompts to windows of a length.
+    """Sample continuations of prompts from the model, up to windows of `length` tokens.
 
-    Tokens are drawn from the model's own distribution as it is (temperature 1, nothing cut off) but for the tokens that
-    end a text: no window ends early.
+    Plain ancestral sampling (temperature 1, no top-k, no top-p) but for end-of-text tokens: no window ends early.
 
     Args:
         skeleton: the model; all of it is in memory meanwhile.
         prompts: `(windows, prompt)`, int64.
         length: of the windows, in tokens.
         seed: of the draws.
-        at_once: how many windows are written together; others are drawn if it changes.
-        step: told how many windows are done.
+        batch_size: windows generated at once; the draws depend on it.
+        step: called with the number of windows that were generated.
 
     Returns:
         `(windows, length)`, int64.
 
     Raises:
-        PruneError: the model's own code for this fails.
+        PruneError: the model's code for generation fails.
     """
     more = length - prompts.shape[1]
     if not more:
@@ -88,8 +88,8 @@ def go_on(
     devices = [skeleton.device] if skeleton.device.type == "cuda" else []
     with skeleton.loaded(list(skeleton.checkpoint)), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for start in range(0, len(prompts), at_once):
-            given = prompts[start : start + at_once].to(skeleton.device)
+        for start in range(0, len(prompts), batch_size):
+            given = prompts[start : start + batch_size].to(skeleton.device)
             written.append(_more(skeleton, given, settings).cpu())
             if step is not None:
                 step(len(given))
@@ -103,14 +103,14 @@ def _more(skeleton: Skeleton, given: Tensor, settings: GenerationConfig) -> Tens
         if out_of_memory(error):
             raise
         raise PruneError(
-            f"{type(skeleton.model).__name__} fails to write text: {first_line(error)}", WITHOUT
+            f"{type(skeleton.model).__name__} fails to generate text: {first_line(error)}", DO_WITHOUT
         ) from error
     assert isinstance(found, Tensor)
     return found
 
 
 def _settings(more: int) -> GenerationConfig:
-    """Plain draws, whatever the model's own settings are."""
+    """Settings of plain ancestral sampling of `more` tokens, whatever the model's defaults are."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -130,47 +130,47 @@ def _settings(more: int) -> GenerationConfig:
     )
 
 
-def check_room(skeleton: Skeleton, length: int) -> int:
-    """How many windows of so many tokens the model can write at once.
+def generation_batch_size(skeleton: Skeleton, length: int) -> int:
+    """The largest number of windows of `length` tokens that can be generated at once in `MEMORY_RATIO` of the memory.
 
     Raises:
-        InputError: it has no way to, or does not fit into memory as a whole.
+        InputError: the model cannot generate, or does not fit into that memory as a whole.
     """
     if not skeleton.model.can_generate():
-        raise InputError(f"{type(skeleton.model).__name__} cannot write text", WITHOUT)
-    needed, there = whole_bytes(skeleton), memory_of(skeleton.device)
+        raise InputError(f"{type(skeleton.model).__name__} cannot generate text", DO_WITHOUT)
+    weights, available = model_bytes(skeleton), device_memory(skeleton.device)
     window = max(window_bytes(skeleton, length), 1)
-    if needed + window > MOST_OF_MEMORY * there:
+    if weights + window > MEMORY_RATIO * available:
         raise InputError(
-            f"to write text the whole model is in memory: {(needed + window) / 2**30:.1f} GiB, but "
-            f"{MOST_OF_MEMORY:.0%} of the {there / 2**30:.1f} GiB here are all that it may take",
-            WITHOUT,
+            f"to generate text the whole model is in memory: {(weights + window) / 2**30:.1f} GiB, but "
+            f"{MEMORY_RATIO:.0%} of the {available / 2**30:.1f} GiB here are all that it may take",
+            DO_WITHOUT,
         )
-    return int(min(AT_ONCE, (MOST_OF_MEMORY * there - needed) // window))
+    return int(min(MAX_BATCH_SIZE, (MEMORY_RATIO * available - weights) // window))
 
 
 def window_bytes(skeleton: Skeleton, length: int) -> int:
-    """Of the keys and values of a window of so many tokens, and of what its next token is drawn from."""
+    """Bytes of the key-value cache of a window of `length` tokens, and of the logits of its next token."""
     config = skeleton.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 0
     size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     width = (getattr(config, "num_key_value_heads", None) or heads) * size
-    # They are copied while they grow, a block at a time.
-    kept = 2 * length * width * (len(skeleton.blocks) + 1) * skeleton.compute.itemsize
-    return int(kept + 4 * 4 * config.vocab_size)
+    # The cache is copied while it grows, a block at a time.
+    cache = 2 * length * width * (len(skeleton.blocks) + 1) * skeleton.compute.itemsize
+    return int(cache + 4 * 4 * config.vocab_size)
 
 
-def whole_bytes(skeleton: Skeleton) -> int:
-    """Of all parameters, as they are computed with."""
+def model_bytes(skeleton: Skeleton) -> int:
+    """Bytes of all parameters in the dtype they are computed in."""
     entries = skeleton.checkpoint.folder.entries.values()
     return sum(math.prod(entry.shape) for entry in entries) * skeleton.compute.itemsize
 
 
-def memory_of(device: torch.device) -> int:
-    """All memory of a device, in bytes; of a machine, what this process may have of it."""
+def device_memory(device: torch.device) -> int:
+    """Memory of a device in bytes; of the CPU, what this process may use of it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):
-        there = min(there, int(LIMIT.read_text()))
-    return there
+        available = min(available, int(LIMIT.read_text()))
+    return available

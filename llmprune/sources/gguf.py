@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import InputError
-from llmprune.model.writer import replace_folder
+from llmprune.errors import InputError, first_line
 from llmprune.progress import Progress
+from llmprune.runtime.files import replacing_folder
 
 
 def cached_gguf(file: Path, cache: Path, progress: Progress) -> Path:
@@ -61,13 +60,11 @@ def convert_gguf(file: Path, folder: Path, progress: Progress, card: str = "") -
                 f"{free / 2**20:,.0f} MiB free",
                 "free disk space, or choose another --cache-dir",
             )
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            new = Path(temporary) / "model"
+        with replacing_folder(folder) as new:
             with _bar_replaced(progress):
                 _convert(file, new)
             if card:
                 (new / "README.md").write_text(card, encoding="utf-8")
-            replace_folder(new, folder)
     except OSError as error:
         raise InputError(
             f"cannot write to the cache folder {folder.parent}: {error}", "choose another --cache-dir"
@@ -76,7 +73,7 @@ def convert_gguf(file: Path, folder: Path, progress: Progress, card: str = "") -
 
 @contextmanager
 def _bar_replaced(progress: Progress) -> Iterator[None]:
-    """Let `progress` tell how far the dequantising is; transformers draws a bar of its own even into plain files."""
+    """Report dequantisation to `progress` instead of transformers' own bar, which is drawn even into plain files."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     def told(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
@@ -104,7 +101,7 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     except (ValueError, KeyError, NotImplementedError, OSError, ImportError) as error:
         raise InputError(
-            f"transformers cannot read {file.name}: {str(error).splitlines()[0][:200]}",
+            f"transformers cannot read {file.name}: {first_line(error)[:200]}",
             "use the model's safetensors folder instead",
         ) from error
     # The weights are plain floats now; what remains of the source's quantisation would only mislead loaders.

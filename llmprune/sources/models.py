@@ -1,4 +1,4 @@
-"""From what the user calls a model to a folder of safetensors that can be pruned, or to a clear refusal."""
+"""Model sources: a name resolved to a folder of safetensors that can be pruned, or refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, first_line
 from llmprune.progress import Progress
 from llmprune.sources.demo import demo_model
 from llmprune.sources.gguf import cached_gguf
@@ -25,8 +25,8 @@ class Source:
     """A model to prune.
 
     Args:
-        name: what the user called it.
-        folder: its files.
+        name: as the user gave it.
+        folder: of its files.
         revision: the Hub commit, or ''.
         config: its configuration.
     """
@@ -38,10 +38,10 @@ class Source:
 
 
 def open_source(name: str, *, revision: str | None, cache: Path, trust_remote_code: bool, progress: Progress) -> Source:
-    """Find, download or convert a model, and refuse what is no decoder-only language model with plain weights.
+    """Find, download or convert a model; only decoder-only language models with unquantised weights are accepted.
 
     Raises:
-        InputError: with what to do instead.
+        InputError: it is missing, unreachable, or another kind of model.
     """
     folder, commit = _locate(name, revision, cache, progress)
     _refuse_adapters(folder)
@@ -95,7 +95,7 @@ def download(name: str, revision: str | None, progress: Progress) -> tuple[Path,
             "check the spelling; for a private model run `hf auth login` first",
         ) from error
     except HfHubHTTPError as error:
-        raise InputError(f"the Hub refused {name}: {str(error).splitlines()[0]}", "try again later") from error
+        raise InputError(f"the Hub refused {name}: {first_line(error)}", "try again later") from error
     except Exception as error:
         if is_unreachable(error):
             return _cached_snapshot(name, revision)
@@ -172,7 +172,7 @@ def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         raise InputError(
-            f"transformers does not understand the config of {folder}: {str(error).splitlines()[0][:200]}",
+            f"transformers does not understand the config of {folder}: {first_line(error)[:200]}",
             "a newer transformers may know this model type",
         ) from error
     _refuse_non_decoders(config)
@@ -200,7 +200,7 @@ def _refuse_non_decoders(config: PreTrainedConfig) -> None:
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer.
+    """The tokenizer of a model.
 
     Raises:
         InputError: the folder has none.
@@ -213,7 +213,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokeniz
         )
     except Exception as error:
         raise InputError(
-            f"{source.folder} has no tokenizer that transformers can load: {str(error).splitlines()[0][:200]}",
+            f"{source.folder} has no tokenizer that transformers can load: {first_line(error)[:200]}",
             "copy the tokenizer files into the folder, or use ready-made tokens: --calib FILE.safetensors --no-eval",
         ) from error
     return tokenizer

@@ -1,4 +1,4 @@
-"""Is the Hugging Face Hub there? Asked in the background, so that an unreachable one costs no more than the imports."""
+"""Hub reachability, probed in the background, so that an unreachable Hub costs no more than the imports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class HubProbe:
-    """A connection attempt to the Hub's host in a thread of its own; behind a proxy it says yes at once."""
+    """A connection attempt to the Hub's host in a background thread; behind a proxy it counts as reachable at once."""
 
     def __init__(self) -> None:
         self._answer: bool | None = None
@@ -47,12 +47,12 @@ _probes: list[HubProbe] = []
 
 
 def start_probe() -> None:
-    """Begin to ask."""
+    """Start a new probe."""
     _probes.append(HubProbe())
 
 
 def hub_reachable() -> bool:
-    """The answer of the last probe; begins one if there was none. `HF_HUB_OFFLINE` says no."""
+    """Whether the last probe reached the Hub; starts one if there is none. False with `HF_HUB_OFFLINE`."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return False
     if not _probes:
@@ -61,7 +61,11 @@ def hub_reachable() -> bool:
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """The result of `work`, or TimeoutError after some seconds: name look-ups cannot be given a time limit."""
+    """The result of `work`; name look-ups have no time limit of their own.
+
+    Raises:
+        TimeoutError: it took longer than that many seconds.
+    """
     box: list[Any] = []
 
     def target() -> None:
@@ -83,6 +87,6 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Whether an error means that there was no answer; the HTTP libraries' own (no route, no DNS) are no OSErrors."""
+    """Whether an error means an unreachable host; those of HTTP libraries (no route, no DNS) are no OSErrors."""
     known = isinstance(error, OSError | TimeoutError | RuntimeError)
     return known or type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, and data sets that are known by a short name."""
+"""Text sources: files, folders, and data sets with a short name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llmprune.sources.network import HUB_SECONDS, hub_reachable, within
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A text that is known by a short name, and where it is on the Hub.
+    """A text with a short name, and its place on the Hub.
 
     Args:
-        help: what it is.
-        repo, config, revision, folder: the data set, and what else `load_dataset` must know to find its files.
+        help: a description.
+        repo, config, revision, folder: the data set, and the arguments of `load_dataset` that select its files.
         calibration, evaluation: the split for each.
-        column: where the text of a row stands.
-        between: what stands between rows, as the literature joins them.
+        column: name of the text column.
+        between: separator of rows, as in the literature.
         ordered: whether the rows are pieces of one text, which must not be shuffled.
     """
 
@@ -58,15 +58,15 @@ DATASETS = {
 
 
 def read_text(source: str, role: str, tokens: int, seed: int, cache: Path, progress: Progress) -> str:
-    """A text file, all `*.txt` files of a folder, or a data set of the table.
+    """The text of a file, of all `*.txt` files of a folder, or of a data set of the table.
 
     Args:
         source: path or short name.
-        role: `"calibration"` or `"evaluation"`; data sets have a part for each.
-        tokens: about how many tokens are needed; streamed data sets are read no further than that takes.
+        role: `"calibration"` or `"evaluation"`; data sets have a split for each.
+        tokens: about how many tokens are needed; streamed data sets are read no further.
         seed: of the order in which a streamed data set is read for calibration.
         cache: folder of the demo data.
-        progress: told about downloads.
+        progress: notified of downloads.
 
     Raises:
         InputError: missing, empty or binary file, unknown name.
@@ -87,7 +87,7 @@ def read_text(source: str, role: str, tokens: int, seed: int, cache: Path, progr
 
 
 def read_file(path: Path) -> str:
-    """A plain text file.
+    """The text of a plain text file.
 
     Raises:
         InputError: missing, empty, binary, not UTF-8, or no file at all.
@@ -109,7 +109,7 @@ def read_file(path: Path) -> str:
 
 
 def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) -> str:
-    """Stream documents of a Hub data set until there is text enough."""
+    """Text of a Hub data set, streamed until there is enough of it."""
     entry = DATASETS[name]
     split = entry.calibration if role == "calibration" else entry.evaluation
     try:
@@ -134,7 +134,7 @@ def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) 
 
 
 def _join(documents: Iterable[str], between: str, tokens: int) -> str:
-    """As many documents as give the tokens; about six characters a token are plenty."""
+    """As many documents as hold the tokens, at eight characters a token and some to spare."""
     parts, size = [], 0
     for document in documents:
         parts.append(document)

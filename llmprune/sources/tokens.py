@@ -1,4 +1,4 @@
-"""From text, or from a frozen token file, to windows of token ids with their provenance."""
+"""Windows of token ids with their provenance, from a text or from a saved token file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OVERLAP_RUN = 32
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where tokens come from; with the same tokenizer, the same fields give the same tokens.
+    """Origin of a batch of tokens; with the same tokenizer, the same fields give the same tokens.
 
     Args:
         source: file, folder or data set.
@@ -47,14 +47,14 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Windows of token ids `(samples, seq_len)`, int64, and where they come from."""
+    """Windows of token ids `(samples, seq_len)`, int64, and their provenance."""
 
     tokens: Tensor
     provenance: Provenance
 
 
 def token_batch(tokens: Tensor, source: str, seed: int | None) -> TokenBatch:
-    """Attach the provenance to windows `(samples, seq_len)`."""
+    """Windows `(samples, seq_len)` with their provenance, hash included."""
     tokens = tokens.to(torch.int64).contiguous()
     digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
     return TokenBatch(tokens, Provenance(source, len(tokens), tokens.shape[1], seed, digest))
@@ -118,7 +118,7 @@ def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tens
 
 
 def save_tokens(batch: TokenBatch, path: Path, recipe: dict[str, Any] | None = None) -> None:
-    """Write a frozen token file: one tensor `tokens`, its provenance, and the recipe that made it, if any."""
+    """Write a token file: one tensor `tokens`, its provenance, and the recipe that made it, if any."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # One entry: safetensors writes several in any order, and the same tokens must give the same bytes.
     metadata = {METADATA: json.dumps(asdict(batch.provenance) | ({"recipe": recipe} if recipe else {}))}
@@ -130,7 +130,7 @@ def save_tokens(batch: TokenBatch, path: Path, recipe: dict[str, Any] | None = N
 
 
 def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary: int) -> TokenBatch:
-    """Read a frozen token file, or its first `samples` windows.
+    """The windows of a token file, or the first `samples` of them, cut to `seq_len` tokens.
 
     Raises:
         InputError: no token file, too few or too short windows, ids beyond the vocabulary.
@@ -167,13 +167,13 @@ def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary
 
 
 def shared_runs(a: Tensor, b: Tensor, length: int = OVERLAP_RUN) -> float:
-    """Share of the runs of `length` tokens in the windows `b` that also stand in the windows `a` (fraction)."""
+    """Ratio of the n-grams of `length` tokens in the windows `b` that also occur in the windows `a`."""
     hashes_a, hashes_b = run_hashes(a, length), run_hashes(b, length)
     return float(np.isin(hashes_b, hashes_a).mean()) if hashes_b.size else 0.0
 
 
 def run_hashes(tokens: Tensor, length: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A polynomial hash of every run of `length` tokens inside a window, modulo 2^64."""
+    """Polynomial hashes, modulo 2^64, of all n-grams of `length` tokens inside the windows."""
     ids = tokens.numpy().astype(np.uint64) + np.uint64(1)
     count = max(ids.shape[1] - length + 1, 0)
     total = np.zeros((ids.shape[0], count), dtype=np.uint64)

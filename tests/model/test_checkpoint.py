@@ -29,7 +29,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from llmprune.errors import InputError, PruneError
 from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder, read_header
-from llmprune.model.writer import ShardWriter, copy_companions, replace_folder, write_json
+from llmprune.model.writer import ShardWriter, copy_companions
 
 FAMILIES = """
 llama gpt2 gpt_neox bloom opt falcon phi3 cohere gemma3_text mamba jamba
@@ -324,25 +324,6 @@ def test_a_write_that_fails_leaves_no_shard_under_its_name(tmp_path: Path) -> No
     with pytest.raises(PruneError, match="cannot write"):
         writer.write(tensors_of(1))
     assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_json_is_written_whole(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"ä": 1})
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"ä": 1}
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "x.json", {"bad": object()})
-    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"ä": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    new, target = tmp_path / ".out.partial", tmp_path / "out"
-    for folder, text in ((new, "new"), (target, "old")):
-        folder.mkdir()
-        (folder / text).write_text(text)
-    replace_folder(new, target)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in target.iterdir()] == ["new"]
 
 
 def test_companions_are_copied_but_no_weights(tmp_path: Path) -> None:

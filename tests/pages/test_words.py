@@ -62,6 +62,7 @@ def test_pages_and_code_use_the_standard_terms(path: Path) -> None:
 
 
 def test_a_former_word_is_found_in_prose_and_not_in_a_recorded_command() -> None:
-    assert words_in("the twin travels along") == ["'travels along': use propagated in parallel", "'twin': use dense stream"]
+    said = words_in("the twin travels along")
+    assert said == ["'travels along': use propagated in parallel", "'twin': use dense stream"]
     assert words_in("```\nllmprune --own 3 # own text\n```") == []
     assert words_in("intwined, landscape, prejudges") == []

@@ -1,4 +1,4 @@
-"""The dense model's own text: drawn from its very distribution, from places in the calibration text."""
+"""Self-generated windows follow the dense model's distribution and start with pieces of the calibration text."""
 
 from __future__ import annotations
 
@@ -15,26 +15,35 @@ from llmprune import Job, prune
 from llmprune.errors import InputError, PruneError
 from llmprune.model.skeleton import Skeleton
 from llmprune.run import dry_run
-from llmprune.sources import generated as own_text
-from llmprune.sources.generated import AT_ONCE, beginnings, check_room, go_on, whole_bytes, window_bytes
+from llmprune.sources import generated
+from llmprune.sources.generated import (
+    MAX_BATCH_SIZE,
+    generate,
+    generation_batch_size,
+    model_bytes,
+    sample_prompts,
+    window_bytes,
+)
 
 
-def write_text(skeleton: Skeleton, text: Tensor, windows: int, seed: int = 0, at_once: int = AT_ONCE) -> Tensor:
-    return go_on(skeleton, beginnings(text, windows, seed), text.shape[1], seed, at_once)
+def generated_windows(
+    skeleton: Skeleton, text: Tensor, windows: int, seed: int = 0, batch_size: int = MAX_BATCH_SIZE
+) -> Tensor:
+    return generate(skeleton, sample_prompts(text, windows, seed), text.shape[1], seed, batch_size)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "gemma3_text", "falcon", "opt", "mamba"])
 def test_windows_go_on_from_the_text(model_type: str, tmp_path: Path) -> None:
     save_tiny(model_type, tmp_path, tokenizer=False)
     skeleton, text = skeleton_of(tmp_path), random_tokens(3, 40)
-    written = write_text(skeleton, text, 7, at_once=4)
+    written = generated_windows(skeleton, text, 7, batch_size=4)
     assert written.shape == (7, 40)
     assert written.dtype == torch.int64
     assert int(written.max()) < skeleton.config.get_text_config().vocab_size
-    runs = {tuple(run.tolist()) for row in text for run in row.unfold(0, own_text.PROMPT, 1)}
+    runs = {tuple(run.tolist()) for row in text for run in row.unfold(0, generated.PROMPT_TOKENS, 1)}
     for number, row in enumerate(written):
-        own = {tuple(run.tolist()) for run in text[number % 3].unfold(0, own_text.PROMPT, 1)}
-        assert tuple(row[: own_text.PROMPT].tolist()) in own <= runs
+        own = {tuple(run.tolist()) for run in text[number % 3].unfold(0, generated.PROMPT_TOKENS, 1)}
+        assert tuple(row[: generated.PROMPT_TOKENS].tolist()) in own <= runs
     # Nothing stays in memory.
     assert all(parameter.device.type == "meta" for parameter in skeleton.model.parameters())
 
@@ -46,7 +55,7 @@ def test_tokens_are_drawn_from_the_models_distribution(tmp_path: Path) -> None:
     model.lm_head.weight.data.mul_(8)
     model.save_pretrained(tmp_path)
     text = random_tokens(1, 32)[:, :20]
-    written = write_text(skeleton_of(tmp_path), text, 3000, at_once=1000)
+    written = generated_windows(skeleton_of(tmp_path), text, 3000, batch_size=1000)
     with torch.no_grad():
         chances = model(written).logits[:, :-1].double().softmax(-1)
     drawn = written[:, 10:]
@@ -64,7 +73,7 @@ def test_the_seed_decides_and_the_callers_numbers_stay(tmp_path: Path) -> None:
     torch.manual_seed(5)
     before = torch.rand(3)
     torch.manual_seed(5)
-    first, again, other = (write_text(skeleton, text, 4, seed) for seed in (0, 0, 1))
+    first, again, other = (generated_windows(skeleton, text, 4, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(3), before)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -73,29 +82,29 @@ def test_the_seed_decides_and_the_callers_numbers_stay(tmp_path: Path) -> None:
 def test_a_model_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path, tokenizer=False)
     skeleton = skeleton_of(tmp_path)
-    assert whole_bytes(skeleton) == sum(p.numel() * 4 for p in reload(tmp_path).parameters())
-    assert check_room(skeleton, 40) == own_text.AT_ONCE
-    whole, window = whole_bytes(skeleton), window_bytes(skeleton, 40)
+    assert model_bytes(skeleton) == sum(p.numel() * 4 for p in reload(tmp_path).parameters())
+    assert generation_batch_size(skeleton, 40) == generated.MAX_BATCH_SIZE
+    whole, window = model_bytes(skeleton), window_bytes(skeleton, 40)
     for windows, there in ((1, 2 * (whole + window)), (3, 2 * (whole + 4 * window) - 1)):
-        monkeypatch.setattr(own_text, "memory_of", lambda _, there=there: there)
-        assert check_room(skeleton, 40) == windows
-    monkeypatch.setattr(own_text, "memory_of", lambda _: 2 * (whole + window) - 1)
+        monkeypatch.setattr(generated, "device_memory", lambda _, there=there: there)
+        assert generation_batch_size(skeleton, 40) == windows
+    monkeypatch.setattr(generated, "device_memory", lambda _: 2 * (whole + window) - 1)
     with pytest.raises(InputError, match="whole model"):
-        check_room(skeleton, 40)
+        generation_batch_size(skeleton, 40)
 
 
 def test_a_model_without_room_is_pruned_by_best_without_it_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny("llama", tmp_path / "model")
-    monkeypatch.setattr(own_text, "memory_of", lambda _: 1000)
+    monkeypatch.setattr(generated, "device_memory", lambda _: 1000)
     calib = token_file(tmp_path / "tokens.safetensors", random_tokens(4, 32))
     job = Job(str(tmp_path / "model"), "2:4", effort="best", calib=str(calib), evaluate=False, out=tmp_path / "out")
     foretold = dry_run(job)
     assert foretold["efforts"]["best"] == pytest.approx(foretold["estimate"]["seconds"], rel=0.5)
     report = prune(job)
     assert report.recipe["self_calibration"] == report.calibration["self_generated"] == 0
-    assert any("without text by the model itself" in warning for warning in report.warnings)
+    assert any("without self-generated text" in warning for warning in report.warnings)
     with pytest.raises(InputError, match="whole model"):
         prune(replace(job, self_calibration=1.0, out=tmp_path / "other"))
 
@@ -130,15 +139,15 @@ def test_a_dry_run_foretells_the_writing(model_type: str, tmp_path: Path) -> Non
 def test_windows_of_one_token_are_all_prompt(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, tokenizer=False)
     text = random_tokens(3, 8)[:, :1]
-    assert torch.equal(write_text(skeleton_of(tmp_path), text, 3), text)
+    assert torch.equal(generated_windows(skeleton_of(tmp_path), text, 3), text)
 
 
 def test_a_model_whose_own_code_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama", tmp_path, tokenizer=False)
     skeleton = skeleton_of(tmp_path)
     monkeypatch.setattr(type(skeleton.model), "generate", lambda *_, **__: {}["cache"])
-    with pytest.raises(PruneError, match="LlamaForCausalLM fails to write text: 'cache'"):
-        write_text(skeleton, random_tokens(3, 40), 2)
+    with pytest.raises(PruneError, match="LlamaForCausalLM fails to generate text: 'cache'"):
+        generated_windows(skeleton, random_tokens(3, 40), 2)
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
