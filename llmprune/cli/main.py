@@ -20,7 +20,7 @@ from llmprune.cli.flags import (
     unpack_parser,
     verify_parser,
 )
-from llmprune.cli.shell import INTERRUPTED, is_follower, run_command, silence_libraries
+from llmprune.cli.shell import INTERRUPTED, is_worker, run_command, silence_libraries
 from llmprune.errors import InputError, PruneError
 from llmprune.progress import Progress
 from llmprune.sources.network import start_probe
@@ -67,10 +67,10 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     try:
         job, where = make_job(options, arguments), destination(options)
     except InputError as error:
-        error.silent = is_follower()
+        error.silent = is_worker()
         raise
     words = sys.stderr if options.json else sys.stdout
-    progress = Progress() if is_follower() else TerminalProgress(quiet=options.quiet)
+    progress = Progress() if is_worker() else TerminalProgress(quiet=options.quiet)
     if not (job.model == "demo" or job.model.endswith(".gguf") or Path(job.model).expanduser().exists()):
         start_probe()
     progress.note("loading libraries")
@@ -79,10 +79,10 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         from llmprune.export.upload import check_destination
 
         check_destination(where, job.model)
-    if options.dry_run and is_follower():
+    if options.dry_run and is_worker():
         return 0
     facts, text = (plan if options.dry_run else run)(job, progress)
-    if is_follower():
+    if is_worker():
         return 0
     if not options.quiet:
         words.write(text)

@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, message: str, hint: str) -> NoReturn:
         """Print an error, once for all processes of a run, and end the process."""
-        if not is_follower():
+        if not is_worker():
             print_error(message, hint)
         raise SystemExit(2)
 
@@ -97,7 +97,7 @@ def _offer(each: Knob, value: str) -> str:
     return f"use {each.flag}" + ("" if each.is_switch else f" {given}")
 
 
-def is_follower() -> bool:
+def is_worker() -> bool:
     """Whether this is one of several processes, but not the first, which speaks for all."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
@@ -161,7 +161,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _warn(text: str) -> None:
-    if not is_follower():
+    if not is_worker():
         sys.stderr.write(f"warning: {text}\n")
 
 

@@ -34,7 +34,7 @@ def dense_targets(problem: GroupProblem, damping: float = TARGET_DAMPING, group:
     """Replace every weight by that of the regression on dense outputs, `W* = W + α Δ`, `Δ = M (H + λI)⁻¹`.
 
     M is what the outputs lack, times the inputs: `M = W (C − H)ᵀ` makes a layer give what it gives in the dense model.
-    A layer that adds to the residual stream does better to make up for the error E that has come together there,
+    A layer that adds to the residual stream does better to compensate for the accumulated error E of the stream,
     `M = EᵀX / tokens`, as far as its inputs can tell.
 
     The full correction (α = 1) over-fits small calibration sets. With Δ fitted on a part of the tokens, the error on

@@ -112,7 +112,7 @@ def with_ridge(problem: GroupProblem, ridge: float) -> GroupProblem:
     """The same problem with noise of its own on every input: `H + r diag H` in place of the Gram H.
 
     `tr(D (H + r diag H) Dᵀ)` pulls every weight to its target on the scale of its own input. Few tokens, of one kind of
-    text, make inputs look more alike than they are elsewhere; what they can make up for each other is believed less.
+    text, make inputs look more alike than they are elsewhere; how far they can compensate for each other is trusted less.
 
     Args:
         problem: a group.

@@ -1,4 +1,4 @@
-"""Damped factorisation of Grams, and the one error formula that judges every method."""
+"""Damped factorisation of Grams, and the one error formula for every method."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ STATS = {
 STAGES = {
     "prepare": "checks, download, tokens",
     "dense_evaluation": "dense perplexity",
-    "self_calibration": "writing text of its own",
+    "self_calibration": "self-generated text",
     "prune": "pruning, of it:",
     "allocate": "· sharing the sparsity out",
     "solve": "· solving layers",

@@ -30,7 +30,7 @@ class Wanda(Criterion):
 
 @dataclass(frozen=True, slots=True)
 class OBD(Criterion):
-    """The units with the smallest `Σ_j ½ ‖W_:j‖² H_jj` go: the loss if nothing makes up for them (LeCun et al. 1989).
+    """The units with the smallest `Σ_j ½ ‖W_:j‖² H_jj` are removed: the loss without compensation (LeCun et al. 1989).
 
     For single channels this is half of Wanda's score squared, so the same channels go; for heads the two sums differ.
     """

@@ -14,7 +14,7 @@ from llmprune.pruning.problem import GroupProblem, LayerSolution, Status, masked
 class OBD(Method):
     """Prune the smallest `½ W_ij² H_jj` and leave the other weights as they are (LeCun et al. 1989).
 
-    That is the loss if nothing makes up for the weight, for a second-order loss whose off-diagonal terms are neglected.
+    That is the loss without compensation, for a second-order loss whose off-diagonal terms are neglected.
     It ranks as Wanda does, whose score is its square root but for a factor; so for N:M patterns and counts by row the
     two prune the same weights. Its own scope is the layer, where rows compete; Wanda's is the row.
     """

@@ -20,7 +20,7 @@ STEP, BLOCK = 8, 128
 
 @dataclass(frozen=True, slots=True)
 class SparseGPT(Method):
-    """Prune columns left to right; the columns to the right make up for every weight that goes.
+    """Prune columns left to right; the columns to the right compensate for every pruned weight.
 
     With `(H + λI)⁻¹ = UᵀU`, a pruned weight `w_j` leaves the error `e_j = w_j / U_jj`, and `w_k −= e_j U_jk` for all
     `k > j`. The weight to go is the one with the smallest `w_j² / U_jj²`: for N:M chosen when the group is reached,
