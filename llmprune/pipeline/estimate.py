@@ -128,8 +128,8 @@ def seconds(task: Task, rate: float) -> float:
     product = sum(2 * rows * width**2 for rows, width in (layer.shape for layer in plan.layers))
     factor = sum(4 * width**3 / 3 for _, width in task.groups)
     evaluate = 2 * task.evaluation * (forward + 2 * task.hidden * task.vocabulary)
-    # With a dense stream: two forwards, three Grams and a full cross Gram, or products with outputs; a gradient costs about two
-    # forwards more.
+    # With a dense stream: two forwards, three Grams and a full cross Gram, or products with outputs; a gradient costs
+    # about two forwards more.
     alone = [layer.shape for layer in plan.layers if _lands(task, layer)]
     cross = 4 * gram + sum(4 * width * (rows - width) for rows, width in alone)
     stream = tokens * ((2 * forward + gram + cross) if recipe.dense_stream else forward + gram)

@@ -109,10 +109,10 @@ class LayerSolver:
 
 
 def with_ridge(problem: GroupProblem, ridge: float) -> GroupProblem:
-    """The same problem with noise of its own on every input: `H + r diag H` in place of the Gram H.
+    """The problem with a diagonal-scaled ridge (Tikhonov): `H + r diag H` in place of the Gram H.
 
     `tr(D (H + r diag H) Dᵀ)` pulls every weight to its target on the scale of its own input. Few tokens, of one kind of
-    text, make inputs look more alike than they are elsewhere; how far they can compensate for each other is trusted less.
+    text, make inputs look more correlated than they are elsewhere; with the ridge they compensate less for each other.
 
     Args:
         problem: a group.

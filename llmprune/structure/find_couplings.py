@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmprune.errors import first_line
 from llmprune.model.blocks import LayerRef
+from llmprune.model.hooks import before, hooked
 from llmprune.runtime.oom import out_of_memory
 from llmprune.structure.coupling import Coupling, permute, scatter
 from llmprune.structure.float64 import Float64, random_copy
@@ -137,11 +138,7 @@ def _inputs_of(local: str, block: nn.Module, run: Run) -> Callable[[Tensor], Ten
 
     def inputs(hidden: Tensor) -> Tensor:
         seen: list[Tensor] = []
-        handle = block.get_submodule(local).register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append((args[0] if args else next(iter(kwargs.values()))).clone()),
-            with_kwargs=True,
-        )
-        with handle:
+        with hooked([before(block.get_submodule(local), lambda given: seen.append(given.clone()))]):
             run(block, hidden)
         return seen[0]
 

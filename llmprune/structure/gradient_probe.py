@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llmprune.model.blocks import LayerRef, is_scale
+from llmprune.model.hooks import hooked
 from llmprune.structure.coupling import Coupling, Dependency, Producer
 from llmprune.structure.float64 import Float64
 
@@ -35,17 +36,15 @@ class Probe:
     def watch(self, run: Run, hidden: Tensor) -> None:
         """Run the block; outputs of layers become leaves, their inputs are recorded."""
         self.entry = hidden.clone().requires_grad_()
-        with ExitStack() as stack:
-            for local, module in self.block.named_modules():
-                if local in self.layers:
-                    hook = module.register_forward_hook(self._replaced_output(local), with_kwargs=True)
-                elif is_scale(module):
-                    hook = module.register_forward_hook(self._rescaled_output(local))
-                else:
-                    continue
-                stack.callback(hook.remove)
-            with Float64(), torch.enable_grad():
-                run(self.block, self.entry.clone())
+        with hooked(self._hooks()), Float64(), torch.enable_grad():
+            run(self.block, self.entry.clone())
+
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        for local, module in self.block.named_modules():
+            if local in self.layers:
+                yield module.register_forward_hook(self._replaced_output(local), with_kwargs=True)
+            elif is_scale(module):
+                yield module.register_forward_hook(self._rescaled_output(local))
 
     def _replaced_output(self, local: str) -> Callable[..., Tensor]:
         def replace(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
