@@ -93,7 +93,7 @@ def test_the_pages_tell_what_an_effort_stands_for(effort: str) -> None:
     permute = "yes" if recipe.permute else "no"
     stages = f"{recipe.targets} | {permute} | {recipe.ridge:g} | {recipe.self_calibration:g} | {recipe.reconstruct}"
     assert f"| `{effort}` | `{recipe.method}` | {stages} |" in README
-    row = f"| `{effort}` | `{removal.criterion}` | {removal.targets} | {removal.refine} |"
+    row = f"| `{effort}` | `{removal.criterion}` | {removal.targets} | {removal.reconstruct} |"
     assert row in TEXTS["docs/guides/channels-and-heads.md"]
 
 
