@@ -142,9 +142,9 @@ def _shared(report: PruneReport) -> str:
 
 def _errors(report: PruneReport) -> str:
     """The mean error; of layers with removed inputs also before and after least squares."""
-    key, mean = "error_unfitted", f"{report.mean_error:.4f}"
+    key, mean = "error_uncompensated", f"{report.mean_error:.4f}"
     found = [
-        (layer.stats[key], layer.stats.get("error_refitted", layer.error), layer.error)
+        (layer.stats[key], layer.stats.get("error_compensated", layer.error), layer.error)
         for layer in report.layers
         if key in layer.stats
     ]

@@ -15,17 +15,17 @@ from llmprune.runtime.files import replacing, write_json
 
 PAGE = "prune_report.html"
 STATS = {
-    "ridge": "ridge",
+    "damping_lambda": "damping λ",
     "damping_retries": "dampings raised",
     "choice_retries": "raised to choose",
-    "refit_retries": "raised to refit",
+    "compensation_retries": "raised to refit",
     "target_retries": "raised for the target",
     "order_retries": "raised to order",
-    "directions": "input directions",
+    "participation_ratio": "input directions",
     "condition": "condition",
     "target_strength": "target strength",
-    "error_unfitted": "before refit",
-    "error_refitted": "after refit",
+    "error_uncompensated": "before refit",
+    "error_compensated": "after refit",
 }
 """What the table of all layers shows of a method's own figures."""
 STAGES = {
@@ -188,10 +188,10 @@ def _row(layer: LayerReport, stats: Sequence[str]) -> list[Any]:
 
 def _inputs(report: PruneReport) -> list[str]:
     """How hard the layers' regression problems were."""
-    known = [layer for layer in report.layers if "top_direction" in layer.stats]
+    known = [layer for layer in report.layers if "top_eigenvalue_ratio" in layer.stats]
     if not known:
         return []
-    rows = by_inputs(by_kind((layer.name, layer.stats["top_direction"]) for layer in known))
+    rows = by_inputs(by_kind((layer.name, layer.stats["top_eigenvalue_ratio"]) for layer in known))
     conditions = [(layer.stats["condition"], layer.name) for layer in known if "condition" in layer.stats]
     worst = max(conditions, default=None)
     said = f"The worst condition of a damped Gram was {worst[0]:.2g}, of {worst[1]}." if worst else ""

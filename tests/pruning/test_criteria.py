@@ -324,7 +324,7 @@ def test_a_fit_between_two_steps_that_took_a_larger_ridge_says_so(monkeypatch: p
     solution, _ = remove(load_criterion("wanda"), problem, given.units, 6, steps=2)
     assert solution.status is Status.DAMPING_RAISED
     assert solution.stats["choice_retries"] == 1.0
-    assert "refit_retries" not in solution.stats
+    assert "compensation_retries" not in solution.stats
 
 
 def test_a_lasso_that_settles_with_no_jitter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
