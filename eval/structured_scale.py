@@ -63,7 +63,7 @@ def solve(method: str, inputs: int, outputs: int, percent: int, threads: int) ->
         spent = {"wall": time.perf_counter() - begun, "seconds": time.process_time() - busy}
         peak = peak_memory() - before
     assert len(kept) == inputs - count
-    return {**spent, "memory": peak, "unfitted": solution.stats["error_unfitted"]}
+    return {**spent, "memory": peak, "unfitted": solution.stats["error_uncompensated"]}
 
 
 def _gram(inputs: int) -> Any:

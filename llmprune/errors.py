@@ -27,7 +27,7 @@ class PruneError(Exception):
 
 
 class InputError(PruneError):
-    """The request cannot be carried out; raised before anything is written."""
+    """The request cannot be met; raised before anything is written."""
 
     exit_code = 2
 

@@ -8,8 +8,18 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from llmprune.progress import Progress
-from llmprune.pruning.recipe import Recipe
-from llmprune.reporting.report import PruneReport, calibration_text
+from llmprune.reporting.report import PruneReport
+from llmprune.reporting.words import (
+    calibration_text,
+    coverage_text,
+    duration,
+    error_text,
+    evaluation_text,
+    perplexity_text,
+    pruned_text,
+    recipe_text,
+    size,
+)
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -88,21 +98,6 @@ class TerminalProgress(Progress):
             sys.stderr.flush()
 
 
-def duration(seconds: float) -> str:
-    """`75.2` -> `1 min 15 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes as MiB or GiB."""
-    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
-
-
 def summary(report: PruneReport) -> str:
     """The table at the end of a run."""
     return "\n".join(["", *_table(_result_rows(report)), report.sparsity["note"]]) + "\n"
@@ -114,17 +109,15 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 
 def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
     layers, seconds = report.layers, report.seconds
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    share = sum(layer.pruned for layer in layers) / weights
     solves = f"{duration(seconds['solve'])} of it in {len(layers)} layer solves"
     raised = sum(layer.status != "ok" for layer in layers)
     rows = _perplexity_rows(report.evaluation) if report.evaluation is not None else []
     rows += [
         ("sparsity", report.sparsity["meaning"]),
-        ("reached", f"{share:.2%} of {weights / 1e6:.1f} M weights in {len(layers)} layers"),
+        ("reached", pruned_text(report)),
         *[("gives", text) for text in report.sparsity["removed"]],
         ("coverage", coverage_text(report.coverage)),
-        ("method", f"{recipe_text(report.recipe)}, mean relative layer error {_errors(report)}"),
+        ("method", f"{recipe_text(report.recipe)}, mean relative layer error {error_text(report)}"),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
         ("calibration", calibration_text(report.calibration)),
         ("size", f"{size(report.size['dense'])} dense, {size(report.size['pruned'])} pruned"),
@@ -140,42 +133,9 @@ def _shared(report: PruneReport) -> str:
     return f"; shared by {report.processes['world_size']} processes" if report.processes else ""
 
 
-def _errors(report: PruneReport) -> str:
-    """The mean error; of layers with removed inputs also before and after least squares."""
-    key, mean = "error_unfitted", f"{report.mean_error:.4f}"
-    found = [
-        (layer.stats[key], layer.stats.get("error_refitted", layer.error), layer.error)
-        for layer in report.layers
-        if key in layer.stats
-    ]
-    if not found or not report.recipe["compensate"]:
-        return mean
-    unfitted, refitted, now = (sum(errors) / len(found) for errors in zip(*found, strict=True))
-    text = f"{mean}; of layers that lost inputs {unfitted:.4f} before the refit, {refitted:.4f} after"
-    return text + (f", {now:.4f} with the weights pruned" if now != refitted else "")
-
-
 def _perplexity_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
-    dense, pruned = (f"{evaluation[key]['value']:.2f} ± {evaluation[key]['error']:.2f}" for key in ("dense", "pruned"))
-    text = f"{evaluation['source']}, {evaluation['samples']} windows of {evaluation['seq_len']} tokens"
-    return [("perplexity", f"dense {dense}, pruned {pruned}"), ("measured on", text)]
-
-
-def recipe_text(settings: dict[str, Any]) -> str:
-    """The stages of a recipe in a few words."""
-    effort = f" (effort {settings['effort']})" if settings["effort"] else ""
-    return Recipe.from_report(settings).describe() + effort
-
-
-def coverage_text(coverage: dict[str, Any]) -> str:
-    """The fraction of the block parameters in pruned layers, and the reasons for the rest."""
-    text = (
-        f"pruned layers hold {coverage['fraction']:.1%} of {coverage['block_parameters'] / 1e6:.1f} M block parameters"
-    )
-    skipped = [
-        f"{reason} {weights / coverage['block_parameters']:.1%}" for reason, weights in coverage["skipped"].items()
-    ]
-    return text + (f"; left dense: {', '.join(skipped)}" if skipped else "")
+    dense, pruned = (perplexity_text(evaluation[key]) for key in ("dense", "pruned"))
+    return [("perplexity", f"dense {dense}, pruned {pruned}"), ("measured on", evaluation_text(evaluation))]
 
 
 def plan_text(facts: dict[str, Any]) -> str:

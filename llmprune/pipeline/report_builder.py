@@ -203,7 +203,7 @@ def layer_reports(
             error=error,
             status=solution.status.value,
             tokens=stats.tokens,
-            stats=solution.stats | (spectrum.figures(solution.stats.get("ridge")) if spectrum else {}),
+            stats=solution.stats | (spectrum.figures(solution.stats.get("damping_lambda")) if spectrum else {}),
         )
         for ref, problem, solution, weight, error in found
     ]

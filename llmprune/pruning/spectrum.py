@@ -20,13 +20,13 @@ class Spectrum:
         total: `Σλ = tr(G)`.
     """
 
-    directions: float
+    participation_ratio: float
     largest: float
     total: float
 
     def figures(self, ridge: float | None) -> dict[str, float]:
         """What a report tells; with the ridge of a factorisation also the condition of what was factored."""
-        found = {"directions": self.directions, "top_direction": self.largest / self.total}
+        found = {"participation_ratio": self.participation_ratio, "top_eigenvalue_ratio": self.largest / self.total}
         return found | ({"condition": 1 + self.largest / ridge} if ridge else {})
 
 

@@ -94,14 +94,16 @@ class StructuredSolver:
         kept, retries = self._choose(asked, removal.count)
         weight = torch.zeros_like(target)
         weight[:, kept] = target[:, kept]
-        stats = {"error_unfitted": relative_error(layer.weight, weight.float(), problem.stats)}
+        stats = {"error_uncompensated": relative_error(layer.weight, weight.float(), problem.stats)}
         stats |= {"choice_retries": float(retries)} if retries else {}
         mask = torch.zeros_like(weight, dtype=torch.bool)
         mask[:, kept] = layer.weight[:, kept] != 0
         if self.recipe.compensate:
             fit = reconstruct(target, problem.stats, kept)
             weight[:, kept] = fit.weight
-            stats |= {"relative_ridge": fit.ridge} | ({"refit_retries": float(fit.retries)} if fit.retries else {})
+            stats |= {"compensation_ridge": fit.ridge} | (
+                {"compensation_retries": float(fit.retries)} if fit.retries else {}
+            )
             stats |= {"target_strength": fit.strength} if self.recipe.targets == "dense" else {}
             retries += fit.retries
             # Zeros of the source stay zero, so rows that have some have a support of their own.
@@ -145,7 +147,7 @@ class StructuredSolver:
         weight = solution.weight
         if self.recipe.compensate:
             fitted = relative_error(problem.layers[0].weight, weight, problem.stats)
-            solution.stats["error_refitted"] = fitted
+            solution.stats["error_compensated"] = fitted
         gram = problem.stats.gram[kept][:, kept]
         small = replace(problem.layers[0], weight=weight[:, kept])
         scale = None if problem.stats.scale is None else problem.stats.scale[kept]

@@ -9,7 +9,7 @@ from html import escape
 WIDTH, LEFT, RIGHT = 760, 60, 12
 CELL, HEIGHT = 22, 170
 CHARACTER = 6.6
-"""Width of a character of a label, about."""
+"""Approximate width of a character of a label."""
 COLOURS = 4
 
 STYLE = """
@@ -31,7 +31,7 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 
 
 def heat_map(rows: Mapping[str, Sequence[float]], top: float) -> str:
-    """A row of cells a label, of stronger colour for larger values; a value that is missing (NaN) is an outline.
+    """A heat map with a row of cells per label; missing values (NaN) are outlines.
 
     Args:
         rows: label -> values, one a block.
@@ -46,10 +46,10 @@ def heat_map(rows: Mapping[str, Sequence[float]], top: float) -> str:
         for block, value in enumerate(values):
             missing = math.isnan(value)
             look = 'class="none"' if missing else f'class="cell" style="--v:{_percent(value, top)}"'
-            said = f"{label}, block {block}: {'left dense' if missing else f'{value:.4f}'}"
+            title = f"{label}, block {block}: {'left dense' if missing else f'{value:.4f}'}"
             parts.append(
                 f'<rect x="{left + block * width + 0.5:.1f}" y="{y + 1}" width="{width - 1:.1f}" '
-                f'height="{CELL - 2}" {look}><title>{escape(said)}</title></rect>'
+                f'height="{CELL - 2}" {look}><title>{escape(title)}</title></rect>'
             )
     bottom = len(rows) * CELL
     blocks = max(map(len, rows.values()))
@@ -57,16 +57,16 @@ def heat_map(rows: Mapping[str, Sequence[float]], top: float) -> str:
 
 
 def scale(top: float) -> str:
-    """What the colours of a heat map mean."""
+    """The colour scale of a heat map."""
     return f'<p class="note">0<span class="scale"></span>{top:.3g}</p>'
 
 
 def lines(series: Mapping[str, Sequence[float]], show: Callable[[float], str] = "{:.3g}".format) -> str:
-    """A line a series over the blocks, from zero; with a key where there are several.
+    """A line chart of series over the blocks, from zero; with a legend where there are several.
 
     Args:
         series: name -> values, one a block.
-        show: how a value is written.
+        show: formats a value.
     """
     blocks = max(map(len, series.values()))
     steps = _steps(max((value for values in series.values() for value in values), default=0.0))
@@ -87,15 +87,15 @@ def lines(series: Mapping[str, Sequence[float]], show: Callable[[float], str] = 
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline class="series" style="stroke:{colour}" points="{path}"/>')
         for block, (x, y) in enumerate(points):
-            said = escape(f"{name}, block {block}: {show(values[block])}")
+            title = escape(f"{name}, block {block}: {show(values[block])}")
             parts.append(
-                f'<circle style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{said}</title></circle>'
+                f'<circle style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{title}</title></circle>'
             )
     return _key(series) + _svg(floor + 36, [*parts, *_block_numbers(blocks, LEFT, width, floor + 14)])
 
 
 def _key(names: Iterable[str]) -> str:
-    """Which colour is whose; nothing for a single series."""
+    """The legend; empty for a single series."""
     entries = [
         f'<span class="key" style="background:var(--s{number % COLOURS})"></span>{escape(name)}'
         for number, name in enumerate(names)
@@ -110,7 +110,7 @@ def _block_numbers(blocks: int, first: float, width: float, y: float) -> list[st
 
 
 def _steps(top: float) -> list[float]:
-    """Round numbers from zero to `top` or a little more."""
+    """Round tick values from zero to `top` or a little more."""
     unit = 10.0 ** math.floor(math.log10(top)) if top > 1e-300 else 1.0
     step = next(unit * part for part in (0.2, 0.5, 1, 2, 5) if unit * part * 5 >= top)
     return [step * number for number in range(max(math.ceil(top / step - 1e-9), 1) + 1)]

@@ -1,4 +1,4 @@
-"""`prune_report.html`: a run as one page that needs nothing but a browser."""
+"""`prune_report.html`: the report of a run as one self-contained page."""
 
 from __future__ import annotations
 
@@ -10,39 +10,49 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.reporting import charts as chart
-from llmprune.reporting.report import FILE, LayerReport, PruneReport, calibration_text, split_name
+from llmprune.reporting.report import FILE, LayerReport, PruneReport, split_name
+from llmprune.reporting.words import (
+    calibration_text,
+    coverage_text,
+    duration,
+    evaluation_text,
+    perplexity_text,
+    pruned_text,
+    recipe_text,
+    size,
+)
 from llmprune.runtime.files import replacing, write_json
 
 PAGE = "prune_report.html"
 STATS = {
-    "ridge": "ridge",
-    "damping_retries": "dampings raised",
-    "choice_retries": "raised to choose",
-    "refit_retries": "raised to refit",
-    "target_retries": "raised for the target",
-    "order_retries": "raised to order",
-    "directions": "input directions",
+    "damping_lambda": "damping λ",
+    "damping_retries": "damping retries",
+    "choice_retries": "choice retries",
+    "compensation_retries": "compensation retries",
+    "target_retries": "target retries",
+    "order_retries": "order retries",
+    "participation_ratio": "participation ratio",
     "condition": "condition",
     "target_strength": "target strength",
-    "error_unfitted": "before refit",
-    "error_refitted": "after refit",
+    "error_uncompensated": "uncompensated",
+    "error_compensated": "compensated",
 }
-"""What the table of all layers shows of a method's own figures."""
+"""Statistics of a layer -> heads of columns."""
 STAGES = {
     "prepare": "checks, download, tokens",
     "dense_evaluation": "dense perplexity",
-    "self_calibration": "self-generated text",
+    "self_calibration": "self-calibration",
     "prune": "pruning, of it:",
-    "allocate": "· sharing the sparsity out",
+    "allocate": "· allocation",
     "solve": "· solving layers",
     "error": "· measuring layer errors",
-    "reconstruct": "· refining blocks",
+    "reconstruct": "· block-wise reconstruction",
     "write": "· writing",
     "verify": "verifying",
     "pruned_evaluation": "pruned perplexity",
     "total": "in all",
 }
-"""The stages of a run in their order; what is left of pruning are the forward passes."""
+"""Stages of a run -> names, in order; the rest of pruning is forward passes."""
 STYLE = """
 body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 960px;
   margin: 2rem auto; padding: 0 1rem; }
@@ -60,7 +70,7 @@ td.number, th.number { text-align: right; } pre { background: var(--panel); bord
 
 
 def write_report(report: PruneReport, folder: Path) -> None:
-    """Put `prune_report.json` and `prune_report.html` into a folder; each appears only when it is whole."""
+    """Write `prune_report.json` and `prune_report.html` into a folder, each atomically."""
     write_json(folder / FILE, report.to_json())
     with replacing(folder / PAGE) as temporary:
         temporary.write_text(report_page(report), encoding="utf-8")
@@ -88,7 +98,7 @@ def report_page(report: PruneReport) -> str:
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A page that stands on its own."""
+    """A self-contained HTML page."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -99,7 +109,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; a column of numbers is set right."""
+    """An HTML table; columns of numbers are right-aligned."""
     body = [list(row) for row in rows]
     numeric = [all(_is_figure(row[at]) for row in body) for at in range(len(head))]
 
@@ -125,30 +135,26 @@ def _show(cell: Any) -> str:
 
 
 def facts(report: PruneReport) -> str:
-    """The figures one looks for first."""
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
-    share = sum(layer.pruned for layer in report.layers) / max(weights, 1)
+    """Tiles with the main figures."""
     seconds = report.seconds.get("total")
     found = [
         ("mean layer error", f"{report.mean_error:.4f}", "relative, squared"),
-        ("pruned", f"{share:.1%}", f"of {weights / 1e6:.1f} M weights in {len(report.layers)} layers"),
+        ("pruned", *pruned_text(report).split(" ", 1)),
         ("in the blocks", f"{report.coverage['fraction']:.1%}", "of the parameters lie in these layers"),
-        ("time", f"{seconds:,.0f} s" if seconds else "-", f"{report.seconds.get('prune', 0):,.0f} s of it pruning"),
-        ("memory", f"{report.peak_memory / 2**20:,.0f} MiB" if report.peak_memory else "-", "peak"),
+        ("time", duration(seconds) if seconds else "-", f"{duration(report.seconds.get('prune', 0))} of it pruning"),
+        ("memory", size(report.peak_memory) if report.peak_memory else "-", "peak"),
     ]
     if report.evaluation:
-        dense, pruned = (report.evaluation[key] for key in ("dense", "pruned"))
-        text = f"{Path(report.evaluation['source']).name}, {pruned['windows']} x {pruned['context']} tokens"
+        text = evaluation_text(report.evaluation)
         found[:0] = [
-            ("perplexity, dense", f"{dense['value']:.2f} ± {dense['error']:.2f}", text),
-            ("perplexity, pruned", f"{pruned['value']:.2f} ± {pruned['error']:.2f}", text),
+            (f"perplexity, {key}", perplexity_text(report.evaluation[key]), text) for key in ("dense", "pruned")
         ]
     tiles = [f"<div><dt>{a}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in found]
     return f'<dl class="facts">{"".join(tiles)}</dl>'
 
 
 def by_kind(layers: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
-    """Layers' values by their name inside a block, one a block, NaN where a block has no such layer."""
+    """Local name of a layer -> its value in every block, NaN where a block has no such layer."""
     found = [(*split_name(name), value) for name, value in layers]
     blocks = 1 + max((block for block, *_ in found), default=0)
     rows: dict[str, list[float]] = {}
@@ -163,11 +169,11 @@ def _errors(report: PruneReport) -> list[str]:
     worst = max(layer.error for layer in report.layers)
     raised = [layer for layer in report.layers if layer.status != "ok"]
     stats = [key for key in STATS if any(key in layer.stats for layer in report.layers)]
-    head = ["layer", "shape", "pattern", "error", "pruned", "zeros kept", "status", *(STATS[key] for key in stats)]
+    head = ["layer", "shape", "pattern", "error", "pruned", "unpruned zeros", "status", *(STATS[key] for key in stats)]
     return [
         "<h2>Error by block and layer</h2>",
         '<p class="note">Relative squared error of each layer&#39;s output on the calibration text, '
-        "before refinement.</p>",
+        "before block-wise reconstruction.</p>",
         chart.heat_map(by_kind((layer.name, layer.error) for layer in report.layers), worst),
         chart.scale(worst),
         f"<p>{len(raised)} of {len(report.layers)} layers needed special care"
@@ -187,27 +193,27 @@ def _row(layer: LayerReport, stats: Sequence[str]) -> list[Any]:
 
 
 def _inputs(report: PruneReport) -> list[str]:
-    """How hard the layers' regression problems were."""
-    known = [layer for layer in report.layers if "top_direction" in layer.stats]
+    """The conditioning of the layers' least-squares problems."""
+    known = [layer for layer in report.layers if "top_eigenvalue_ratio" in layer.stats]
     if not known:
         return []
-    rows = by_inputs(by_kind((layer.name, layer.stats["top_direction"]) for layer in known))
+    rows = by_inputs(by_kind((layer.name, layer.stats["top_eigenvalue_ratio"]) for layer in known))
     conditions = [(layer.stats["condition"], layer.name) for layer in known if "condition" in layer.stats]
     worst = max(conditions, default=None)
-    said = f"The worst condition of a damped Gram was {worst[0]:.2g}, of {worst[1]}." if worst else ""
+    worst_text = f"The worst condition of a damped Gram was {worst[0]:.2g}, of {worst[1]}." if worst else ""
     return [
         "<h2>Inputs in one direction</h2>",
-        '<p class="note">Share of the energy of each layer&#39;s inputs that lies in a single direction. Near 1, a few '
-        "inputs or tokens outweigh all others, and the rest is fitted by little more than the damping. "
+        '<p class="note">Largest eigenvalue of the Gram of each layer&#39;s inputs over their sum. Near 1, a few '
+        "inputs or tokens outweigh all others, and the damping dominates the fit of the rest. "
         "+2: two more layers have these inputs.</p>",
         chart.heat_map(rows, 1.0),
         chart.scale(1.0),
-        f"<p>{escape(said)}</p>" if said else "",
+        f"<p>{escape(worst_text)}</p>" if worst_text else "",
     ]
 
 
 def by_inputs(rows: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Layers' values with those of the same inputs, and hence the same values, told once: `q_proj +2`."""
+    """The rows with layers of the same inputs, and hence the same values, merged: `q_proj +2`."""
     groups: dict[str, list[str]] = {}
     for label, values in rows.items():
         groups.setdefault(repr(values), []).append(label)
@@ -218,7 +224,7 @@ def _reconstructions(report: PruneReport) -> list[str]:
     if not report.reconstructions:
         return []
     return [
-        "<h2>Refinement</h2>",
+        "<h2>Block-wise reconstruction</h2>",
         '<p class="note">Relative squared error of each block&#39;s output on held-out calibration text.</p>',
         chart.lines(
             {
@@ -261,10 +267,6 @@ def _generations(report: PruneReport) -> list[str]:
     ]
 
 
-def _setting(key: str, value: Any) -> str:
-    return key if value is True else f"{key} {value}"
-
-
 def _provenance(report: PruneReport) -> list[str]:
     calibration = report.calibration
     rows = [
@@ -272,10 +274,10 @@ def _provenance(report: PruneReport) -> list[str]:
         ("calibration", calibration_text(calibration)),
         ("its sha256", calibration["sha256"]),
         *([("evaluation", report.evaluation["source"])] if report.evaluation else []),
-        ("recipe", ", ".join(_setting(key, value) for key, value in report.recipe.items() if value)),
+        ("recipe", recipe_text(report.recipe)),
         ("machine", ", ".join(f"{key} {value}" for key, value in report.machine.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in report.versions.items())),
-        ("left dense", ", ".join(f"{key}: {value:,}" for key, value in report.coverage["skipped"].items()) or "-"),
+        ("coverage", coverage_text(report.coverage)),
     ]
     command = f"<pre>{escape(report.command)}</pre>" if report.command else ""
     return ["<h2>How it was made</h2>", command, table(["", ""], rows)]

@@ -9,15 +9,15 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmprune.errors import InputError
-from llmprune.pruning.recipe import Recipe
-from llmprune.reporting.report import PruneReport, calibration_text
+from llmprune.reporting.report import PruneReport
+from llmprune.reporting.words import calibration_text, error_text, evaluation_text, perplexity_text, recipe_text, size
 from llmprune.sources.texts import DATASETS
 
 FILE, SPEED = "README.md", "speed.json"
 INHERITED = ("language", "license", "license_name", "license_link")
 LOADED = 'from_pretrained("{}")'
 TITLES = ("\n# {}\n", "\n- name: {}\n")
-"""Where a card says by which name the model goes."""
+"""The lines of a card that hold the name of the model."""
 LOAD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,11 +47,11 @@ Quantise after pruning, and count the zeros: symmetric rounding to nearest keeps
 
 
 def model_card(report: PruneReport, source: Path) -> str:
-    """A card with valid metadata that says how the model was made, what it is worth, and how to go on from there.
+    """A card with valid metadata: how the model was made, its perplexity, and how to load and train it.
 
     Args:
         report: the run.
-        source: folder of the dense model; licence, language and base model are carried over from its card.
+        source: folder of the dense model; its card gives licence, language and base model.
     """
     name, zeros = Path(report.out).name, report.sparsity["fraction"] > 0
     rows = "\n".join(f"| {key} | {value} |" for key, value in _facts(report))
@@ -59,7 +59,7 @@ def model_card(report: PruneReport, source: Path) -> str:
         f"---\n{_metadata(report, source, name)}\n---",
         f"# {name}",
         f"{_origin(report, source)} pruned with llmprune {report.llmprune}: {report.sparsity['meaning']}, "
-        f"by {_recipe(report)}.",
+        f"by {recipe_text(report.recipe)}.",
         f"| | |\n|---|---|\n{rows}",
         *(f"> {warning}" for warning in report.warnings),
         "## Load",
@@ -72,17 +72,17 @@ def model_card(report: PruneReport, source: Path) -> str:
 
 
 def card_for(folder: Path, report: PruneReport, repo: str) -> str:
-    """The card of a folder as it is uploaded: what stands in it, but the model goes by the repository's name.
+    """The card of a folder for an upload, with the name of the repository as the model's.
 
-    It tells the speed where `python -m eval.speed DENSE DIR --out DIR/speed.json` was run.
+    It includes the speed where `python -m eval.speed DENSE DIR --out DIR/speed.json` was run.
 
     Args:
-        folder: as `prune` left it, its card perhaps edited or deleted since.
+        folder: as `prune` wrote it; its card may have been edited or deleted since.
         report: of the folder.
         repo: `ORG/NAME`.
 
     Raises:
-        InputError: `speed.json` is something else.
+        InputError: `speed.json` is no result of `eval.speed`.
     """
     path, local = folder / FILE, Path(report.out).name
     text = path.read_text(encoding="utf-8") if path.exists() else model_card(report, folder)
@@ -94,7 +94,7 @@ def card_for(folder: Path, report: PruneReport, repo: str) -> str:
 
 
 def _speed(path: Path) -> str:
-    """What `eval.speed` measured, as a table."""
+    """The result of `eval.speed` as a table."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items() if value is not None)
@@ -128,7 +128,7 @@ def _metadata(report: PruneReport, source: Path, name: str) -> str:
 
 
 def _base(report: PruneReport, inherited: dict[str, Any]) -> Any:
-    """The dense model on the Hub; its own base where it is only known as a folder; None where nothing is known."""
+    """The dense model on the Hub; the base of its own card where it is a folder; None where that is unknown."""
     return report.model["name"] if report.model["revision"] else inherited.get("base_model")
 
 
@@ -138,7 +138,7 @@ def _origin(report: PruneReport, source: Path) -> str:
 
 
 def _inherited(card: Path) -> dict[str, Any]:
-    """The metadata of the source's card, as far as it can be read."""
+    """The metadata of the dense model's card; empty where it cannot be read."""
     if not card.exists():
         return {}
     try:
@@ -150,7 +150,7 @@ def _inherited(card: Path) -> dict[str, Any]:
 
 
 def _results(report: PruneReport) -> list[EvalResult]:
-    """The perplexities, pruned and dense, for the index of measured models."""
+    """The perplexities, pruned and dense, as results of the model index."""
     if (evaluation := report.evaluation) is None:
         return []
     context = evaluation["seq_len"]
@@ -168,7 +168,7 @@ def _results(report: PruneReport) -> list[EvalResult]:
 
 
 def _dataset(source: str) -> dict[str, Any]:
-    """How the index of measured models calls a text."""
+    """The data set fields of the model index for a text."""
     entry = DATASETS.get(source)
     if entry is None or not entry.repo:
         return {"dataset_type": Path(source).name, "dataset_name": entry.help if entry else Path(source).name}
@@ -184,16 +184,13 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
     calibration, coverage, machine = report.calibration, report.coverage, report.machine
     facts = []
     if (evaluation := report.evaluation) is not None:
-        text = f"{Path(evaluation['source']).name}, {evaluation['samples']} windows of {evaluation['seq_len']}"
-        for key in ("dense", "pruned"):
-            value = evaluation[key]
-            facts.append((f"perplexity, {key} ({text})", f"{value['value']:.2f} ± {value['error']:.2f}"))
-    size = f"{report.size['pruned'] / 2**20:.0f} MiB (dense {report.size['dense'] / 2**20:.0f} MiB)"
+        text = evaluation_text(evaluation)
+        facts += [(f"perplexity, {key} ({text})", perplexity_text(evaluation[key])) for key in ("dense", "pruned")]
     facts += [
         ("pattern", f"{report.sparsity['pattern']}, in {coverage['fraction']:.1%} of the block parameters"),
         *[("removed", text) for text in report.sparsity["removed"]],
-        ("mean relative layer error", f"{report.mean_error:.4f}"),
-        ("size of the weights", size),
+        ("mean relative layer error", error_text(report)),
+        ("size of the weights", f"{size(report.size['pruned'])} (dense {size(report.size['dense'])})"),
         ("calibration", calibration_text(calibration)),
     ]
     if "prune" in report.seconds:
@@ -201,12 +198,8 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
     return facts
 
 
-def _recipe(report: PruneReport) -> str:
-    return Recipe.from_report(report.recipe).describe()
-
-
 def _made(report: PruneReport) -> str:
-    """What it takes to do it again."""
+    """What is needed to reproduce the run: command, tokens, versions."""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     calibration = report.calibration
     seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""

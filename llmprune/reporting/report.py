@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import InputError
+from llmprune.reporting import words
 from llmprune.reporting.schema import SCHEMA, upgraded
 
 FILE = "prune_report.json"
@@ -48,7 +49,7 @@ class BlockReconstruction:
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """What a block took; see docs/reference/report.md."""
+    """Time and memory of a block; see docs/reference/report.md."""
 
     name: str
     seconds: float
@@ -58,7 +59,7 @@ class BlockReport:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """How the dense and the pruned model continue a text; see docs/reference/report.md."""
+    """Continuations of a text by the dense and the pruned model; see docs/reference/report.md."""
 
     prompt: str
     dense: str
@@ -133,27 +134,28 @@ class PruneReport:
 
     @property
     def mean_error(self) -> float:
-        """Mean relative output error of the pruned layers (fraction)."""
+        """Mean relative output error of the pruned layers."""
         return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
 
+    @property
+    def weights(self) -> int:
+        """Number of weights in the pruned layers, before any removal."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+
+    @property
+    def pruned_ratio(self) -> float:
+        """Ratio of the pruned weights to all weights of the pruned layers."""
+        return sum(layer.pruned for layer in self.layers) / max(self.weights, 1)
+
     def _repr_html_(self) -> str:
-        """What a notebook shows: the figures that matter, the layers left out."""
-        rows = {"sparsity": self.sparsity["meaning"], "method": self.method["name"]}
+        """A table for notebooks: the main figures, removals and warnings."""
+        rows = {"sparsity": self.sparsity["meaning"], "method": words.recipe_text(self.recipe)}
         rows |= {f"removed {number}": text for number, text in enumerate(self.sparsity["removed"], 1)}
         for key in ("dense", "pruned") if self.evaluation else ():
-            found = self.evaluation[key]  # type: ignore[index]
-            rows[f"perplexity, {key}"] = f"{found['value']:.2f} ± {found['error']:.2f}"
-        rows["mean relative layer error"] = f"{self.mean_error:.4f}"
-        rows["time"] = f"{self.seconds.get('total', 0):.0f} s"
+            rows[f"perplexity, {key}"] = words.perplexity_text(self.evaluation[key])  # type: ignore[index]
+        rows["mean relative layer error"] = words.error_text(self)
+        rows["time"] = words.duration(self.seconds.get("total", 0))
         rows |= {f"warning {number}": text for number, text in enumerate(self.warnings, 1)}
         rows["saved to"] = self.out
         cells = (f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items())
         return f"<table>{''.join(cells)}</table>"
-
-
-def calibration_text(calibration: dict[str, Any]) -> str:
-    """Which tokens were used."""
-    seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
-    more = calibration.get("self_generated", 0)
-    own = f", and {more} {'window' if more == 1 else 'windows'} by the dense model itself" if more else ""
-    return f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}{seed}{own}"

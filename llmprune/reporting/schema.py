@@ -19,7 +19,7 @@ RENAMED_IN_2 = {
         "relative_ridge": "compensation_ridge",
         "damping_raises": "damping_retries",
         "choice_raises": "choice_retries",
-        "refit_raises": "refit_retries",
+        "refit_raises": "compensation_retries",
         "target_raises": "target_retries",
         "order_raises": "order_retries",
         "error_unfitted": "error_uncompensated",

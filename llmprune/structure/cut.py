@@ -63,7 +63,7 @@ class Structure:
         cuts: one for every consumer layer that loses inputs.
         changes: settings of the config with new values.
         config: of the smaller model.
-        summary: for every removal, the request and how it is carried out.
+        summary: for every removal, the request and what is done.
     """
 
     cuts: tuple[Cut, ...]

@@ -63,7 +63,7 @@ def head_units(coupling: Coupling, pools: int) -> Tensor:
 
 
 def head_text(removal: Removal, groups: int, queries: int, kept_groups: int, kept_heads: int) -> str:
-    """The request and how it is carried out, in a line.
+    """The request and what is done, in a line.
 
     Args:
         removal: as requested.

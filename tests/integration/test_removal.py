@@ -60,7 +60,7 @@ def test_the_written_folder_is_a_stock_model_of_the_new_size(name: str, tmp_path
     assert torch.equal(streamed_logits(skeleton_of(out), tokens), whole_logits(model, tokens))
     assert model.num_parameters() < reload(source).num_parameters()
     assert verify_folder(out, None, None, (), ()).violations == 0
-    assert all(layer.error <= layer.stats["error_unfitted"] + 1e-9 for layer in report.layers if layer.pruned)
+    assert all(layer.error <= layer.stats["error_uncompensated"] + 1e-9 for layer in report.layers if layer.pruned)
     generated = model.generate(tokens[:1, :6], max_new_tokens=5, do_sample=False, use_cache=True, pad_token_id=0)
     again = model.generate(tokens[:1, :6], max_new_tokens=5, do_sample=False, use_cache=False, pad_token_id=0)
     assert torch.equal(generated, again)
@@ -100,8 +100,8 @@ def test_a_layer_that_only_loses_inputs_is_reported_and_verified_as_such(tmp_pat
 
 def test_the_error_is_told_before_the_refit_after_it_and_with_weights_pruned(tmp_path: Path) -> None:
     _, out, report = pruned(tmp_path, "channels:25%+2:4", "opt", method="wanda")
-    (sink, *_) = [layer for layer in report.layers if "error_unfitted" in layer.stats]
-    assert sink.stats["error_refitted"] < min(sink.stats["error_unfitted"], sink.error)
+    (sink, *_) = [layer for layer in report.layers if "error_uncompensated" in layer.stats]
+    assert sink.stats["error_compensated"] < min(sink.stats["error_uncompensated"], sink.error)
     assert "with the weights pruned" in summary(report)
     removed = report.sparsity["removed"][0]
     for page in ("README.md", "prune_report.html"):
@@ -172,7 +172,7 @@ def test_every_criterion_with_refit_beats_it_without(method: str, steps: int, tm
     _, _, bare = pruned(tmp_path / "b", "channels:25%", "opt", method=method, steps=steps, refit=False)
     (first, *_), (plain, *_) = fitted.layers, bare.layers
     assert first.error < plain.error
-    assert plain.error == pytest.approx(plain.stats["error_unfitted"], rel=1e-4)
+    assert plain.error == pytest.approx(plain.stats["error_uncompensated"], rel=1e-4)
 
 
 class PeatConfig(ToyConfig):

@@ -211,5 +211,5 @@ def test_admm_reports_its_damping_and_says_if_it_was_raised() -> None:
     gram[3, 9] = gram[9, 3] = 1.5
     raised: LayerSolution = solve("admm", gram, weight_of(4, 16).float(), NM(2, 4))
     assert raised.status is Status.DAMPING_RAISED
-    assert raised.stats == {"ridge": pytest.approx(100 * DEFAULT.damping), "damping_retries": 2.0}
+    assert raised.stats == {"damping_lambda": pytest.approx(100 * DEFAULT.damping), "damping_retries": 2.0}
     assert torch.isfinite(raised.weight).all()

@@ -324,7 +324,7 @@ def test_a_fit_between_two_steps_that_took_a_larger_ridge_says_so(monkeypatch: p
     solution, _ = remove(load_criterion("wanda"), problem, given.units, 6, steps=2)
     assert solution.status is Status.DAMPING_RAISED
     assert solution.stats["choice_retries"] == 1.0
-    assert "refit_retries" not in solution.stats
+    assert "compensation_retries" not in solution.stats
 
 
 def test_a_lasso_that_settles_with_no_jitter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +450,7 @@ def test_zeros_of_the_source_stay_zero() -> None:
     weight = given.weight.masked_fill(holes, 0).float()
     problem = GroupProblem((LayerProblem("sink", weight),), InputStats(100, given.gram.float()))
     fitted, kept = remove(load_criterion("wanda"), problem, given.units, 5)
-    bare, same = remove(load_criterion("wanda"), problem, given.units, 5, reconstruct=False)
+    bare, same = remove(load_criterion("wanda"), problem, given.units, 5, compensate=False)
     assert torch.equal(kept, same)
     assert not fitted.weight[holes].any()
     A = ridged(given).numpy()
@@ -462,15 +462,15 @@ def test_zeros_of_the_source_stay_zero() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20])
-@pytest.mark.parametrize("reconstruct", [True, False])
-def test_steps_are_nested_and_end_at_the_count(steps: int, reconstruct: bool) -> None:
+@pytest.mark.parametrize("compensate", [True, False])
+def test_steps_are_nested_and_end_at_the_count(steps: int, compensate: bool) -> None:
     given = problem_of()
     problem = GroupProblem((LayerProblem("sink", given.weight.float()),), InputStats(100, given.gram.float()))
-    solution, kept = remove(load_criterion("wanda"), problem, given.units, 5, steps=steps, reconstruct=reconstruct)
+    solution, kept = remove(load_criterion("wanda"), problem, given.units, 5, steps=steps, compensate=compensate)
     assert len(kept) == 7
     assert torch.equal(solution.mask.all(0).nonzero().flatten(), kept)
     assert not solution.weight[:, ~solution.mask[0]].any()
-    if not reconstruct:
+    if not compensate:
         assert torch.equal(solution.weight[:, kept], problem.layers[0].weight[:, kept])
 
 

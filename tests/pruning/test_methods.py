@@ -347,7 +347,7 @@ def test_sparsegpt_reports_its_damping_and_says_if_it_was_raised() -> None:
     solution = solve("sparsegpt", gram_of(16), weight_of(4, 16), NM(2, 4))
     assert solution.status is Status.OK
     assert solution.stats == {
-        "ridge": pytest.approx(DAMPING * float(gram_of(16).diagonal().mean())),
+        "damping_lambda": pytest.approx(DAMPING * float(gram_of(16).diagonal().mean())),
         "damping_retries": 0.0,
     }
     gram = torch.eye(16)
@@ -355,7 +355,7 @@ def test_sparsegpt_reports_its_damping_and_says_if_it_was_raised() -> None:
     raised = solve("sparsegpt", gram, weight_of(4, 16).float(), NM(2, 4))
     assert_lawful(raised, raised.weight)
     assert raised.status is Status.DAMPING_RAISED
-    assert raised.stats == {"ridge": pytest.approx(100 * DAMPING), "damping_retries": 2.0}
+    assert raised.stats == {"damping_lambda": pytest.approx(100 * DAMPING), "damping_retries": 2.0}
 
 
 @pytest.mark.parametrize(("pattern", "supports", "ratio", "hits"), OPTIMA, ids=["2:4", "50%"])

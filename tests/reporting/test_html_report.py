@@ -78,7 +78,7 @@ def test_a_run_leaves_its_page(pruned: Path) -> None:
     assert all(layer.name in shown.text for layer in report.layers)
     assert report.command in shown.text
     assert report.calibration["sha256"] in shown.text
-    assert "Refinement" in shown.text
+    assert "Block-wise reconstruction" in shown.text
     # The errors of all layers; the inputs of four groups in two blocks, and of q and k where v is left dense.
     assert shown.cells.count("cell") == len(report.layers) + 9
     assert shown.cells.count("none") == 2

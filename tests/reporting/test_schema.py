@@ -40,12 +40,23 @@ def test_every_renamed_key_of_schema_1_is_found_under_its_new_name(first: dict[s
     assert new["recipe"]["reconstruct"] == first["recipe"]["refine"]
     assert new["recipe"]["compensate"] == first["recipe"]["reconstruct"]
     assert new["seconds"]["self_calibration"] == first["seconds"]["own_text"]
+    assert new["recipe"]["reconstruct"] == first["recipe"]["refine"]
+    assert new["recipe"]["compensate"] == first["recipe"]["reconstruct"]
+    assert new["recipe"]["self_calibration"] == first["recipe"]["own"]
     assert new["processes"]["world_size"] == first["processes"]["size"]
     assert new["size"] == first["size"]
     for before, after in zip(first["layers"], new["layers"], strict=True):
         names = RENAMED_IN_2["layers[].stats"]
         assert after["stats"] == {names.get(key, key): value for key, value in before["stats"].items()}
         assert after["unpruned_zeros"] == before["kept_zeros"]
+
+
+def test_the_page_names_every_key_that_was_renamed() -> None:
+    text = (ROOT / "docs" / "reference" / "report.md").read_text(encoding="utf-8")
+    rows = [line.split(" -> ") for line in text.splitlines() if " -> " in line]
+    assert [[old.rpartition(".")[2], new.rpartition(".")[2]] for old, new in rows] == [
+        [old, new] for names in RENAMED_IN_2.values() for old, new in names.items()
+    ]
 
 
 def test_no_value_is_lost_by_an_upgrade(first: dict[str, Any]) -> None:

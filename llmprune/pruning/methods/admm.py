@@ -75,7 +75,7 @@ class ADMM(Method):
         weight.mul_(support)
         polish(add_ridge(gram, ridge), target, weight, support, POLISH_STEPS)
         status = Status.DAMPING_RAISED if retries else Status.OK
-        stats = {"ridge": ridge, "damping_retries": float(retries)}
+        stats = {"damping_lambda": ridge, "damping_retries": float(retries)}
         return [
             LayerSolution(rows, mask, status, dict(stats))
             for rows, mask in zip(problem.split(weight.T), problem.split(support.T), strict=True)

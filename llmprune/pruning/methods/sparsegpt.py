@@ -53,7 +53,7 @@ class SparseGPT(Method):
         selection = _selection(pattern, [len(layer.weight) for layer in problem.layers], columns == 0)
         kept = _Sweep(columns, factor.upper, gram.diagonal() == 0, selection).run()
         status = Status.DAMPING_RAISED if factor.retries else Status.OK
-        stats = {"ridge": factor.ridge, "damping_retries": float(factor.retries)}
+        stats = {"damping_lambda": factor.ridge, "damping_retries": float(factor.retries)}
         return [
             LayerSolution(weight, mask, status, dict(stats))
             for weight, mask in zip(problem.split(columns.T), problem.split(kept.T), strict=True)

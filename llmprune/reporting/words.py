@@ -1,0 +1,80 @@
+"""The facts of a report as text, for the terminal, the page, the model card and the notebook alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.pruning.recipe import Recipe
+
+if TYPE_CHECKING:
+    from llmprune.reporting.report import PruneReport
+
+
+def duration(seconds: float) -> str:
+    """`75.2` -> `1 min 15 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def perplexity_text(perplexity: Mapping[str, float]) -> str:
+    """Perplexity ± standard error."""
+    return f"{perplexity['value']:.2f} ± {perplexity['error']:.2f}"
+
+
+def evaluation_text(evaluation: Mapping[str, Any]) -> str:
+    """Text, number and length of the evaluation windows."""
+    source = Path(evaluation["source"]).name
+    return f"{source}, {evaluation['samples']} windows of {evaluation['seq_len']} tokens"
+
+
+def calibration_text(calibration: Mapping[str, Any]) -> str:
+    """Number, length, source and seed of the calibration windows."""
+    seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
+    more = calibration.get("self_generated", 0)
+    generated = f", and {more} self-generated {'window' if more == 1 else 'windows'}" if more else ""
+    return f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}{seed}{generated}"
+
+
+def recipe_text(settings: Mapping[str, Any]) -> str:
+    """The stages of a recipe, and the effort that set them."""
+    effort = f" (effort {settings['effort']})" if settings["effort"] else ""
+    return Recipe.from_report(settings).describe() + effort
+
+
+def coverage_text(coverage: Mapping[str, Any]) -> str:
+    """The fraction of the block parameters in pruned layers, and the reasons for the rest."""
+    total = coverage["block_parameters"]
+    text = f"pruned layers hold {coverage['fraction']:.1%} of {total / 1e6:.1f} M block parameters"
+    dense = [f"{reason} {weights / total:.1%}" for reason, weights in coverage["skipped"].items()]
+    return text + (f"; left dense: {', '.join(dense)}" if dense else "")
+
+
+def pruned_text(report: PruneReport) -> str:
+    """The ratio of pruned weights in the pruned layers."""
+    return f"{report.pruned_ratio:.2%} of {report.weights / 1e6:.1f} M weights in {len(report.layers)} layers"
+
+
+def error_text(report: PruneReport) -> str:
+    """The mean layer error; of layers with removed inputs also before and after compensation."""
+    mean = f"{report.mean_error:.4f}"
+    found = [
+        (layer.stats["error_uncompensated"], layer.stats.get("error_compensated", layer.error), layer.error)
+        for layer in report.layers
+        if "error_uncompensated" in layer.stats
+    ]
+    if not found or not report.recipe["compensate"]:
+        return mean
+    before, after, now = (sum(errors) / len(found) for errors in zip(*found, strict=True))
+    text = f"{mean}; of layers with removed inputs {before:.4f} before compensation, {after:.4f} after"
+    return text + (f", {now:.4f} with the weights pruned" if now != after else "")
