@@ -1,7 +1,7 @@
 """`python -m eval.peers`: our SparseGPT and another tool's, side by side on the same tokens, threads and evaluation.
 
 One run makes (or takes) a frozen token file, prunes the model with both tools in turns, each in its own process and
-its own environment, then judges the dense model and both results with one plain transformers computation. Both times
+its own environment, then evaluates the dense model and both results with one plain transformers computation. Both times
 are set against the arithmetic no implementation avoids: one dense forward over the calibration tokens and the Grams.
 
 The peers are LLM Compressor, and NVIDIA Model Optimizer (2:4 only).
@@ -303,7 +303,7 @@ def study(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def spelling(sparsity: str) -> str:
-    """The pattern as both tools and the judge read it: `2:4`, or a share such as `0.5`."""
+    """The pattern as both tools and `eval.judge` read it: `2:4`, or a share such as `0.5`."""
     from llmprune.pruning.pattern import parse_pattern
 
     pattern = parse_pattern(sparsity)
