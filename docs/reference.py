@@ -15,7 +15,7 @@ from llmprune.cli import flags
 from llmprune.job import GROUPS, Job, knobs
 from llmprune.knobs import MUST, Knob
 from llmprune.pruning.criteria import CRITERIA
-from llmprune.pruning.methods import METHODS, MethodEntry
+from llmprune.pruning.methods import METHODS, TableEntry
 
 FOLDER = Path(__file__).parent / "reference"
 MADE = "<!-- made by `python docs/reference.py` from the code: change that, not this page -->"
@@ -105,7 +105,7 @@ def _command(parser: argparse.ArgumentParser) -> Iterable[str]:
     return f"### {parser.prog}", parser.description or "", _table(("", "default", "meaning"), rows)
 
 
-def _entries(entries: Mapping[str, MethodEntry]) -> str:
+def _entries(entries: Mapping[str, TableEntry]) -> str:
     return _table(("name", "meaning"), [(f"`{name}`", entry.help) for name, entry in entries.items()])
 
 

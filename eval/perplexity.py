@@ -99,9 +99,9 @@ def distance(model: Skeleton, dense: Skeleton, tokens: Tensor) -> dict[str, Any]
     losses: tuple[list[Tensor], list[Tensor]] = ([], [])
     gaps = []
     with torch.no_grad(), model.loaded(model.outside()), dense.loaded(dense.outside()):
-        for pair in zip(*(stream.rehearsal.batches for stream in streams), strict=True):
+        for pair in zip(*(stream.inputs.batches for stream in streams), strict=True):
             for found, skeleton, stream, batch in zip(losses, (model, dense), streams, pair, strict=True):
-                found.append(window_losses(skeleton, batch.tokens, batch.hidden, stream.rehearsal.wrap))
+                found.append(window_losses(skeleton, batch.tokens, batch.hidden, stream.inputs.wrap))
             gaps.append(window_gaps((model, dense), streams, pair))
     context = tokens.shape[1]
     mine, theirs = (from_losses(torch.cat(found), context) for found in losses)
@@ -144,7 +144,7 @@ def window_gaps(models: tuple[Skeleton, Skeleton], streams: list[BlockStream], p
     for start in range(0, context - 1, chunk):
         part = slice(start, min(start + chunk, context - 1))
         p, q = (
-            logits(skeleton, tokens[:, part], one.hidden[:, part].to(skeleton.device), stream.rehearsal.wrap)
+            logits(skeleton, tokens[:, part], one.hidden[:, part].to(skeleton.device), stream.inputs.wrap)
             .float()
             .log_softmax(-1)
             for skeleton, stream, one in zip(models, streams, pair, strict=True)

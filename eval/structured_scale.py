@@ -45,25 +45,27 @@ def solve(method: str, inputs: int, outputs: int, percent: int, threads: int) ->
     import torch
 
     from llmprune.pruning.criteria import load_criterion
-    from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem
-    from llmprune.pruning.structured_solver import Remover
+    from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem, UnitRemoval
+    from llmprune.pruning.recipe import Recipe
+    from llmprune.pruning.structured_solver import StructuredSolver
     from llmprune.runtime.memory import mmap_large_allocations, peak_memory, resident_memory
 
     torch.set_num_threads(threads)
     with mmap_large_allocations(), torch.no_grad():
         stats = InputStats(TOKENS, _gram(inputs))
         weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)) / math.sqrt(inputs)
-        problem = GroupProblem((LayerProblem("layer", weight),), stats)
-        remover = Remover(load_criterion(method))
-        units = torch.arange(inputs).view(1, inputs, 1)
         count = inputs * percent // 100
+        removal = UnitRemoval(torch.arange(inputs).view(1, inputs, 1), count)
+        problem = GroupProblem((LayerProblem("layer", weight),), stats, removal=removal)
+        solver = StructuredSolver(load_criterion(method), Recipe("", criterion=method))
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
         before, begun, busy = resident_memory(), time.perf_counter(), time.process_time()
-        (solution,), kept = remover.solve(problem, units, count)
+        found = solver.solve(problem, None)
         spent = {"wall": time.perf_counter() - begun, "seconds": time.process_time() - busy}
         peak = peak_memory() - before
-    assert len(kept) == inputs - count
-    return {**spent, "memory": peak, "unfitted": solution.stats["error_uncompensated"]}
+    assert found.order is not None
+    assert len(found.order) == inputs - count
+    return {**spent, "memory": peak, "unfitted": found.layers[0].stats["error_uncompensated"]}
 
 
 def _gram(inputs: int) -> Any:
