@@ -28,7 +28,7 @@ INFORMED = [name for name in METHODS if name not in {"magnitude", "scaling"}]
 
 every_method = pytest.mark.parametrize("name", METHODS)
 informed_method = pytest.mark.parametrize("name", INFORMED)
-every_pattern = pytest.mark.parametrize("pattern", [*NMS, *SHARES], ids=lambda p: f"{p.name}-{getattr(p, 'scope', '')}")
+every_pattern = pytest.mark.parametrize("pattern", [*NMS, *SHARES], ids=lambda p: f"{p.name}-{p.scope}")
 
 
 def gram_of(width: int, seed: int = 0, tokens: int = 0) -> Tensor:

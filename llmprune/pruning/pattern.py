@@ -3,8 +3,8 @@
 `N:M` means that of every M consecutive inputs of a row, N weights are pruned (the convention of SparseGPT, Wanda and
 LLM Compressor; a part of the literature counts the kept ones).
 
-Adding a pattern: a frozen dataclass that declares how it groups, and how its name is read in `parse_pattern`. Methods,
-permutation, allocation and checks ask for nothing else.
+Adding a pattern: a frozen dataclass here that declares how it groups, and its place in `PATTERNS`. Methods,
+permutation, schedules, checks and the command line ask for nothing else.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SparsityPattern(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Canonical spelling, as `parse_pattern` reads it."""
+        """Canonical spelling, as `parse` reads it."""
 
     @property
     @abstractmethod
@@ -76,6 +76,15 @@ class SparsityPattern(ABC):
     @abstractmethod
     def scope(self) -> PatternScope:
         """Where the count is exact: in every group of inputs of a row, every row, or every layer."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str, scope: PatternScope) -> SparsityPattern | None:
+        """The pattern that `text` spells, in this scope if it has a choice; None if it spells none of this kind.
+
+        Raises:
+            InputError: it spells one that cannot be.
+        """
 
     @abstractmethod
     def describe(self) -> str:
@@ -228,6 +237,11 @@ class NM(SparsityPattern):
     def group(self) -> int:
         return self.m
 
+    @classmethod
+    def parse(cls, text: str, scope: PatternScope) -> NM | None:
+        match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text, re.ASCII)
+        return NM(int(match[1]), int(match[2])) if match else None
+
     def describe(self) -> str:
         return f"{self.name}, prunes {self.n} of every {self.m} weights, {percent(self.sparsity)}"
 
@@ -272,6 +286,19 @@ class Unstructured(SparsityPattern):
     def allocatable(self) -> bool:
         return True
 
+    @classmethod
+    def parse(cls, text: str, scope: PatternScope) -> Unstructured | None:
+        match = re.fullmatch(r"([+-]?\d{0,9}\.?\d{0,9})\s*(%?)", text, re.ASCII)
+        try:
+            ratio = Fraction(match[1]) / (100 if match[2] else 1) if match else None
+        except ValueError:
+            ratio = None
+        if match is None or ratio is None:
+            return None
+        if not match[2] and 1 < ratio < 100:
+            raise InputError(f"a sparsity of {text} is not between 0 and 1", f"for {text} % use {text}%; else {_HINT}")
+        return Unstructured(ratio, "row" if scope == "row" else "layer")
+
     def describe(self) -> str:
         where = "every row" if self.scope == "row" else "every layer"
         return f"{percent(self.ratio)} unstructured, counted exactly in {where}"
@@ -281,6 +308,9 @@ class Unstructured(SparsityPattern):
 
     def with_ratio(self, ratio: Fraction) -> Unstructured:
         return Unstructured(ratio, self.scope)
+
+
+PATTERNS: list[type[SparsityPattern]] = [NM, Unstructured]
 
 
 def parse_pattern(text: str, scope: PatternScope = "layer") -> SparsityPattern:
@@ -293,20 +323,9 @@ def parse_pattern(text: str, scope: PatternScope = "layer") -> SparsityPattern:
     Raises:
         InputError: for anything else, with a hint.
     """
-    spec = text.strip()
-    if match := re.fullmatch(r"(\d{1,6}):(\d{1,6})", spec, re.ASCII):
-        return NM(int(match[1]), int(match[2]))
-    if match := re.fullmatch(r"([+-]?\d{0,9}\.?\d{0,9})\s*(%?)", spec, re.ASCII):
-        try:
-            ratio = Fraction(match[1]) / (100 if match[2] else 1)
-        except ValueError:
-            pass
-        else:
-            if not match[2] and 1 < ratio < 100:
-                raise InputError(
-                    f"a sparsity of {spec} is not between 0 and 1", f"for {spec} % use {spec}%; else {_HINT}"
-                )
-            return Unstructured(ratio, "row" if scope == "row" else "layer")
+    for kind in PATTERNS:
+        if (pattern := kind.parse(text.strip(), scope)) is not None:
+            return pattern
     raise InputError(f"unknown sparsity {text!r}", _HINT)
 
 

@@ -116,7 +116,7 @@ def test_admm_of_unrelated_inputs_is_a_choice_without_compensation() -> None:
         torch.testing.assert_close(solution.weight, weight * solution.mask, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), *SHARES], ids=lambda p: f"{p.name}-{getattr(p, 'scope', '')}")
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), *SHARES], ids=lambda p: f"{p.name}-{p.scope}")
 def test_where_admm_comes_to_rest_no_kept_weight_wants_to_move(pattern: SparsityPattern) -> None:
     """At a fixed point the gradient is zero on the mask, and `-ρD` times the state off it."""
     rho = 40.0
@@ -146,7 +146,7 @@ def test_weights_that_fit_the_pattern_stay(pattern: SparsityPattern) -> None:
 @pytest.mark.parametrize(
     "pattern",
     [NM(2, 4), NM(4, 8), Unstructured(Fraction(1, 2), "layer"), Unstructured(Fraction(7, 10), "row")],
-    ids=lambda p: f"{p.name}-{getattr(p, 'scope', '')}",
+    ids=lambda p: f"{p.name}-{p.scope}",
 )
 def test_admm_undoes_what_alps_undoes_of_sparsegpts_error(pattern: SparsityPattern, tokens: int) -> None:
     """Summed over 8 problems, with more and with fewer tokens than inputs: at least 90 %."""

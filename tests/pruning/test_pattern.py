@@ -289,4 +289,4 @@ def test_steps_rise_to_the_pattern_itself(spec: str, count: int) -> None:
     assert 1 <= len(steps) <= count
     fractions = [step.sparsity for step in steps]
     assert fractions == sorted(set(fractions))
-    assert all(getattr(step, "scope", "row") == "row" for step in steps)
+    assert all(step.scope == pattern.scope for step in steps)

@@ -47,6 +47,10 @@ class RatioPerGroup(SparsityPattern):
     def group(self) -> int:
         return self.span
 
+    @classmethod
+    def parse(cls, text: str, scope: PatternScope) -> None:
+        return None
+
     def describe(self) -> str:
         return self.name
 
@@ -82,6 +86,10 @@ class Blocks(SparsityPattern):
     @property
     def unit(self) -> tuple[int, int]:
         return self.height, self.breadth
+
+    @classmethod
+    def parse(cls, text: str, scope: PatternScope) -> None:
+        return None
 
     def describe(self) -> str:
         return self.name
@@ -127,6 +135,10 @@ class VNM(SparsityPattern):
     @property
     def permutable(self) -> bool:
         return False
+
+    @classmethod
+    def parse(cls, text: str, scope: PatternScope) -> None:
+        return None
 
     def describe(self) -> str:
         return self.name
