@@ -11,6 +11,7 @@ from helpers import ROOT, random_tokens, save_tiny, token_file
 
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS
+from llmprune.pruning.pattern import PATTERNS
 
 PAGES = sorted(ROOT.glob("docs/extend/*.md"))
 BLOCK = re.compile(r'^```python(?: title="([\w.]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
@@ -23,8 +24,9 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     token_file(tmp_path / "tokens.safetensors", random_tokens(8))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    before = [(table, dict(table)) for table in (METHODS, CRITERIA)]
+    before, patterns = [(table, dict(table)) for table in (METHODS, CRITERIA)], list(PATTERNS)
     yield tmp_path
+    PATTERNS[:] = patterns
     for table, entries in before:
         table.clear()
         table.update(entries)
