@@ -171,16 +171,10 @@ def run_push(options: argparse.Namespace) -> int:
 def run_verify(options: argparse.Namespace) -> int:
     """`llmprune verify`."""
     silence_libraries(options.debug)
-    from llmprune.export.verify import verify_folder
+    from llmprune.export.verify import LayerSelection, verify_folder
 
-    result = verify_folder(
-        options.dir,
-        options.sparsity,
-        options.scope,
-        tuple(options.only),
-        tuple(options.skip),
-        options.trust_remote_code,
-    )
+    selection = LayerSelection(options.sparsity, options.scope, tuple(options.only), tuple(options.skip))
+    result = verify_folder(options.dir, selection, options.trust_remote_code)
     if options.json:
         print(json.dumps(result.to_json(), indent=2))
     else:

@@ -1,4 +1,4 @@
-"""How the dense and the pruned model continue the same texts."""
+"""Greedy continuations of the same texts by the dense and the pruned model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add_generations(
     dense: str | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Put greedy continuations of texts into a report.
+    """Add greedy continuations of texts to a report.
 
     The models are loaded whole, one after the other: this is the only step that needs a whole model in memory, and
     therefore no part of a run.
@@ -41,10 +41,10 @@ def add_generations(
     Args:
         report: of the run that wrote `folder`.
         folder: plain or packed.
-        tokens: how many to generate.
+        tokens: number of new tokens.
         prompts: the texts.
-        dense: the dense model; None for what the report names.
-        progress: told what happens.
+        dense: the dense model; None for that of the report.
+        progress: notified of the steps.
 
     Raises:
         InputError: a model cannot be found.
@@ -68,7 +68,7 @@ def add_generations(
 def continuations(
     folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int, progress: Progress
 ) -> list[str]:
-    """What the model in `folder` writes behind each text, `tokens` tokens or up to its end."""
+    """The greedy continuation of each text by the model in `folder`, `tokens` tokens or up to its end."""
     device = pick_device("auto")
     model = load(folder).to(device)
     written = []

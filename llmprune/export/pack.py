@@ -1,4 +1,4 @@
-"""A folder of N:M weights in fewer bytes, and back: `llmprune pack`, `llmprune unpack`, `load`."""
+"""Compact storage of N:M folders and its inverse: `llmprune pack`, `llmprune unpack`, `load`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from llmprune.errors import InputError, PruneError
 from llmprune.export.packed import Layout, PackedFile, pack_file
-from llmprune.export.verify import open_pruned
+from llmprune.export.verify import LayerSelection, open_pruned
 from llmprune.model.reader import INDEX, PACKED, SINGLE, read_index
 from llmprune.model.skeleton import build_on_meta
 from llmprune.progress import Progress
@@ -29,13 +29,13 @@ SUFFIX = "-packed"
 
 @dataclass(slots=True)
 class PackReport:
-    """What `llmprune pack` did.
+    """The result of `llmprune pack`.
 
     Args:
         out: the folder that was written.
-        pattern: what the packed layers hold.
+        pattern: of the packed layers.
         packed: number of packed layers.
-        plainly: layers that were to be packed but are stored as they were, and why.
+        plainly: selected layers that are stored unpacked, and why.
         layer_bytes: size of the packed layers, before and after.
         total_bytes: size of all tensors, before and after.
     """
@@ -48,7 +48,7 @@ class PackReport:
     total_bytes: list[int] = field(default_factory=lambda: [0, 0])
 
     def add(self, layout: Layout, plainly: Mapping[str, str]) -> None:
-        """Count a file."""
+        """Add a file."""
         self.packed += len(layout.transposed)
         self.plainly.update(plainly)
         for name in layout.plain:
@@ -61,13 +61,13 @@ class PackReport:
         return asdict(self)
 
     def text(self) -> str:
-        """A few lines for people."""
-        lines = [f"{self.packed} layers of {self.pattern} packed: {_share(self.layer_bytes)}"]
+        """A summary in a few lines."""
+        lines = [f"{self.packed} layers of {self.pattern} packed: {_sizes(self.layer_bytes)}"]
         lines += [f"stored plainly: {name}, {reason}" for name, reason in self.plainly.items()]
-        return "\n".join([*lines, f"all tensors: {_share(self.total_bytes)}", f"saved to {self.out}"])
+        return "\n".join([*lines, f"all tensors: {_sizes(self.total_bytes)}", f"saved to {self.out}"])
 
 
-def _share(sizes: list[int]) -> str:
+def _sizes(sizes: list[int]) -> str:
     before, after = sizes
     return f"{before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB ({after / max(before, 1):.1%})"
 
@@ -82,7 +82,7 @@ def pack(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> PackReport:
-    """Write a compact copy of a pruned folder: of its N:M layers the kept values and where they stand.
+    """Write a compact copy of a pruned folder: of its N:M layers the kept values and their positions.
 
     A weight of b bytes takes `(M − N)/M · (b + ⌈log2 M⌉/8)` bytes: 56.25 % for 2:4 in bfloat16. One tensor at a time is
     in memory. See docs/guides/packed-folders.md for the format.
@@ -90,16 +90,16 @@ def pack(
     Args:
         folder: what `prune` wrote, or any model folder together with `sparsity`.
         out: folder to make; None for the name of `folder` with `-packed` behind it.
-        sparsity: the pattern; None for what the folder's report says.
+        sparsity: the pattern; None for that of the folder's report.
         only, skip: globs over layer names.
         trust_remote_code: whether code that comes with the model may run.
-        progress: told what happens.
+        progress: notified of the steps.
 
     Raises:
         InputError: no such folder, no N:M pattern, `out` exists.
         PruneError: it cannot be written; nothing is left at `out`.
     """
-    skeleton, goal, layers = open_pruned(folder, sparsity, None, only, skip, trust_remote_code)
+    skeleton, goal, layers = open_pruned(folder, LayerSelection(sparsity, only=only, skip=skip), trust_remote_code)
     pattern = goal.pattern
     if pattern is None or pattern.nm is None:
         raise InputError(f"{goal.name} cannot be packed", "only N:M patterns keep the same number in every group")
@@ -120,12 +120,12 @@ def pack(
 
 
 def unpack(folder: Path, out: Path | None = None, *, progress: Progress | None = None) -> Path:
-    """Write the plain folder that was packed, byte for byte.
+    """Write the plain folder that was packed, byte by byte the same.
 
     Args:
         folder: what `pack` wrote.
         out: folder to make; None for the name of `folder` without `-packed`.
-        progress: told what happens.
+        progress: notified of the steps.
 
     Returns:
         The folder that was written.
@@ -149,7 +149,7 @@ def unpack(folder: Path, out: Path | None = None, *, progress: Progress | None =
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """Open a plain or a packed folder as a transformers model; never unpickles, runs no code of the model's.
+    """Load a plain or a packed folder as a transformers model; nothing is unpickled, and no code of the model is run.
 
     Args:
         folder: of a causal language model.
@@ -182,7 +182,7 @@ def is_packed(folder: Path) -> bool:
 
 
 def packed_name(plain: str) -> str:
-    """`model.safetensors` -> `model.packed.safetensors`, so that no stock loader takes it for a plain file."""
+    """`model.safetensors` -> `model.packed.safetensors`, so that no stock loader reads it as a plain file."""
     return plain.removesuffix(".safetensors") + PACKED
 
 
@@ -201,10 +201,10 @@ def packed_files(folder: Path) -> dict[str, PackedFile]:
     return {name: PackedFile(folder / packed_name(name)) for name in sorted(wanted)}
 
 
-def copy_others(folder: Path, target: Path, left: set[str]) -> None:
-    """Copy a folder, all but the files `left`."""
+def copy_others(folder: Path, target: Path, excluded: set[str]) -> None:
+    """Copy a folder without the files `excluded`."""
     shutil.copytree(
-        folder, target, ignore=lambda where, _: left if Path(where) == folder else set(), dirs_exist_ok=True
+        folder, target, ignore=lambda where, _: excluded if Path(where) == folder else set(), dirs_exist_ok=True
     )
 
 

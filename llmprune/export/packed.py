@@ -28,14 +28,14 @@ FORMAT = "llmprune-packed"
 VERSION = "1"
 VALUES, POSITIONS = ".values", ".positions"
 Part = tuple[str, tuple[int, ...], int]
-"""Dtype, shape and size in bytes of a tensor that is to be written."""
+"""Dtype, shape and size in bytes of a tensor to write."""
 _ORDERS = {"out,in": False, "in,out": True}
 _COPY_AGAIN = "the file is damaged; copy it again, or pack the plain folder again"
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """What a header says of one tensor: its dtype in safetensors' spelling, its shape, and where its bytes lie."""
+    """The entry of a tensor in a header: dtype in safetensors' spelling, shape, range of bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,10 +55,10 @@ class Field:
 
 
 def parse_fields(header: str) -> tuple[dict[str, str], dict[str, Field]]:
-    """Metadata and tensors of a header; the tensors in the order of their bytes.
+    """The metadata and the entries of a header, in the order of their bytes.
 
     Raises:
-        ValueError: it is no header, or the tensors do not lie one behind the other.
+        ValueError: it is no header, or the tensors are not contiguous.
     """
     try:
         items = json.loads(header)
@@ -94,7 +94,7 @@ class TensorFile:
             raise InputError(f"{path} is not a whole safetensors file: {error}", _COPY_AGAIN) from error
 
     def read(self, name: str) -> Tensor:
-        """The bytes of a tensor, uint8, in memory of their own."""
+        """The bytes of a tensor, uint8, in memory."""
         field = self.fields[name]
         data = np.fromfile(self.path, np.uint8, field.nbytes, offset=8 + len(self.header) + field.start)
         return torch.from_numpy(data)
@@ -112,12 +112,12 @@ def write_file(path: Path, header: bytes, tensors: Iterable[tuple[str, Tensor]])
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which tensors of a plain file are packed, and what stands for them.
+    """The tensors of a plain file that are packed, and the tensors that store them.
 
     Args:
-        pattern: what the packed ones hold.
+        pattern: of the packed weights.
         plain: the header of the plain file.
-        transposed: the packed ones by name; whether the weight is stored as `(in, out)`.
+        transposed: of every packed weight, whether it is stored as `(in, out)`.
     """
 
     pattern: SparsityPattern
@@ -134,18 +134,18 @@ class Layout:
         return self.pattern.mismatch(*self.shape(name))
 
     def shape(self, name: str) -> tuple[int, int]:
-        """A weight's `(out, in)`."""
+        """The shape of a weight, `(out, in)`."""
         rows, width = self.plain[name].shape
         return (width, rows) if self.transposed[name] else (rows, width)
 
     def bits(self, name: str, data: Tensor) -> Tensor:
-        """A weight's bytes as integers `(out, in)`."""
+        """The bits of a weight as integers, `(out, in)`."""
         field = self.plain[name]
         bits = data.view(BITS[field.itemsize]).view(field.shape)
         return bits.T.contiguous() if self.transposed[name] else bits
 
     def parts(self, name: str) -> dict[str, Part]:
-        """The tensors that stand for one of the plain file."""
+        """The tensors that store one of the plain file."""
         field = self.plain[name]
         if name not in self.transposed:
             return {name: (field.dtype, field.shape, field.nbytes)}
@@ -156,7 +156,7 @@ class Layout:
         }
 
     def all_parts(self) -> dict[str, Part]:
-        """All tensors of the packed file; those of wide elements first, so that every one is aligned."""
+        """All tensors of the packed file; wide elements first, so that every one is aligned."""
         parts = {key: part for name in self.plain for key, part in self.parts(name).items()}
         return dict(sorted(parts.items(), key=lambda item: -(item[1][2] // max(prod(item[1][1]), 1))))
 
@@ -187,11 +187,11 @@ def pack_file(
     Args:
         source: the plain file.
         target: the packed one.
-        pattern: what the weights should hold.
-        transposed: the weights to pack, by name; whether they are stored as `(in, out)`.
+        pattern: of the weights.
+        transposed: of every weight to pack, whether it is stored as `(in, out)`.
 
     Returns:
-        What was packed, and why the others of `transposed` are stored plainly.
+        The layout of the packed file, and why the others of `transposed` are stored unpacked.
     """
     file = TensorFile(source)
     asked = Layout(pattern, file.fields, {name: flag for name, flag in transposed.items() if name in file.fields})
@@ -245,7 +245,7 @@ class PackedFile:
             raise InputError(f"{path} is not a whole packed file: {error}", _COPY_AGAIN) from error
 
     def _check(self) -> None:
-        """What the header announces must be what the file holds."""
+        """Check that the tensors of the file are those of its layout."""
         layout = self.layout
         for name in layout.transposed:
             if obstacle := layout.obstacle(name):
@@ -256,7 +256,7 @@ class PackedFile:
             raise ValueError(f"tensor {name!r} is {found.get(name)}, but should be {wanted.get(name)}")
 
     def read(self, name: str) -> Tensor:
-        """The bytes of a tensor of the plain file, uint8.
+        """The bytes of a tensor of the plain file, unpacked, uint8.
 
         Raises:
             InputError: its positions are damaged.
@@ -288,7 +288,7 @@ class PackedFile:
         """Write the plain file.
 
         Raises:
-            PruneError: it is not, byte for byte, what was packed.
+            PruneError: its hash differs from that of the file that was packed.
         """
         write_file(target, self.header.encode(), ((name, self.read(name)) for name in self.layout.plain))
         if (found := sha256(target)) != self.sha256:

@@ -1,4 +1,4 @@
-"""N:M weights as kept values and their positions: fewer bytes, and back bit for bit."""
+"""Lossless encoding of N:M weights as kept values and their positions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llmprune.pruning.pattern import SparsityPattern
 
 CHUNK = 2**22
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers as wide as a weight of so many bytes: what is zero is what has no bit set, so -0.0 is a value."""
+"""Integer dtype by bytes of an element: only a weight without a bit set is zero, so -0.0 is a value."""
 
 
 def position_bits(pattern: SparsityPattern) -> int:
-    """The fewest whole bits that tell a position in a group, `⌈log2 M⌉`."""
+    """Bits of a position in a group, `⌈log2 M⌉`."""
     return (_nm(pattern)[1] - 1).bit_length()
 
 
@@ -38,7 +38,7 @@ def fits(bits: Tensor, pattern: SparsityPattern) -> bool:
 
 
 def encode(bits: Tensor, pattern: SparsityPattern) -> tuple[Tensor, Tensor]:
-    """The M − N values of every group that may differ from zero, and where they stand in it.
+    """The M − N kept values of every group, and their positions in it.
 
     Values are in the order of the row. Positions are numbers of `position_bits` bits each, in the order of the values,
     lowest bit first, packed into the bytes of a row, lowest bit first; a row's last byte is filled up with zeros.
@@ -61,10 +61,10 @@ def encode(bits: Tensor, pattern: SparsityPattern) -> tuple[Tensor, Tensor]:
 
 
 def decode(values: Tensor, positions: Tensor, pattern: SparsityPattern) -> Tensor:
-    """The weight that `encode` took apart, `(out, in)`, of the dtype of `values`.
+    """The inverse of `encode`: the weight, `(out, in)`, of the dtype of `values`.
 
     Raises:
-        ValueError: the positions of a group do not rise, or lie beyond it.
+        ValueError: the positions of a group do not increase, or exceed it.
     """
     n, m = _nm(pattern)
     keep = m - n
@@ -75,7 +75,7 @@ def decode(values: Tensor, positions: Tensor, pattern: SparsityPattern) -> Tenso
         place = _from_bytes(packed, kept, pattern)
         grouped = place.view(len(place), -1, keep)
         if bool((place >= m).any()) or bool((grouped.diff(dim=-1) <= 0).any()):
-            raise ValueError(f"positions that {pattern.name} does not know")
+            raise ValueError(f"positions that are not possible in {pattern.name}")
         out.scatter_(1, place + first, part)
     return bits
 

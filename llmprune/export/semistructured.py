@@ -20,11 +20,11 @@ AMPERE = (8, 0)
 
 @dataclass(slots=True)
 class Acceleration:
-    """What `accelerate` did.
+    """The result of `accelerate`.
 
     Args:
-        switched: the layers that now run on 2:4 kernels, by module name: relative deviation of their outputs.
-        left: the others, and why.
+        switched: layers that now run on 2:4 kernels -> relative deviation of their outputs.
+        left: all other layers -> why.
     """
 
     switched: dict[str, float] = field(default_factory=dict)
@@ -48,10 +48,10 @@ def accelerate(model: nn.Module, seed: int = 0) -> Acceleration:
     """Switch the 2:4 layers of a model to `torch.sparse.to_sparse_semi_structured`, in place, where the GPU can.
 
     Every switched layer is tried on random inputs; one whose outputs deviate from the dense layer's by more than
-    rounding gets its dense weight back. A model that was switched can be run, but neither trained nor saved.
+    rounding keeps its dense weight. A switched model is for inference: it can be neither trained nor saved.
 
     Args:
-        model: on the device it is to run on, in float16 or bfloat16.
+        model: on the GPU, in float16 or bfloat16.
         seed: of the inputs.
     """
     done = Acceleration()
@@ -84,7 +84,7 @@ def device_obstacle(device: torch.device) -> str:
 
 
 def weight_obstacle(weight: Tensor) -> str:
-    """Why a weight is not for 2:4 kernels, or ''; whether they take its shape and dtype, torch says itself."""
+    """Why a weight does not suit 2:4 kernels, or ''; torch checks shape and dtype itself."""
     if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}"
     rows, width = weight.shape
@@ -94,14 +94,17 @@ def weight_obstacle(weight: Tensor) -> str:
 
 
 def switch(layer: nn.Linear, seed: int) -> float | None:
-    """Give a layer a sparse weight; returns the relative deviation of its outputs, None if it was too large.
+    """Replace the weight of a layer by a semi-structured one; undone if its outputs deviate too much.
 
     Args:
-        layer: its weight holds 2:4.
-        seed: of the inputs it is tried on.
+        layer: with 2:4 weights.
+        seed: of the inputs of the trial.
+
+    Returns:
+        the relative deviation of the outputs; None if it was too large.
 
     Raises:
-        RuntimeError: torch's kernels do not take the weight; the layer is as it was.
+        RuntimeError: torch's kernels do not take the weight; the layer is unchanged.
     """
     weight = layer.weight
     generator = torch.Generator().manual_seed(seed)

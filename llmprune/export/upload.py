@@ -1,4 +1,4 @@
-"""A pruned folder becomes a repository of the Hugging Face Hub, or a clear refusal before anything was spent."""
+"""Upload of a pruned folder to the Hugging Face Hub; all that can be checked is checked before a run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where on the Hub a folder goes.
+    """A repository and branch on the Hub.
 
     Args:
-        repo: `ORG/NAME`; the repository is made if it is not there.
+        repo: `ORG/NAME`; created if it does not exist.
         private: whether only its owners may see it.
-        revision: branch to write to, made if it is not there; None for the main one.
+        revision: branch to write to, created if it does not exist; None for the main one.
     """
 
     repo: str
@@ -41,7 +41,7 @@ class Destination:
     revision: str | None = None
 
     def command(self, folder: Path) -> str:
-        """The command line that uploads a folder there."""
+        """The command line that uploads a folder to it."""
         flags = ["--private"] if self.private else []
         flags += ["--hub-revision", self.revision] if self.revision else []
         return shlex.join(["llmprune", "push", str(folder), self.repo, *flags])
@@ -53,20 +53,20 @@ def push(
     """Upload a pruned folder to the Hugging Face Hub, in one commit where it has no more than a few hundred files.
 
     The token is that of `hf auth login` or `HF_TOKEN`. Weights of an earlier upload that this one does not replace are
-    deleted from the branch (its history keeps them): a loader would mix them with the new ones. The folder stays as it
-    is; the card that is uploaded names the repository where the folder's own names the folder.
+    deleted from the branch (its history keeps them): a loader would mix them with the new ones. The folder is
+    not changed; the uploaded card names the repository where that of the folder names the folder.
 
     Args:
-        folder: as `prune` left it.
+        folder: as `prune` wrote it.
         repo, private, revision: see `Destination`.
-        progress: told what happens.
+        progress: notified of the steps.
 
     Returns:
         The address of the commit.
 
     Raises:
         InputError: it cannot be done; found within seconds, nothing was sent.
-        PruneError: the upload failed; the folder is as it was.
+        PruneError: the upload failed; the folder is unchanged.
     """
     where = Destination(repo, private, revision)
     report = check_folder(folder)
@@ -76,14 +76,14 @@ def push(
 
 
 def check_destination(where: Destination, model: str) -> None:
-    """Find out, within seconds, whether an upload can succeed, as far as the Hub tells.
+    """Check, within seconds, whether an upload can succeed, as far as the Hub tells.
 
     Args:
-        where: what is asked for.
-        model: the model that is pruned, which must not be overwritten.
+        where: the destination.
+        model: the dense model, which must not be overwritten.
 
     Raises:
-        InputError: a name that the Hub does not take, no token, no connection, no permission, a public repository where
+        InputError: an invalid name, no token, no connection, no permission, a public repository where
             a private one is asked for.
     """
     _check_names(where, model)
@@ -153,7 +153,11 @@ def _check_rights(where: Destination) -> None:
 
 
 def _check_namespace(repo: str, who: dict[str, Any]) -> None:
-    """Whether the user may make a repository of this owner."""
+    """Check that the user may create a repository of this owner.
+
+    Raises:
+        InputError: the user may not.
+    """
     roles = {org["name"].lower(): org.get("roleInOrg") for org in who.get("orgs", [])}
     roles[str(who.get("name")).lower()] = "admin"
     owner = repo.partition("/")[0]
@@ -167,10 +171,10 @@ def _check_namespace(repo: str, who: dict[str, Any]) -> None:
 
 
 def upload(folder: Path, where: Destination, progress: Progress) -> str:
-    """Upload what `check_destination` has checked; returns the address of the commit.
+    """Upload a folder to a checked destination; returns the address of the commit.
 
     Raises:
-        PruneError: it failed; the folder is as it was.
+        PruneError: it failed; the folder is unchanged.
     """
     try:
         report = check_folder(folder)
@@ -204,7 +208,7 @@ def _send(stage: Path, where: Destination, message: str) -> str:
 
 @contextmanager
 def _staged(folder: Path, report: PruneReport, repo: str) -> Iterator[Path]:
-    """The folder as it is uploaded: links to its files, hidden ones left out, and a card that names the repository."""
+    """A folder to upload: links to the files but hidden ones, and a card that names the repository."""
     with tempfile.TemporaryDirectory(prefix="llmprune-push-") as name:
         stage = Path(name)
         for path in sorted(folder.rglob("*")):
@@ -221,7 +225,7 @@ def check_folder(folder: Path) -> PruneReport:
     """The report of a folder that can be uploaded.
 
     Raises:
-        InputError: it is not there, or no complete folder that llmprune wrote.
+        InputError: it is missing, or no complete folder that llmprune wrote.
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}", "name a folder that llmprune wrote")
@@ -245,7 +249,7 @@ def _unreachable() -> tuple[str, str]:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong in one line, without the token, which a server or a proxy may have sent back."""
+    """The reason of a failure in one line, without the token, which a server or a proxy may have sent back."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return _reason(error.__cause__)  # how the client tells that a large file was refused
     if isinstance(error, HfHubHTTPError):

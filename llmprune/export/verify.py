@@ -1,4 +1,4 @@
-"""Does a written folder really hold the pattern? Only the files are believed."""
+"""Verification of the sparsity pattern of a written folder, from its files alone."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from llmprune.sources.models import open_source
 
 @dataclass(frozen=True, slots=True)
 class LayerCheck:
-    """What the files say of one layer.
+    """The zeros of one layer as stored.
 
     Args:
         name: module name.
         weights: number of weights.
-        zeros: how many are exactly zero.
-        extra_zeros: zeros beyond the pattern's count: kept weights that happen to be zero.
-        violations: zeros that are missing.
+        zeros: number of exact zeros.
+        extra_zeros: zeros beyond the pattern's count: kept weights that are zero.
+        violations: number of missing zeros.
     """
 
     name: str
@@ -46,11 +46,11 @@ def check_layers(
     layers: Iterable[tuple[LayerRef, SparsityPattern]],
     step: Callable[[], None] = lambda: None,
 ) -> list[LayerCheck]:
-    """Check the pattern of every layer.
+    """The zeros of every layer, checked against its pattern.
 
     Args:
         tensors: parameters by module name.
-        layers: with the pattern that each must hold.
+        layers: each with its pattern.
         step: called after every layer.
     """
     checks = []
@@ -63,30 +63,30 @@ def check_layers(
 
 
 def patterns_of(report: PruneReport, scope: Scope | None = None) -> dict[str, SparsityPattern]:
-    """Every pruned layer's pattern, by module name; in the report's scope, or another one."""
+    """The pattern of every pruned layer, by module name; in the report's scope, or another one."""
     scope = scope or report.sparsity["scope"]
     return {layer.name: parse_pattern(layer.pattern, scope) for layer in report.layers if layer.pattern}
 
 
 @dataclass(frozen=True, slots=True)
 class FolderCheck:
-    """What `llmprune verify` found."""
+    """The result of `llmprune verify`."""
 
     folder: str
     pattern: Sparsity
     layers: list[LayerCheck]
     sizes: dict[str, tuple[int, Any]] = field(default_factory=dict)
-    shared_out: bool = False
+    nonuniform: bool = False
 
     @property
     def violations(self) -> int:
-        """Zeros that are missing in all layers, and sizes that are not what the report says."""
+        """Number of missing zeros in all layers and of config settings that differ from the report."""
         return sum(layer.violations for layer in self.layers) + len(self.wrong_sizes)
 
     @property
     def wrong_sizes(self) -> list[str]:
         """Settings of the config that differ from the report."""
-        return [f"{key} is {found}, not {said}" for key, (said, found) in self.sizes.items() if found != said]
+        return [f"{key} is {found}, not {wanted}" for key, (wanted, found) in self.sizes.items() if found != wanted]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -101,11 +101,11 @@ class FolderCheck:
         }
 
     def text(self) -> str:
-        """A few lines for people."""
-        lines = [f"{self.folder}: {self.pattern.describe(self.shared_out)}"]
+        """A summary in a few lines."""
+        lines = [f"{self.folder}: {self.pattern.describe(self.nonuniform)}"]
         if self.pattern.removals:
             sizes = ", ".join(f"{key} {found}" for key, (_, found) in self.sizes.items())
-            lines.append(f"every tensor has the shape that the config says{f' ({sizes})' if sizes else ''}")
+            lines.append(f"every tensor has the shape that the config gives{f' ({sizes})' if sizes else ''}")
             lines += [f"VIOLATED config: {wrong}" for wrong in self.wrong_sizes]
         return "\n".join(lines + (self._zeros() if self.pattern.pattern else []))
 
@@ -123,37 +123,43 @@ class FolderCheck:
         return [*lines, f"{len(bad)} layers violate the pattern" if bad else "the pattern holds in every layer"]
 
 
-def verify_folder(
-    folder: Path,
-    sparsity: str | None,
-    scope: Scope | None,
-    only: tuple[str, ...],
-    skip: tuple[str, ...],
-    trust_remote_code: bool = False,
-) -> FolderCheck:
-    """Check the pattern of a folder's layers, by its report or by what the user says; arguments as of `open_pruned`."""
-    skeleton, goal, layers = open_pruned(folder, sparsity, scope, only, skip, trust_remote_code)
-    sizes = PruneReport.read(folder).sparsity.get("config", {}) if sparsity is None else {}
-    found = {key: (said, getattr(skeleton.config, key, None)) for key, said in sizes.items()}
-    shared_out = len({pattern for _, pattern in layers}) > 1
-    return FolderCheck(str(folder), goal, check_layers(skeleton.checkpoint, layers), found, shared_out)
+@dataclass(frozen=True, slots=True)
+class LayerSelection:
+    """Layers of a folder, and the pattern that they should hold.
+
+    Args:
+        sparsity: the pattern; None for those of the folder's report.
+        scope: of an unstructured pattern; None for that of the report, else `layer`.
+        only, skip: globs over layer names.
+    """
+
+    sparsity: str | None = None
+    scope: Scope | None = None
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+
+BY_REPORT = LayerSelection()
+"""The layers and patterns of the folder's report."""
+
+
+def verify_folder(folder: Path, selection: LayerSelection = BY_REPORT, trust_remote_code: bool = False) -> FolderCheck:
+    """Check the pattern of a folder's layers, and the sizes in its config; arguments as of `open_pruned`."""
+    skeleton, goal, layers = open_pruned(folder, selection, trust_remote_code)
+    sizes = PruneReport.read(folder).sparsity.get("config", {}) if selection.sparsity is None else {}
+    found = {key: (wanted, getattr(skeleton.config, key, None)) for key, wanted in sizes.items()}
+    nonuniform = len({pattern for _, pattern in layers}) > 1
+    return FolderCheck(str(folder), goal, check_layers(skeleton.checkpoint, layers), found, nonuniform)
 
 
 def open_pruned(
-    folder: Path,
-    sparsity: str | None = None,
-    scope: Scope | None = None,
-    only: tuple[str, ...] = (),
-    skip: tuple[str, ...] = (),
-    trust_remote_code: bool = False,
+    folder: Path, selection: LayerSelection = BY_REPORT, trust_remote_code: bool = False
 ) -> tuple[Skeleton, Sparsity, list[tuple[LayerRef, SparsityPattern]]]:
-    """A model folder, what it should hold, and its pruned layers, each with the pattern that it should hold.
+    """The model of a folder, its sparsity, and its pruned layers, each with the pattern that it should hold.
 
     Args:
         folder: a model folder.
-        sparsity: the pattern; None for what the folder's report says.
-        scope: of an unstructured pattern.
-        only, skip: globs over layer names.
+        selection: of its layers.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
@@ -161,13 +167,14 @@ def open_pruned(
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}", "name a model folder")
+    sparsity, scope, only, skip = selection.sparsity, selection.scope, selection.only, selection.skip
     names: tuple[str, ...] = ()
-    own: dict[str, SparsityPattern] = {}
+    patterns: dict[str, SparsityPattern] = {}
     if sparsity is None:
         report = PruneReport.read(folder)
         sparsity, scope = report.sparsity["pattern"], scope or report.sparsity["scope"]
-        own = patterns_of(report, scope)
-        names = tuple(layer.name for layer in report.layers if layer.name in own or not own)
+        patterns = patterns_of(report, scope)
+        names = tuple(layer.name for layer in report.layers if layer.name in patterns or not patterns)
         only = tuple(name for name in names if not select(name, only, skip))
         if not only:
             raise InputError(
@@ -183,4 +190,4 @@ def open_pruned(
         return skeleton, goal, []
     # A report names layers exactly; one that the model lacks is an error, as a glob that matches nothing is.
     plan = make_plan(skeleton, goal.pattern, only, () if names else skip)
-    return skeleton, goal, [(ref, own.get(ref.name, goal.pattern)) for ref in plan.layers]
+    return skeleton, goal, [(ref, patterns.get(ref.name, goal.pattern)) for ref in plan.layers]

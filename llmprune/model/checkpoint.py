@@ -150,8 +150,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype of a parameter in the result."""
-        own = self.folder.entries[self._sources[name].names[0]].dtype
-        return self.dtype if self.dtype is not None and own.is_floating_point else own
+        source = self.folder.entries[self._sources[name].names[0]].dtype
+        return self.dtype if self.dtype is not None and source.is_floating_point else source
 
     def export(self, names: Iterable[str], changed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Names on disk and tensors to write for the parameters `names`; `changed` (by module name) has new values."""

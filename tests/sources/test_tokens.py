@@ -120,7 +120,7 @@ def test_a_folder_is_its_text_files_in_order(tmp_path: Path, tokenizer: Any) -> 
     assert evaluate(str(tmp_path), tokenizer, windows=1, context=6).tokens.tolist() == [[1, 2, 3, 4, 5, 6]]
 
 
-def test_a_file_goes_before_a_data_set_of_the_same_name(
+def test_a_file_takes_precedence_over_a_data_set_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -192,7 +192,7 @@ def model_with(name: str, state: dict[str, Tensor]) -> PreTrainedModel:
     return model
 
 
-def test_folding_permutes_rows_and_columns_and_nothing_else(family: tuple[str, Case]) -> None:
+def test_a_permutation_moves_rows_and_columns_and_nothing_else(family: tuple[str, Case]) -> None:
     _, case = family
     before, after = case.model.state_dict(), folded(case)
     assert before.keys() == after.keys()
@@ -259,7 +259,7 @@ def test_conv1d_weights_are_permuted_the_other_way_round() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bitnet"])
-def test_weights_are_neither_needed_nor_touched(name: str) -> None:
+def test_weights_are_neither_needed_nor_changed(name: str) -> None:
     model = tiny_model(name)
     block = find_blocks(model)[1][0]
     hidden, call = call_of(model, block)
@@ -316,14 +316,14 @@ def test_an_invented_block_is_understood() -> None:
     assert (norm.local, norm.rows[0].tolist()) == ("norm", [list(range(32))])
 
 
-def test_a_scale_that_heads_share_ties_them_together() -> None:
+def test_a_scale_that_heads_share_couples_them() -> None:
     (coupling,) = [c for c in toy_couplings("SharedScale") if c.consumer == "o"]
     assert [tuple(slots.shape) for slots in coupling.classes] == [(4, 4)]
     rows = {producer.local: producer.rows[0].tolist() for producer in coupling.producers}
     assert rows == {"v": [[4 * head + at for at in range(4)] for head in range(4)], "norm": [[0, 1, 2, 3]]}
 
 
-def test_inputs_without_a_row_of_their_own_stay() -> None:
+def test_inputs_without_a_row_of_their_own_are_not_permuted() -> None:
     (coupling,) = [c for c in toy_couplings("Half") if c.consumer == "down"]
     assert [slots.tolist() for slots in coupling.classes] == [[list(range(16, 32))]]
 
@@ -336,13 +336,13 @@ def test_what_is_no_coupling_is_not_taken_for_one(kind: str) -> None:
     assert toy_couplings(kind) == []
 
 
-def test_a_block_that_cannot_be_looked_into_says_so() -> None:
+def test_an_opaque_block_is_reported() -> None:
     with pytest.raises(OpaqueBlockError, match="no kernel"):
         toy_couplings("Broken")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no kernel\nat all"), AssertionError(), ValueError("no kernel")])
-def test_a_run_tells_of_blocks_whose_channels_stay(
+def test_a_run_warns_of_blocks_whose_channels_are_not_permuted(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:

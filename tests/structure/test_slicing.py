@@ -167,7 +167,7 @@ def assert_same_function(folder: Path, structure: Structure) -> None:
 
 
 @pytest.mark.parametrize("name", CHANNELS)
-def test_channels_that_are_gone_do_what_zeros_do(name: str, tmp_path: Path) -> None:
+def test_removed_channels_compute_the_same_as_zeros(name: str, tmp_path: Path) -> None:
     structure = structure_of(source_of(name, tmp_path), Removal("channels", QUARTER))
     assert len(structure.changes) == 1
     assert_same_function(tmp_path, structure)
@@ -177,7 +177,7 @@ def test_channels_that_are_gone_do_what_zeros_do(name: str, tmp_path: Path) -> N
     ("size", "multiple", "old", "new"),
     [(240, 8, 160, 120), (101, 1, 67, 52), (500, 32, 352, 256), (1536, 64, 1024, 768)],
 )
-def test_a_width_that_is_computed_from_a_size_is_said_by_that_size(
+def test_a_width_that_is_derived_from_a_size_is_set_by_that_size(
     size: int, multiple: int, old: int, new: int, tmp_path: Path
 ) -> None:
     """lfm2 makes its MLPs two thirds of `intermediate_size` wide, rounded to a multiple; no setting is that width."""
@@ -189,13 +189,13 @@ def test_a_width_that_is_computed_from_a_size_is_said_by_that_size(
 
 
 @pytest.mark.parametrize("name", FREE_HEADS)
-def test_heads_that_are_gone_do_what_zeros_do(name: str, tmp_path: Path) -> None:
+def test_removed_heads_compute_the_same_as_zeros(name: str, tmp_path: Path) -> None:
     structure = structure_of(source_of(name, tmp_path), Removal("heads", HALF))
     assert_same_function(tmp_path, structure)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gemma2"])
-def test_query_heads_may_go_from_every_kv_group(name: str, tmp_path: Path) -> None:
+def test_query_heads_may_be_removed_from_every_kv_group(name: str, tmp_path: Path) -> None:
     source_of(name, tmp_path, hidden_size=96, num_attention_heads=8, num_key_value_heads=2, head_dim=8)
     structure = structure_of(tmp_path, Removal("heads", QUARTER))
     assert structure.changes["num_attention_heads"] == 6
@@ -204,7 +204,7 @@ def test_query_heads_may_go_from_every_kv_group(name: str, tmp_path: Path) -> No
     assert_same_function(tmp_path, structure)
 
 
-def test_a_head_of_every_kind_goes_with_channels(tmp_path: Path) -> None:
+def test_heads_of_every_kind_are_removed_with_channels(tmp_path: Path) -> None:
     structure = structure_of(source_of("qwen3", tmp_path), Removal("channels", QUARTER), Removal("heads", HALF))
     assert structure.changes == {
         "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16
@@ -213,12 +213,12 @@ def test_a_head_of_every_kind_goes_with_channels(tmp_path: Path) -> None:
 
 
 def reads_as_a_sentence(text: str) -> None:
-    """What a validator of transformers says is told to its end, without the validator's name."""
+    """The message of a validator of transformers is shown to its end, without the validator's name."""
     assert not re.search(r"Error|validator|[:;,]$", text), text
 
 
 @pytest.mark.parametrize("name", NO_HEADS)
-def test_heads_that_a_config_cannot_say_are_refused(name: str, tmp_path: Path) -> None:
+def test_heads_that_a_config_cannot_express_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot express|could be traced|would change the others") as caught:
         structure_of(source_of(name, tmp_path), Removal("heads", HALF))
     assert caught.value.hint
@@ -226,7 +226,7 @@ def test_heads_that_a_config_cannot_say_are_refused(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", NO_CHANNELS)
-def test_channels_that_a_config_cannot_say_are_refused(name: str, tmp_path: Path) -> None:
+def test_channels_that_a_config_cannot_express_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot express|could be traced|would change the others") as caught:
         structure_of(source_of(name, tmp_path), Removal("channels", QUARTER))
     assert caught.value.hint
@@ -254,7 +254,7 @@ def test_a_share_that_is_nearest_to_none_or_all_heads_is_refused(share: str, nea
 @pytest.mark.parametrize(
     ("asked", "round_to", "width"), [("1/4", None, 96), ("1/2", 64, 64), ("3/10", 8, 88), ("3/10", 1, 90)]
 )
-def test_widths_are_rounded_and_that_is_said(asked: str, round_to: int | None, width: int, tmp_path: Path) -> None:
+def test_widths_are_rounded_as_the_summary_says(asked: str, round_to: int | None, width: int, tmp_path: Path) -> None:
     structure = structure_of(source_of("llama", tmp_path), Removal("channels", Fraction(asked)), round_to=round_to)
     assert structure.changes == {"intermediate_size": width}
     assert f"128 -> {width}" in structure.summary[0]
@@ -276,7 +276,7 @@ def test_groups_of_a_pattern_fit_the_new_width(tmp_path: Path) -> None:
     assert structure.changes == {"intermediate_size": 98}
 
 
-def test_a_row_goes_when_all_that_it_feeds_goes() -> None:
+def test_a_row_is_removed_with_the_last_input_that_depends_on_it() -> None:
     single = torch.tensor([2, 0, -1, -1, -1])
     dependency = Dependency("q", single, torch.tensor([2, 3]), torch.tensor([[True, True, False], [False, True, True]]))
     assert dependency.kept_rows(torch.tensor([True, True, False])).tolist() == [0, 3, 4]
@@ -284,7 +284,7 @@ def test_a_row_goes_when_all_that_it_feeds_goes() -> None:
     assert dependency.kept_rows(torch.tensor([True, True, True])).tolist() == [4]
 
 
-def test_what_stays_may_change_places(tmp_path: Path) -> None:
+def test_kept_inputs_may_be_permuted(tmp_path: Path) -> None:
     structure = structure_of(source_of("llama", tmp_path), Removal("channels", QUARTER))
     dense = dict(reload(tmp_path).state_dict())
     one = structure.cuts[0]
@@ -324,7 +324,7 @@ def test_a_norm_over_all_channels_is_seen() -> None:
     assert not coupling.removable
 
 
-def test_an_invented_model_is_cut_only_if_its_config_can_say_so(tmp_path: Path) -> None:
+def test_an_invented_model_is_cut_only_if_its_config_can_express_it(tmp_path: Path) -> None:
     save_tiny("toy", tmp_path, kind="Invented", hidden_size=16)
     with pytest.raises(InputError, match=r"'layers\.0\.moss'"):
         structure_of(tmp_path, Removal("channels", QUARTER))
