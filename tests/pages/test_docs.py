@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import import_module
 
 import pytest
 from helpers import ROOT
 from test_floors import FLOORS
 
-import llmprune
 from eval import sweep, tables
 from llmprune.cli.flags import build_parser, pack_parser, push_parser, report_parser, unpack_parser, verify_parser
 from llmprune.pruning.criteria import CRITERIA
@@ -63,8 +63,8 @@ def test_every_command_of_the_pages_parses() -> None:
 def test_code_on_the_pages_compiles(page: str) -> None:
     for code in re.findall(r"^```python.*?\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE):
         compile(code, page, "exec")
-    for line in re.findall(r"^from llmprune import (.*)$", TEXTS[page], re.MULTILINE):
-        assert all(hasattr(llmprune, name) for name in line.split(", "))
+    for module, names in re.findall(r"^from (llmprune[\w.]*) import (.*)$", TEXTS[page], re.MULTILINE):
+        assert all(hasattr(import_module(module), name) for name in names.split(", "))
 
 
 @every_page
