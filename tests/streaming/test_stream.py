@@ -450,7 +450,7 @@ def test_a_twin_stream_pairs_every_input_with_that_of_the_dense_model(
         products = {"gram": X.T @ X, "cross": X.T @ X_d, "dense": X_d.T @ X_d}
         if stats.output_cross is not None:
             Y = torch.nn.functional.linear(X_d, layer_weight(dense, name).detach().double())
-            products = {"gram": X.T @ X, "given": X.T @ Y}
+            products = {"gram": X.T @ X, "output_cross": X.T @ Y}
         for field, expected in products.items():
             scale = float(expected.abs().mean()) / len(X)
             assert torch.allclose(getattr(stats, field).double(), expected / len(X), rtol=1e-4, atol=1e-3 * scale)
