@@ -1,4 +1,4 @@
-"""What a layer should give: the dense model's outputs, as far as the calibration data support it."""
+"""Dense-model targets: the weights whose outputs come nearest to the dense model's, as far as the data support it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmprune.pruning.linalg import inverse_factor
+from llmprune.pruning.linalg import inverse_factor, line_minimum
 from llmprune.pruning.problem import GroupProblem, InputStats
 from llmprune.pruning.statistics import excluding, output_residual_cross
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
@@ -17,11 +17,11 @@ TARGET_DAMPING = 0.1
 
 @dataclass(frozen=True, slots=True)
 class DenseTarget:
-    """What the layers of a group should give.
+    """The unconstrained optimum of a group of layers.
 
     Args:
-        problem: the group, with the weights that would give it.
-        strengths: α of every layer; empty where the dense weights are the goal.
+        problem: the group with these weights.
+        strengths: α of every layer; empty where the dense weights are the optimum.
         retries: how often the damping λ was raised tenfold at most.
     """
 
@@ -31,20 +31,23 @@ class DenseTarget:
 
 
 def dense_targets(problem: GroupProblem, damping: float = TARGET_DAMPING, group: ProcessGroup = SINGLE) -> DenseTarget:
-    """Replace every weight by that of the regression on dense outputs, `W* = W + α Δ`, `Δ = M (H + λI)⁻¹`.
+    """The regression of the dense model's outputs on the pruned model's inputs, `W* = W + α Δ`, `Δ = M (H + λI)⁻¹`.
 
-    M is what the outputs lack, times the inputs: `M = W (C − H)ᵀ` makes a layer give what it gives in the dense model.
-    A layer that adds to the residual stream does better to compensate for the accumulated error E of the stream,
-    `M = EᵀX / tokens`, as far as its inputs can tell.
+    M, `(out, in)`, is the cross-covariance of the outputs' residual with the inputs: `M = W (C − H)ᵀ` fits a layer to
+    its output in the dense model, as asymmetric calibration does (GPTAQ, Li et al. 2025). A layer that adds to the
+    residual stream does better to compensate the error E that has accumulated there, `M = EᵀX / tokens`, as far as its
+    inputs determine it.
 
-    The full correction (α = 1) over-fits small calibration sets. With Δ fitted on a part of the tokens, the error on
-    the held-out rest is a parabola in α; its minimum, cut to [0, 1], is the strength of the correction, for each layer
-    on its own. Then Δ is fitted on all tokens. Source zeros stay zero.
+    Differs from GPTAQ: the target does not enter the solver's updates but replaces the weights before them, so any
+    method can prune these; the target of the residual stream; and the strength α. The full correction (α = 1) over-fits
+    small calibration sets. With Δ fitted on a part of the tokens, the error on the held-out rest is a parabola in α;
+    its minimum in [0, 1] is the strength, for each layer on its own. Then Δ is fitted on all tokens. Zeros of the
+    source stay zero.
 
     Args:
         problem: a group with statistics of the dense model; one without is returned as it is.
         damping: λ as a fraction of the mean diagonal of H.
-        group: the processes that share the rows.
+        group: the processes, each of which fits its own rows.
 
     Raises:
         NumericalError: H stays singular.
@@ -54,8 +57,7 @@ def dense_targets(problem: GroupProblem, damping: float = TARGET_DAMPING, group:
         return DenseTarget(problem, (0.0,) * len(problem.layers))
     weights = torch.cat([layer.weight for layer in problem.layers])
     sums, retries = _gains_and_costs(weights, excluding(stats, held), held, damping, group)
-    pairs = [part.sum(0) for part in problem.split(sums)]
-    strengths = tuple(min(max(float(gain / cost.clamp(min=1e-30)), 0.0), 1.0) for gain, cost in pairs)
+    strengths = tuple(line_minimum(*part.sum(0).tolist()) for part in problem.split(sums))
     if not any(strengths):
         return DenseTarget(problem, strengths, retries)
     factor = inverse_factor(stats.gram, damping)
@@ -70,7 +72,7 @@ def dense_targets(problem: GroupProblem, damping: float = TARGET_DAMPING, group:
 def _gains_and_costs(
     weights: Tensor, rest: InputStats, held: InputStats, damping: float, group: ProcessGroup
 ) -> tuple[Tensor, int]:
-    """How the error on the held-out tokens falls and rises with α, row by row: `‖E‖² − 2 gain α + cost α²`.
+    """The coefficients of the error on the held-out tokens, row by row: `‖E‖² − 2 gain α + cost α²`.
 
     Returns:
         `(out, 2)`, float64, and how often the damping of the trial's fit was raised.

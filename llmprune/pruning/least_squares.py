@@ -20,7 +20,7 @@ def refit(
     iterations: int = 12,
     tolerance: float = 1e-4,
 ) -> list[LayerSolution]:
-    """Give the kept weights their best values: `min tr((W̃ − W)(H + λI)(W̃ − W)ᵀ)` over W̃ that is zero off the support.
+    """Refit the kept weights: `min tr((W̃ − W)(H + λI)(W̃ − W)ᵀ)` over W̃ that is zero off the support.
 
     The rows are independent, and each is solved by conjugate gradients preconditioned with the diagonal, from the
     solution's weights on (the `pcg` step of ALPS, Meng et al. 2024). All rows of a group advance together, so an

@@ -1,9 +1,9 @@
-"""Damped factorisation of Grams, and the one error formula for every method."""
+"""Damped factorisations of Grams, and the relative output error by which every method is compared."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ class InverseFactor:
     Args:
         upper: U, `(in, in)`.
         ridge: λ.
-        retries: how often the damping was raised tenfold before the factorisation succeeded.
+        retries: how often λ was raised tenfold before the factorisation succeeded.
     """
 
     upper: Tensor
@@ -33,7 +33,7 @@ class InverseFactor:
 
 
 def ridge_of(gram: Tensor, damping: float) -> float:
-    """The ridge `λ = damping * mean(diag H)` of a Gram `(in, in)`.
+    """The ridge `λ = damping · mean(diag H)` of a Gram H, `(in, in)`.
 
     Raises:
         NumericalError: the Gram's diagonal is not finite.
@@ -47,14 +47,14 @@ def ridge_of(gram: Tensor, damping: float) -> float:
 
 
 def add_ridge(gram: Tensor, ridge: float) -> Tensor:
-    """`H + λI` as a new matrix `(in, in)`, with 1 added where an input is always zero (`H_jj = 0`)."""
+    """The damped Gram `H + λI`, a new matrix `(in, in)`, with 1 added where an input is always zero (`H_jj = 0`)."""
     matrix = gram.clone()
     matrix.diagonal().add_(ridge + (gram.diagonal() == 0).to(gram.dtype))
     return matrix
 
 
 def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
-    """Factor the inverse of the damped Gram, `H + λI` with `λ = damping * mean(diag H)`.
+    """The upper triangular factor of the inverse of the damped Gram, `H + λI` with `λ = damping · mean(diag H)`.
 
     With J the reversal of the inputs, the Cholesky factor L of `J (H + λI) J` gives `H + λI = R Rᵀ`, `R = J L J` upper
     triangular, and `U = R⁻¹`: one factorisation and one triangular inverse instead of a factorisation, an inverse and
@@ -69,9 +69,7 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
             tenfold `MAX_RETRIES` times.
     """
     diagonal = gram.diagonal()
-    base = ridge_of(gram, damping)
-    for retries in range(MAX_RETRIES + 1):
-        ridge = base * 10**retries
+    for retries, ridge in _rising_ridges(gram, damping):
         flipped = gram.flip(0, 1)
         flipped.diagonal().add_(ridge + (diagonal == 0).to(gram.dtype).flip(0))
         lower, info = torch.linalg.cholesky_ex(flipped)
@@ -84,7 +82,7 @@ def inverse_factor(gram: Tensor, damping: float) -> InverseFactor:
 
 
 def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, int]:
-    """`A⁻¹` of the damped Gram `A = H + λI`.
+    """The inverse of the damped Gram `A = H + λI`.
 
     No more than two matrices of that size are in memory at a time.
 
@@ -93,7 +91,7 @@ def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, int]:
         damping: λ as a fraction of the mean diagonal of H; raised tenfold where A is singular.
 
     Returns:
-        the inverse, `(in, in)`; what was added to the diagonal, `(in,)`, both float64; how often λ was raised.
+        `A⁻¹`, `(in, in)`; what was added to the diagonal of H, `(in,)`, both float64; how often λ was raised.
 
     Raises:
         NumericalError: as `inverse_factor`.
@@ -110,7 +108,7 @@ def damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, Tensor, int]:
 
 
 def damped_cholesky(damped: Callable[[float], Tensor], gram: Tensor, damping: float) -> tuple[Tensor, float, int]:
-    """The lower Cholesky factor of a matrix with a ridge, which is raised tenfold where the matrix is singular.
+    """The lower Cholesky factor of a matrix with a ridge, raised tenfold as often as the matrix is singular.
 
     Args:
         damped: makes the matrix, symmetric, for a ridge λ.
@@ -123,12 +121,17 @@ def damped_cholesky(damped: Callable[[float], Tensor], gram: Tensor, damping: fl
     Raises:
         NumericalError: as `inverse_factor`.
     """
-    for retries in range(MAX_RETRIES + 1):
-        ridge = ridge_of(gram, damping) * 10**retries
+    for retries, ridge in _rising_ridges(gram, damping):
         lower, info = torch.linalg.cholesky_ex(damped(ridge))
         if int(info) == 0:
             return lower, ridge, retries
     raise _singular(damping)
+
+
+def _rising_ridges(gram: Tensor, damping: float) -> Iterator[tuple[int, float]]:
+    """The number of the retry, and λ, raised tenfold each time."""
+    base = ridge_of(gram, damping)
+    return ((retries, base * 10**retries) for retries in range(MAX_RETRIES + 1))
 
 
 def _singular(damping: float) -> NumericalError:
@@ -156,7 +159,7 @@ def _invert_lower(lower: Tensor) -> None:
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
-    """`total += rowsᵀ rows`, of which only the lower triangle is valid: little more than half the work.
+    """Add `rowsᵀ rows` to `total`, of which only the lower triangle is valid: little more than half the work.
 
     BLAS has a routine for this (syrk), but torch does not offer it, and another library's threads slow torch's down.
 
@@ -170,11 +173,11 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
 
 
 def output_energy(weight: Tensor, gram: Tensor) -> float:
-    """Mean squared norm of a layer's output per token, `tr(W G Wᵀ) = ⟨G, WᵀW⟩`.
+    """The mean squared norm of a layer's output per token, `tr(W G Wᵀ) = ⟨G, WᵀW⟩`.
 
     Args:
-        weight: `(out, in)`.
-        gram: `(in, in)`, symmetric.
+        weight: W, `(out, in)`.
+        gram: G, `(in, in)`, symmetric.
     """
     square = torch.zeros_like(gram)
     add_gram(square, weight)
@@ -183,7 +186,7 @@ def output_energy(weight: Tensor, gram: Tensor) -> float:
 
 
 def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
-    """Share of the layer's output energy that is missed: `‖X W̃ᵀ − Y_d‖² / ‖Y_d‖²`, with `Y_d = X_d Wᵀ`.
+    """The relative squared error of the layer's output, `‖X W̃ᵀ − Y_d‖² / ‖Y_d‖²`, with `Y_d = X_d Wᵀ`.
 
     Without statistics of the dense model the target is `X Wᵀ`, and this is `tr(D G Dᵀ) / tr(W G Wᵀ)`, `D = W̃ − W`.
     With a cross Gram it is `[tr(W̃ G W̃ᵀ) − 2 tr(W̃ C Wᵀ) + tr(W G_d Wᵀ)] / tr(W G_d Wᵀ)`; where the products with the
@@ -191,26 +194,31 @@ def relative_error(weight: Tensor, pruned: Tensor, stats: InputStats) -> float:
 
     Args:
         weight: W, the dense weight, `(out, in)`.
-        pruned: W̃, the new weight, `(out, in)`.
+        pruned: W̃, the pruned weight, `(out, in)`.
         stats: of the layer's inputs.
     """
     return clamped_ratio(*error_terms(weight, pruned, stats))
 
 
 def error_terms(weight: Tensor, pruned: Tensor, stats: InputStats, rows: slice = ALL) -> tuple[float, float]:
-    """What `relative_error` divides by what, some of the rows of the weights; both are sums over these."""
+    """Numerator and denominator of `relative_error` for some of the outputs, per token; both are sums over these."""
     weight, pruned = weight[rows], pruned[rows]
     if stats.output_cross is not None and stats.output_energy is not None:
         energy = float(stats.output_energy[rows].sum(dtype=torch.float64))
-        shared = float((pruned * stats.output_cross[:, rows].T).sum(dtype=torch.float64))
+        product = float((pruned * stats.output_cross[:, rows].T).sum(dtype=torch.float64))
     elif stats.cross is not None and stats.dense is not None:
         energy = output_energy(weight, stats.dense)
-        shared = float((pruned @ stats.cross).mul_(weight).sum(dtype=torch.float64))
+        product = float((pruned @ stats.cross).mul_(weight).sum(dtype=torch.float64))
     else:
         return output_energy(pruned - weight, stats.gram), output_energy(weight, stats.gram)
-    return output_energy(pruned, stats.gram) - 2 * shared + energy, energy
+    return output_energy(pruned, stats.gram) - 2 * product + energy, energy
 
 
 def clamped_ratio(error: float, energy: float) -> float:
-    """The share that is missed; what comes out negative is rounding."""
+    """`error / energy`, at least 0, as what is negative is rounding; 0 where there is no energy."""
     return max(error / energy, 0.0) if energy > 0 else 0.0
+
+
+def line_minimum(gain: float, cost: float) -> float:
+    """The α in [0, 1] that minimises the parabola `cost α² − 2 gain α`."""
+    return min(max(gain / max(cost, 1e-300), 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""What a run removes: channels and heads, physically, and then weights by a pattern.
+"""What a run prunes: channels and heads, which are removed, and then weights by a pattern.
 
 `channels:25%` takes MLP channels out of every block, `heads:33%` attention heads; `channels:20%+2:4` first makes the
 model smaller, then sparse.
@@ -21,11 +21,11 @@ WORDS: dict[Kind, str] = {"channels": "MLP channels", "heads": "attention heads"
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A share of the channels or heads of every block is removed.
+    """A ratio of the channels or heads of every block is removed.
 
     Args:
-        kind: what goes.
-        ratio: the part that is removed (fraction).
+        kind: of the units.
+        ratio: of the units that are removed.
     """
 
     kind: Kind
@@ -34,7 +34,7 @@ class Removal:
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             left = "leaves none" if self.ratio >= 1 else "removes none"
-            raise InputError(f"{self.name} {left} of the {WORDS[self.kind]}", f"use a share such as {self.kind}:25%")
+            raise InputError(f"{self.name} {left} of the {WORDS[self.kind]}", f"use a ratio such as {self.kind}:25%")
 
     @property
     def name(self) -> str:
@@ -42,17 +42,17 @@ class Removal:
         return f"{self.kind}:{percent(self.ratio).replace(' ', '')}"
 
     def describe(self) -> str:
-        """What goes, in words."""
+        """What is removed, in words."""
         return f"{percent(self.ratio)} of the {WORDS[self.kind]} removed"
 
 
 @dataclass(frozen=True, slots=True)
 class Sparsity:
-    """All that goes: first the removals, then the weights of a pattern.
+    """The removals of a run, then the pattern of the kept weights.
 
     Args:
         removals: channels and heads, each kind once.
-        pattern: of the weights that are left; None if they stay as they are.
+        pattern: of the kept weights; None if they are not pruned.
     """
 
     removals: tuple[Removal, ...]
@@ -68,20 +68,20 @@ class Sparsity:
         """Where the count is exact: `group`, `row`, `layer`, or `model` where nothing but removal is asked for."""
         return "model" if self.pattern is None else self.pattern.scope
 
-    def describe(self, shared_out: bool = False) -> str:
-        """One phrase that leaves no doubt what goes.
+    def describe(self, nonuniform: bool = False) -> str:
+        """One phrase that leaves no doubt what is pruned.
 
         Args:
-            shared_out: whether every block has a share of its own.
+            nonuniform: whether every block has a ratio of its own.
         """
         removed = " and ".join(removal.describe() for removal in self.removals)
         pattern = self.pattern.describe() if self.pattern is not None else ""
-        if self.pattern is not None and shared_out:
-            pattern = f"{percent(self.pattern.sparsity)} unstructured on average, every block with a share of its own"
+        if self.pattern is not None and nonuniform:
+            pattern = f"{percent(self.pattern.sparsity)} unstructured on average, every block with a ratio of its own"
         return ", then ".join(filter(None, (removed, pattern)))
 
     def speed_note(self) -> str:
-        """What it does to file size and speed, said honestly."""
+        """What it does to file size and speed."""
         notes = ["The model is smaller and faster wherever it runs"] if self.removals else []
         return "; ".join(notes + ([self.pattern.speed_note()] if self.pattern is not None else []))
 

@@ -1,4 +1,4 @@
-"""Hints at the eigenvalues of a Gram, for little more than reading it a few times."""
+"""Bounds and moments of the eigenvalues of a Gram, at the price of a few matrix-vector products."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ POWER_ITERATIONS = 8
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """How the energy of a layer's inputs lies in their space, `λ` the eigenvalues of their Gram G.
+    """The spread of the inputs' energy over directions, with λ the eigenvalues of their Gram G, `(in, in)`.
 
     Args:
-        directions: how many directions hold it, `(Σλ)² / Σλ² = tr(G)² / ‖G‖²`, 1 to in.
-        largest: `λ_max`, from below, by power iteration.
+        participation_ratio: effective number of directions, `(Σλ)² / Σλ² = tr(G)² / ‖G‖²`, from 1 to in.
+        largest: a lower bound of `λ_max`, by power iteration.
         total: `Σλ = tr(G)`.
     """
 
@@ -25,7 +25,7 @@ class Spectrum:
     total: float
 
     def figures(self, ridge: float | None) -> dict[str, float]:
-        """What a report tells; with the ridge of a factorisation also the condition of what was factored."""
+        """The figures of a report; with the ridge λ of a factorisation also the condition number of `G + λI`."""
         found = {"participation_ratio": self.participation_ratio, "top_eigenvalue_ratio": self.largest / self.total}
         return found | ({"condition": 1 + self.largest / ridge} if ridge else {})
 

@@ -114,7 +114,7 @@ class StructuredSolver:
         return LayerSolution((weight * mask).float(), mask, status, stats), kept
 
     def _choose(self, problem: RemovalProblem, count: int) -> tuple[Tensor, int]:
-        """The inputs that stay, in nested steps: each step's criterion sees the weights that the one before left.
+        """The kept inputs, chosen in nested steps: each step's criterion sees the weights that the one before fitted.
 
         Returns:
             `(k,)`, int64; and how often a diagonal was raised at most, of a choice or of a fit between two.

@@ -46,7 +46,7 @@ def check_share(removal: Removal, heads: int, kept: int) -> None:
         raise InputError(
             f"{removal.name} of {heads} attention heads is {float(heads * (1 - removal.ratio)):.1f} left, which is "
             f"nearer to {heads if removal.ratio < done else 0} than to {kept}, the nearest that the config can express",
-            f"choose another share, such as heads:{float(done):.0%}",
+            f"choose another ratio, such as heads:{float(done):.0%}",
         )
 
 

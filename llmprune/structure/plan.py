@@ -132,7 +132,7 @@ class _Planner:
             raise InputError(
                 f"{removal.name} of {old} channels is {float(wanted):.1f} left, which rounds to {min(new, old)} "
                 f"at multiples of {step}",
-                f"choose another share, or finer steps: --round-to {max(step // 4, 1)}",
+                f"choose another ratio, or finer steps: --round-to {max(step // 4, 1)}",
             )
         return new, step, note
 

@@ -131,7 +131,7 @@ def test_shares_of_blocks_add_up_and_verify_knows(run: Callable[..., Outcome], f
     pruned = sum(layer["pruned"] for layer in report["layers"])
     assert pruned == pytest.approx(0.7 * sum(weights.values()), abs=len(weights) * 64)
     assert len({layer["pattern"] for layer in report["layers"]}) > 1
-    assert report["sparsity"]["meaning"] == "70 % unstructured on average, every block with a share of its own"
+    assert report["sparsity"]["meaning"] == "70 % unstructured on average, every block with a ratio of its own"
     verified = run("verify", "out")
     assert verified.code == 0
     assert report["sparsity"]["meaning"] in verified.out

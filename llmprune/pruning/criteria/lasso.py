@@ -19,20 +19,21 @@ LASSO_TOLERANCE = 1e-10
 
 @dataclass(frozen=True, slots=True)
 class Lasso(Criterion):
-    """The units whose coefficient is zero go: `min_β ½ ‖Y − Σ_g β_g X_g W_gᵀ‖² / tokens + α ‖β‖₁`, `Y = X Wᵀ`.
+    """Remove the units with a zero coefficient in `min_β ½ ‖Y − Σ_g β_g X_g W_gᵀ‖² / tokens + α ‖β‖₁`, `Y = X Wᵀ`.
 
-    As α rises from 0 (all β are 1) more and more coefficients become zero; the α with as many as wanted is taken (He et
-    al. 2017). Only `Q_gh = Σ_{j∈g, k∈h} H_jk (WᵀW)_jk` is needed, since `⟨X_g W_gᵀ, X_h W_hᵀ⟩ / tokens = Q_gh` and
-    `⟨X_g W_gᵀ, Y⟩ / tokens = Σ_h Q_gh`; outputs of single channels are never formed.
+    As α rises from 0 (all β are 1) more and more coefficients become zero; the α with the wanted number is taken (He et
+    al. 2017, channel pruning). Only `Q_gh = Σ_{j∈g, k∈h} H_jk (WᵀW)_jk` is needed, since
+    `⟨X_g W_gᵀ, X_h W_hᵀ⟩ / tokens = Q_gh` and `⟨X_g W_gᵀ, Y⟩ / tokens = Σ_h Q_gh`; outputs of single channels are never
+    formed.
 
     The α is searched for, see `at_count`. Where several pools must lose the same number, a unit counts by how late on
     the path it enters for good, and scikit-learn follows the path (`lars_path_gram`).
 
     Args:
         jitter: added to Q's diagonal, as a fraction of its mean, so that channels that are alike do no harm. Where the
-            choice does not settle (few tokens leave Q without full rank), it is raised tenfold, `RAISES` times at most:
-            to a tenth of the mean from the default. That changes which units are chosen, never what is fitted, and is
-            reported.
+            choice does not settle (few tokens leave Q without full rank), it is raised tenfold, at most
+            `JITTER_RETRIES` times: to a tenth of the mean from the default. That changes which units are chosen, never
+            what is fitted, and is reported.
     """
 
     cost: ClassVar[Cost] = Cost(products=8, squares=8.0)
@@ -40,7 +41,7 @@ class Lasso(Criterion):
     jitter: float = 1e-8
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
-        """Remove what the path leaves out."""
+        """Remove the units that the path leaves out."""
         products = design_gram(problem)
         mean = float(products.diagonal().mean())
         if mean <= 0:
@@ -85,9 +86,9 @@ def design_gram(problem: RemovalProblem) -> Tensor:
 def at_count(products: Tensor, target: Tensor, kept: int) -> Tensor:
     """A score of the units, `(units,)`, whose `kept` largest are those in use at the α where so many are.
 
-    For every α tried, which coefficients are in use and their signs are found by an active-set method, each with a
-    start at the last; so it takes a few dozen solves whatever the number of units. Between two α at which a unit comes
-    or goes the coefficients are lines in α: where these cross zero says which α to try next, and is the score.
+    For every α tried, the active set and its signs are found by an active-set method that starts at the last solution;
+    so it takes a few dozen solves whatever the number of units. Between two α at which the active set changes the
+    coefficients are linear in α: where these lines cross zero says which α to try next, and is the score.
 
     Args:
         products: Q, `(units, units)`, float64, positive definite.
@@ -135,7 +136,7 @@ class _Solution:
 
     @property
     def crossing(self) -> Tensor:
-        """The α at which each is zero, if no other comes or goes before; 0 for those not in use."""
+        """The α at which each is zero, if the active set does not change before; 0 for those not in use."""
         falling = self.slope * self.signs > 0
         at = self.alpha + torch.where(falling, self.beta / torch.where(falling, self.slope, 1.0), torch.inf)
         return torch.where(self.signs != 0, at, 0.0)
@@ -149,7 +150,7 @@ class _Solution:
 
 
 def _solve(products: Tensor, target: Tensor, alpha: float, signs: Tensor, start: Tensor | None) -> _Solution:
-    """The Lasso at one α: `Q_SS β_S = q_S − α s_S`, then what has the wrong sign leaves S, what pulls too hard joins.
+    """The Lasso at one α: `Q_SS β_S = q_S − α s_S`; wrong signs leave the active set S, violated bounds join it.
 
     Raises:
         NumericalError: the sets do not settle.

@@ -18,25 +18,25 @@ SWAP_ROUNDS = 64
 CANDIDATES = 3
 PRODUCT_ROWS = 64
 WIDEST = 4096
-"""Wider layers are left as the greedy removal leaves them: exchanges would take longer than all else."""
+"""Wider layers keep the choice of the greedy removal: exchanges would take longer than all else."""
 
 
 @dataclass(frozen=True, slots=True)
 class OBS(Criterion):
-    """The unit whose loss the others can best make up for goes, one after the other; then units change places.
+    """Remove the unit of the least loss after compensation, one after the other; then exchange units.
 
-    With `A = H + λI` and `M = A_SS⁻¹` over the inputs S that are left, the loss of unit g is `tr(W_g M_gg⁻¹ W_gᵀ)`
-    (ZipLM, Kurtic et al. 2023). When it goes, `W −= W_g M_gg⁻¹ M_g:` and `M −= M_:g M_gg⁻¹ M_g:`, both exact.
+    With `A = H + λI` and `M = A_SS⁻¹` over the kept inputs S, the loss of unit g is `tr(W_g M_gg⁻¹ W_gᵀ)` (ZipLM,
+    Kurtic et al. 2023). When it is removed, `W −= W_g M_gg⁻¹ M_g:` and `M −= M_:g M_gg⁻¹ M_g:`, both exact.
 
-    Wide layers lose `block` units at a time: of the `PANEL · block` units with the lowest loss the best `block` are
-    found one by one with exact downdates among themselves, and the rest of the matrices follows in one product. So the
-    work is that of a few factorisations, whatever the width.
+    Differs from ZipLM: wide layers lose `block` units at a time. Of the `PANEL · block` units with the lowest loss the
+    best `block` are found one by one with exact downdates among themselves, and the rest of the matrices follows in one
+    product. So the work is that of a few factorisations, whatever the width.
 
-    Then units change places (OSSCAR, Meng et al. 2024): one that is gone comes back, which gains `tr(r_g K_g⁻¹ r_gᵀ)`
-    with `r = [(W* − W) A]_:g` and `K_g = A_gg − A_gS A_SS⁻¹ A_Sg`, and one that is left goes instead. For single
+    Then units are exchanged (OSSCAR, Meng et al. 2024): a removed one is restored, which gains `tr(r_g K_g⁻¹ r_gᵀ)`
+    with `r = [(W* − W) A]_:g` and `K_g = A_gg − A_gS A_SS⁻¹ A_Sg`, and a kept one is removed instead. For single
     channels the loss of every pair is known exactly from three products; the best pairs change places, several at a
-    time while that lowers the loss, then fewer. For heads the ones that gain most come back in turn, each for the
-    cheapest to go.
+    time while that lowers the loss, then fewer. For heads those that gain most are restored in turn, each in exchange
+    for the cheapest.
 
     Args:
         damping: λ as a fraction of the mean diagonal of H.
@@ -49,7 +49,7 @@ class OBS(Criterion):
     swaps: int = SWAP_ROUNDS
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
-        """Remove what can best be made up for."""
+        """Remove the units of the least loss after compensation."""
         search = Search(problem, self.damping)
         block = max(1, problem.units.shape[1] // 128)
         search.remove(count, block)
@@ -63,10 +63,10 @@ class OBS(Criterion):
 
 
 class Search:
-    """The state of a removal: inverse and weights of what is left.
+    """The state of a removal: inverse Gram and optimal weights of the kept inputs.
 
     Args:
-        problem: what to remove from.
+        problem: the layer, and the units of its inputs.
         damping: λ as a fraction of the mean diagonal of H.
 
     Attributes:
@@ -84,30 +84,30 @@ class Search:
         self.weight = problem.weight.clone()
 
     def remove(self, count: int, block: int) -> float:
-        """Remove `count` units from every pool; returns the loss that this adds."""
-        left, loss = count, 0.0
-        while left:
-            now = min(block, left)
+        """Remove `count` units from every pool, `block` at a time; returns the loss that this adds."""
+        remaining, loss = count, 0.0
+        while remaining:
+            now = min(block, remaining)
             panel = self._panel(PANEL * now, now)
             chosen, added = self._best(panel, now)
             self._drop(chosen)
-            left, loss = left - now, loss + added
+            remaining, loss = remaining - now, loss + added
         return loss
 
     def losses(self) -> Tensor:
-        """`tr(W_g M_gg⁻¹ W_gᵀ)` of every unit, `(pools, units)`, infinite for those that are gone."""
+        """The loss `tr(W_g M_gg⁻¹ W_gᵀ)` of every unit, `(pools, units)`, infinite for removed ones."""
         square = _products(self.weight, self.weight, self.units)
         return _losses(self.inverse, square, self.units).masked_fill(self.removed, torch.inf)
 
     def _panel(self, size: int, least: int) -> Tensor:
-        """The units of every pool that are worth a closer look, `(pools, size)`: those with the lowest loss."""
+        """The candidates of every pool, `(pools, size)`: the units with the lowest loss."""
         size = min(max(size, least), int((~self.removed[0]).sum()))
         if self.units.shape[-1] > 1:
             size = int((~self.removed[0]).sum())
         return self.losses().sort(dim=1, stable=True).indices[:, :size]
 
     def _best(self, panel: Tensor, count: int) -> tuple[Tensor, float]:
-        """`count` units of every pool of the panel, one by one, exactly: `(pools, count)`, and their loss."""
+        """The best `count` units of every pool of the panel, found one by one: `(pools, count)`, and their loss."""
         units = self.units.gather(1, panel[..., None].expand(-1, -1, self.units.shape[-1]))
         columns = units.flatten()
         inverse = self.inverse[columns][:, columns]
@@ -130,16 +130,16 @@ class Search:
         return panel.gather(1, picked), total
 
     @staticmethod
-    def _downdate(inverse: Tensor, square: Tensor, going: Tensor) -> None:
-        """Remove one unit from `M` and `WᵀW`, in place."""
-        pivot = inverse[going][:, going]
-        step = torch.linalg.solve(pivot, inverse[going])
-        own = square[going][:, going]
+    def _downdate(inverse: Tensor, square: Tensor, unit: Tensor) -> None:
+        """Remove one unit, given by its inputs, from `M` and `WᵀW`, in place."""
+        pivot = inverse[unit][:, unit]
+        step = torch.linalg.solve(pivot, inverse[unit])
+        own = square[unit][:, unit]
         # (W − W_g T)ᵀ(W − W_g T) = Q − Q_:g T − Tᵀ Q_g: + Tᵀ Q_gg T
-        half = square[going] - 0.5 * own @ step
+        half = square[unit] - 0.5 * own @ step
         square -= step.T @ half
         square -= half.T @ step
-        inverse -= inverse[:, going] @ step
+        inverse -= inverse[:, unit] @ step
 
     def _drop(self, chosen: Tensor) -> None:
         """Remove units `(pools, count)` from the state."""
@@ -149,9 +149,9 @@ class Search:
         """Remove whole units, given by their inputs, from the state; returns the loss that this adds."""
         lower = torch.linalg.cholesky(self.inverse[columns][:, columns])
         step = torch.cholesky_solve(self.inverse[columns], lower)
-        going = self.weight[:, columns]
-        loss = float((torch.cholesky_solve(going.T, lower).T * going).sum())
-        self.weight.addmm_(going, step, alpha=-1)
+        weight = self.weight[:, columns]
+        loss = float((torch.cholesky_solve(weight.T, lower).T * weight).sum())
+        self.weight.addmm_(weight, step, alpha=-1)
         self.inverse.addmm_(self.inverse[:, columns], step, alpha=-1)
         self.weight[:, columns] = 0
         self.inverse[columns] = 0
@@ -160,7 +160,7 @@ class Search:
         return loss
 
     def swap(self, count: int) -> bool:
-        """Let up to `count` units that are gone change places with others; whether that lowered the loss."""
+        """Exchange up to `count` removed units for kept ones; whether that lowered the loss."""
         away, reach, residual, schur = self._outside()
         if self.units.shape[-1] == 1:
             return self._try(*self._pairs(away, reach, residual, schur, count))
@@ -173,7 +173,7 @@ class Search:
         return False
 
     def _outside(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the inputs P that are gone: the units as numbers in P, `M A_:P`, `[(W* − W) A]_:P`, all `K_g`."""
+        """Of the removed inputs P: the units as numbers in P, `M A_:P`, `[(W* − W) A]_:P`, all `K_g`."""
         columns = self.units[self.removed].flatten()
         cross = self._damped(columns)
         reach = self.inverse @ cross
@@ -184,54 +184,60 @@ class Search:
         return away, reach, residual, schur
 
     def _pairs(self, away: Tensor, reach: Tensor, residual: Tensor, schur: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The best exchanges of single channels: those that come back `(k, 1)`, and those that go `(k, 1)`.
+        """The best exchanges of single channels: those to restore `(k, 1)`, and those to remove `(k, 1)`.
 
-        With i back, `W_j` becomes `W_j − v_ji r_i / K_i` and `M_jj` becomes `M_jj + v_ji² / K_i`, `v = M A_:P`; so the
-        loss of j is known for every i.
+        With i restored, `W_j` becomes `W_j − v_ji r_i / K_i` and `M_jj` becomes `M_jj + v_ji² / K_i`, `v = M A_:P`;
+        so the loss of j is known for every i.
         """
-        columns, left = self.units[self.removed].flatten(), self.units[~self.removed].flatten()
+        columns, kept = self.units[self.removed].flatten(), self.units[~self.removed].flatten()
         pivot = schur.flatten()
         square = residual.square().sum(0)
-        v = reach[left]
-        shared = self.weight[:, left].T @ residual
-        top = self.weight[:, left].square().sum(0)[:, None] - 2 * v * shared / pivot + v.square() * square / pivot**2
-        change = top / (self.inverse.diagonal()[left][:, None] + v.square() / pivot) - square / pivot
+        v = reach[kept]
+        cross = self.weight[:, kept].T @ residual
+        top = self.weight[:, kept].square().sum(0)[:, None] - 2 * v * cross / pivot + v.square() * square / pivot**2
+        change = top / (self.inverse.diagonal()[kept][:, None] + v.square() / pivot) - square / pivot
         pools = len(self.units)
         if pools > 1:
-            same = torch.arange(pools, device=left.device)
-            home, other = (same.repeat_interleave(len(part) // pools) for part in (left, columns))
+            same = torch.arange(pools, device=kept.device)
+            home, other = (same.repeat_interleave(len(part) // pools) for part in (kept, columns))
             change.masked_fill_(home[:, None] != other, torch.inf)
         best, partner = change.min(0)
         back: list[int] = []
-        going: list[int] = []
+        taken: list[int] = []
         for at in best.argsort().tolist():
             if len(back) == count or float(best[at]) >= 0:
                 break
-            if int(partner[at]) not in going:
+            if int(partner[at]) not in taken:
                 back.append(at)
-                going.append(int(partner[at]))
-        return columns[back][:, None], left[going][:, None]
+                taken.append(int(partner[at]))
+        return columns[back][:, None], kept[taken][:, None]
 
-    def _try(self, back: Tensor, going: Tensor | None, pool: int = 0) -> bool:
-        """Exchange units, inputs `(k, size)`; None for the cheapest of the pool to go. Undone if the loss rises."""
+    def _try(self, back: Tensor, away: Tensor | None, pool: int = 0) -> bool:
+        """Exchange units, given by inputs `(k, size)`; undone, and False, if that raises the loss.
+
+        Args:
+            back: those to restore.
+            away: those to remove; None for the cheapest of the pool.
+            pool: where that is looked for.
+        """
         if not len(back):
             return False
         before = self.removed.clone(), self.weight.clone(), self.inverse.clone()
         gained = self._restore(back)
-        if going is None:
+        if away is None:
             losses = self.losses()[pool]
             lost, unit = losses.min(0)
             self._drop_columns(self.units[pool, unit])
             cost = float(lost)
         else:
-            cost = self._drop_columns(going.flatten())
+            cost = self._drop_columns(away.flatten())
         if cost < gained * (1 - 1e-9):
             return True
         self.removed, self.weight, self.inverse = before
         return False
 
     def _restore(self, back: Tensor) -> float:
-        """Bring units back, inputs `(k, size)`; returns what they gain together."""
+        """Restore units, given by inputs `(k, size)`; returns by how much the loss falls."""
         columns = back.flatten()
         cross = self._damped(columns)
         reach = self.inverse @ cross
@@ -249,20 +255,20 @@ class Search:
         return float((step * residual).sum())
 
     def _holds(self, columns: Tensor) -> Tensor:
-        """The units that are made of these inputs, `(pools, units)`, bool."""
+        """Mask of the units that these inputs make up, `(pools, units)`."""
         inside = torch.zeros(self.target.shape[1], dtype=torch.bool, device=columns.device)
         inside[columns] = True
         return inside[self.units[..., 0]]
 
     def _damped(self, columns: Tensor) -> Tensor:
-        """`A_:,columns`."""
+        """The columns `A_:,columns` of the damped Gram, float64."""
         part = self.gram[:, columns].double()
         part[columns, torch.arange(len(columns), device=columns.device)] += self.ridge[columns]
         return part
 
 
 def _products(left: Tensor, right: Tensor, units: Tensor) -> Tensor:
-    """`L_gᵀR_g` of every unit, `(pools, units, size, size)`."""
+    """The product `L_gᵀR_g` of every unit, `(pools, units, size, size)`."""
     if units.shape[-1] == 1:
         # A few rows at a time, so that no third matrix is written: several times faster.
         rows = zip(torch.split(left, PRODUCT_ROWS), torch.split(right, PRODUCT_ROWS), strict=True)
@@ -276,7 +282,7 @@ def _blocks(matrix: Tensor, units: Tensor) -> Tensor:
 
 
 def _losses(inverse: Tensor, square: Tensor, units: Tensor) -> Tensor:
-    """`tr(W_g M_gg⁻¹ W_gᵀ)` of every unit, `(pools, units)`; units that are gone give anything."""
+    """The loss `tr(W_g M_gg⁻¹ W_gᵀ)` of every unit, `(pools, units)`; undefined for removed units."""
     pivot = _blocks(inverse, units)
     if units.shape[-1] == 1:
         return (square / pivot.clamp(min=1e-300)).flatten(2).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Which inputs of a layer to remove: the problem that a criterion solves."""
+"""The removal of inputs of a layer: the problem that a criterion solves."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a criterion found.
+    """The units that a criterion chose.
 
     Args:
-        removed: the units that go, `(pools, units)`, bool, the same number in every pool.
-        retries: how often what is added to a diagonal was raised tenfold before the choice could be made.
+        removed: the units to be removed, `(pools, units)`, bool, the same number in every pool.
+        retries: how often a ridge was raised tenfold before the choice could be made.
     """
 
     removed: Tensor
@@ -26,10 +26,10 @@ class RemovalProblem:
     """A layer `y = W x` some of whose inputs are to be removed.
 
     Args:
-        weight: W, `(out, in)`, float64: what the outputs would best be made with if all inputs stayed.
+        weight: W, `(out, in)`, float64: the optimum with all inputs.
         gram: `H = XᵀX / tokens`, `(in, in)`, float32 or float64.
-        units: `(pools, units, size)`, int64: inputs that go together (one channel, or a head's). The same number of
-            units goes from every pool.
+        units: `(pools, units, size)`, int64: inputs that are removed together (one channel, or a head's). The same
+            number of units is removed from every pool.
         scale: `(in,)`, the learned scale that multiplies every input, or None.
         zero_fraction: `(in,)`, fraction of tokens for which an input is zero or nearly so, or None.
     """
@@ -41,7 +41,7 @@ class RemovalProblem:
     zero_fraction: Tensor | None = None
 
     def lowest(self, score: Tensor, count: int) -> Choice:
-        """The `count` units of every pool with the lowest score go; ties by lower index first.
+        """The choice of the `count` units of every pool with the lowest score; ties by lower index first.
 
         Args:
             score: of every unit, `(pools, units)`.
@@ -55,17 +55,17 @@ class RemovalProblem:
         return values[self.units].sum(-1)
 
     def kept(self, removed: Tensor) -> Tensor:
-        """The inputs that stay, `(k,)`, int64, rising, if the units `removed (pools, units)`, bool, go."""
+        """The kept inputs, `(k,)`, int64, rising, without the units `removed (pools, units)`, bool."""
         kept = torch.ones(self.weight.shape[1], dtype=torch.bool, device=self.weight.device)
         kept[self.units[removed].flatten()] = False
         return kept.nonzero().flatten()
 
     def excluding(self, removed: Tensor, weight: Tensor) -> RemovalProblem:
-        """What is left of the problem once some units are gone.
+        """The problem of the kept units.
 
         Args:
             removed: `(pools, units)`, bool, the same number in every pool.
-            weight: the new weights of the inputs that stay, `(out, k)`.
+            weight: the new weights of the kept inputs, `(out, k)`.
         """
         kept = self.kept(removed)
         place = torch.full((self.weight.shape[1],), -1, device=kept.device)

@@ -11,7 +11,7 @@ from llmprune.pruning.criteria.problem import Choice, RemovalProblem
 
 @dataclass(frozen=True, slots=True)
 class Magnitude(Criterion):
-    """The units with the smallest `Σ_j ‖W_:j‖²` go (Han et al. 2015, by columns)."""
+    """Remove the units with the smallest `Σ_j ‖W_:j‖²` (Han et al. 2015, by columns)."""
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the size of the weights."""
@@ -20,7 +20,7 @@ class Magnitude(Criterion):
 
 @dataclass(frozen=True, slots=True)
 class Wanda(Criterion):
-    """The units with the smallest `Σ_j ‖W_:j‖ · ‖X_j‖` go (Sun et al. 2023, by columns)."""
+    """Remove the units with the smallest `Σ_j ‖W_:j‖ · ‖X_j‖` (Sun et al. 2023, by columns)."""
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
         """Remove by the size of the weights times that of the inputs."""
@@ -30,9 +30,9 @@ class Wanda(Criterion):
 
 @dataclass(frozen=True, slots=True)
 class OBD(Criterion):
-    """The units with the smallest `Σ_j ½ ‖W_:j‖² H_jj` are removed: the loss without compensation (LeCun et al. 1989).
+    """Remove the units with the smallest `Σ_j ½ ‖W_:j‖² H_jj`, the loss without compensation (LeCun et al. 1989).
 
-    For single channels this is half of Wanda's score squared, so the same channels go; for heads the two sums differ.
+    For single channels this is half of Wanda's score squared, so the same ones are removed; for heads the sums differ.
     """
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
@@ -43,7 +43,7 @@ class OBD(Criterion):
 
 @dataclass(frozen=True, slots=True)
 class Scaling(Criterion):
-    """The units with the smallest `Σ_j |γ_j|` go, γ the learned scale that multiplies the inputs (Liu et al. 2017)."""
+    """Remove the units with the smallest `Σ_j |γ_j|`, γ the learned scale of the inputs (Liu et al. 2017)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"channel_scale"})
 
@@ -55,7 +55,7 @@ class Scaling(Criterion):
 
 @dataclass(frozen=True, slots=True)
 class APoZ(Criterion):
-    """The units whose inputs have the highest average percentage of zeros go (Hu et al. 2016).
+    """Remove the units whose inputs have the highest average percentage of zeros, APoZ (Hu et al. 2016).
 
     Exact where at least 5% of a layer's inputs are exactly zero (ReLU). Elsewhere an input counts as zero up to
     `epsilon` times the root mean square of the layer's inputs over the first batch; that takes in the few exact zeros
@@ -75,6 +75,6 @@ class APoZ(Criterion):
         return self.epsilon
 
     def select(self, problem: RemovalProblem, count: int) -> Choice:
-        """Remove what is most often zero."""
+        """Remove by how often inputs are zero."""
         assert problem.zero_fraction is not None
         return problem.lowest(-problem.summed(problem.zero_fraction), count)

@@ -1,4 +1,4 @@
-"""ADMM: mask and weights are sought together."""
+"""ADMM: mask and weights are optimised together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ADMM(Method):
     For `min tr((W − W*)ᵀ A (W − W*))` over W in the pattern, `A = H + λI`, with a penalty `ρD` (D diagonal) and the
     state X, the sum of the regression's weights and the running sum of their distance to the pattern:
 
-        Z  = the projection of X: what goes has the smallest D_jj X_ij²
+        Z  = the projection of X on the pattern: pruned are the smallest D_jj X_ij²
         W  = argmin tr((W − W*)ᵀ A (W − W*)) + ρ tr((W − (2Z − X))ᵀ D (W − (2Z − X)))
         X += 1.4 (W − Z)
 

@@ -23,7 +23,7 @@ class SparseGPT(Method):
     """Prune columns left to right; the columns to the right compensate for every pruned weight.
 
     With `(H + λI)⁻¹ = UᵀU`, a pruned weight `w_j` leaves the error `e_j = w_j / U_jj`, and `w_k −= e_j U_jk` for all
-    `k > j`. The weight to go is the one with the smallest `w_j² / U_jj²`: for N:M chosen when the group is reached,
+    `k > j`. Pruned are the weights with the smallest `w_j² / U_jj²`: for N:M chosen when the group is reached,
     unstructured when its block of columns is (Frantar & Alistarh 2023, algorithm 1).
 
     All layers of a group are solved as rows of one matrix, held transposed so that a column is contiguous. The sweep
@@ -199,7 +199,7 @@ class _Sweep:
         self._half(middle, stop, chosen)
 
     def _choose(self, start: int, stop: int) -> None:
-        """Choose what goes in a block; zeros of the source always do."""
+        """Choose the pruned weights of a block, among them all zeros of the source."""
         score = self.columns[start:stop].square().mul_(self.saliency[start:stop])
         for at in range(start, stop):
             if self.is_dead[at]:
