@@ -21,7 +21,9 @@ from llmprune.runtime.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
-MADE = ("eval/results", "eval/LOG.md", "README.md")
+PAGES = ("README.md", "docs/results.md", "eval/LOG.md")
+"""What has tables of results (`eval.tables`)."""
+MADE = ("eval/results", *PAGES)
 """Files that hold results and the tables made of them: a change there is no change of the code that runs."""
 START = r"(?:file:/+|~?/(?!/)|[A-Za-z]:[\\/])"
 WHOLE = re.compile(rf"{START}[^,=;'\"\n]+")

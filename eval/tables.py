@@ -1,4 +1,4 @@
-"""`python -m eval.tables`: rewrite the tables of README.md and eval/LOG.md from the files in eval/results.
+"""`python -m eval.tables`: rewrite the tables of README.md, docs/results.md and eval/LOG.md from eval/results.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a JSON-lines file of `eval.sweep`, or a JSON
 file of `eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed`, `eval.solvers` or
@@ -25,7 +25,6 @@ MAKERS = {
     "solved": solvers.table,
 }
 """Who makes the table of a result, by a key that only such results have."""
-PAGES = (record.ROOT / "README.md", record.ROOT / "eval" / "LOG.md")
 
 
 def render(name: str) -> str:
@@ -63,7 +62,7 @@ def rewrite(page: str) -> str:
 def main() -> int:
     """Rewrite the pages."""
     Parser(prog="python -m eval.tables", description=__doc__, allow_abbrev=False).parse_args()
-    for path in PAGES:
+    for path in (record.ROOT / name for name in record.PAGES):
         path.write_text(rewrite(path.read_text(encoding="utf-8")), encoding="utf-8")
         sys.stderr.write(f"rewrote {path.relative_to(record.ROOT)}\n")
     return 0

@@ -10,14 +10,14 @@ import pytest
 from helpers import ROOT
 from test_floors import FLOORS
 
-from eval import sweep, tables
+from eval import record, sweep, tables
 from llmprune.cli.flags import build_parser, pack_parser, push_parser, report_parser, unpack_parser, verify_parser
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS
 from llmprune.pruning.recipe import EFFORTS, REMOVALS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("eval/*.md")])
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 every_page = pytest.mark.parametrize("page", TEXTS)
 
@@ -30,7 +30,7 @@ def test_the_readme_is_short() -> None:
 @every_page
 def test_tables_are_made_from_the_recorded_results(page: str) -> None:
     assert tables.rewrite(TEXTS[page]) == TEXTS[page]
-    assert ("<!-- results: " in TEXTS[page]) == (page in {"README.md", "docs/results.md"})
+    assert ("<!-- results: " in TEXTS[page]) == (page in record.PAGES)
 
 
 def test_what_the_readme_says_of_a_peer_was_recorded() -> None:
