@@ -42,8 +42,8 @@ def test_no_page_names_a_folder_of_a_machine_or_an_uncommitted_state(page: str) 
 def test_what_the_readme_says_of_a_peer_was_recorded() -> None:
     found = re.search(r"\(([\d.]+ ± [\d.]+) beside ([\d.]+ ± [\d.]+), WikiText-2\) in ([\d.]+) times", README)
     assert found
-    recorded = tables.render("peers")
-    assert re.search(rf"LLM Compressor \|.*\| {found[1]} \|", recorded)
+    recorded = tables.render("peers-modelopt")
+    assert re.search(rf"Model Optimizer \|.*\| {found[1]} \|", recorded)
     assert re.search(rf"llmprune \|.*\| {found[2]} \|", recorded)
     assert f"whole run {found[3]}" in recorded
 
