@@ -29,7 +29,7 @@ def test_the_summary_says_what_was_measured_on_what(run: Callable[..., Outcome],
     report = json.loads(Path("out", REPORT).read_text())
     dense, pruned = (f"{report['evaluation'][key]['value']:.2f} ±" for key in ("dense", "pruned"))
     assert re.search(rf"^perplexity +dense {dense} \d+\.\d\d, pruned {pruned} \d+\.\d\d$", result.out, re.MULTILINE)
-    assert f"{text}, 3 windows of 32 tokens" in result.out
+    assert f"{text.name}, 3 windows of 32 tokens" in result.out
     assert f"4 x 32 tokens of {text}, seed 0" in result.out
     assert "2:4, prunes 2 of every 4 weights, 50 %" in result.out
     assert "50.00% of" in result.out
