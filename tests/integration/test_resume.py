@@ -378,7 +378,7 @@ def test_restart_drops_what_is_there(work: Job, reference: Reference, stop: Stop
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 @pytest.mark.parametrize(
-    "file", [STATE, "pruned-00002.bin", "carried-00002.safetensors", "model/shard-00001.safetensors"]
+    "file", [STATE, "pruned-00002.bin", "state-00002.safetensors", "model/shard-00001.safetensors"]
 )
 def test_what_is_damaged_is_made_again(work: Job, reference: Reference, stop: Stop, file: str, damage: str) -> None:
     wanted = reference(work)
