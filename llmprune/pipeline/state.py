@@ -117,7 +117,7 @@ class RunState(WorkerState):
         super().__init__(run, progress)
         self.model = run.unfinished
         self.fingerprint: dict[str, str] = {}
-        self._scope: Scope = getattr(run.pattern, "scope", "layer")
+        self._scope = run.pattern.scope if run.pattern else "layer"
         self.resumed = False
         self._writer = ShardWriter(self.model, [])
 

@@ -20,7 +20,7 @@ from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.state import GENERATED, names_of, parsed
 from llmprune.progress import Progress
 from llmprune.pruning.linalg import clamped_ratio, error_terms
-from llmprune.pruning.pattern import SparsityPattern, Unstructured
+from llmprune.pruning.pattern import SparsityPattern
 from llmprune.reporting.report import BlockReconstruction, PruneReport
 from llmprune.runtime.oom import with_oom_retry
 from llmprune.sources.generated import generate, generation_batch_size, sample_prompts
@@ -147,18 +147,21 @@ def block_patterns(
         known: the patterns, if rank 0 knows them from a run that was stopped.
         progress: of the pass.
     """
-    if run.recipe.allocate == "uniform" or not isinstance(run.pattern, Unstructured):
-        return [run.pattern] * len(run.skeleton.blocks)
+    pattern = run.pattern
+    if run.recipe.allocate == "uniform" or pattern is None:
+        return [pattern] * len(run.skeleton.blocks)
     if names := run.group.broadcast_object(names_of(known)):
-        return parsed(names, run.pattern.scope)
+        return parsed(names, pattern.scope)
+    # An attempt that ran out of memory may have counted rows in some processes and not in others.
+    run.procedure.sharding.rows[:] = [0] * run.group.world_size
     progress.start("allocating sparsity", len(run.skeleton.blocks))
     with TemporaryDirectory(dir=run.rank_workdir, ignore_cleanup_errors=True) as spare:
         resources = Resources(at_once * windows.shape[1], None, run.job.activation_memory, Path(spare), run.group)
         observe = Observe(run.plan.names, needs=run.solver.needs)
         stream = BlockStream(run.skeleton, windows, observe, resources)
-        patterns = allocate(stream, run.pattern, run.recipe.allocate, run.solver, progress.step)
+        patterns = allocate(stream, pattern, run.recipe.allocate, run.solver, progress.step)
     progress.finish()
-    return parsed(run.group.broadcast_object(names_of(patterns)), run.pattern.scope)
+    return parsed(run.group.broadcast_object(names_of(patterns)), pattern.scope)
 
 
 def pattern_for(run: RunContext, group: Group, pattern: SparsityPattern | None) -> SparsityPattern | None:

@@ -147,7 +147,7 @@ def fingerprint_of(run: RunContext) -> dict[str, str]:
     tokens = {"calibration tokens": run.data.calibration, "evaluation tokens": run.data.evaluation}
     facts: dict[str, object] = {
         "--sparsity": run.sparsity.name,
-        "--scope": getattr(run.pattern, "scope", "group"),
+        "--scope": run.sparsity.scope,
         **{f"--{key.replace('_', '-')}": value for key, value in asdict(run.recipe).items()},
         "--option": run.solver.options,
         "sizes": run.structure.changes,

@@ -17,6 +17,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from llmprune.errors import PruneError
 from llmprune.model.blocks import LayerRef
 from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem, LayerSolution, UnitRemoval
 from llmprune.runtime.memory import mmap_large_allocations, trim_heap
@@ -80,7 +81,9 @@ class GroupSchedule:
             norm, offset = self.analysis.norm_scales[first]
             stats = replace(stats, scale=block.module.get_parameter(f"{norm}.weight").float() + offset)
         coupling = self.analysis.couplings.get(first) if len(layers) == 1 else None
-        removed = self.analysis.removed.get(first) if len(layers) == 1 else None
+        removed = self.analysis.removed.get(first)
+        if removed is not None and len(layers) > 1:
+            raise PruneError(f"{refs[0].name!r} is to lose inputs that {refs[1].name!r} has, too", "please report it")
         keep_dense = block.dense_stream or bool(self.analysis.residual_adds)
 
         def write(solutions: list[LayerSolution], order: Tensor | None = None) -> list[Tensor]:
@@ -137,15 +140,15 @@ class GroupSchedule:
                 for forward in dense:
                     forward.leave(number)
             yield number, stats.result()
+            change = self.block.change_of(layers[0]) if number in self.analysis.residual_adds else None
             for forward in pruned:
-                if forward.at == number:
-                    self._update_residual(layers[0], forward.observation)
+                if forward.at == number and change is not None:
+                    self._update_residual(layers[0], forward.observation, change)
                 forward.leave(number)
 
-    def _update_residual(self, local: str, observation: Observation) -> None:
+    def _update_residual(self, local: str, observation: Observation, change: Tensor) -> None:
         """Add to the residual stream what pruning changed in a layer that had run already."""
-        change = self.block.change_of(local)
-        if change is not None and observation.residual is not None:
+        if observation.residual is not None:
             moved = observation.inputs @ (change if self.block.layers[local].transposed else change.T)
             observation.residual.add_(moved.view_as(observation.residual))
 

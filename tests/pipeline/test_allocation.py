@@ -15,16 +15,26 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from llmprune.errors import InputError
-from llmprune.pipeline.allocation import REACH, Curve, Survey, allocate, bounds, by_error, by_outliers, exact
+from llmprune.pipeline.allocation import (
+    REACH,
+    BlockStatistics,
+    allocate,
+    bounds,
+    by_error,
+    by_outliers,
+    exact,
+    measure_errors,
+)
 from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.linalg import relative_error
 from llmprune.pruning.methods import load_method
 from llmprune.pruning.pattern import Unstructured
 from llmprune.pruning.recipe import Allocate, Recipe
+from llmprune.streaming.schedule import Group
 
 surveys = st.lists(
     st.builds(
-        Survey,
+        BlockStatistics,
         st.integers(1, 10**6),
         st.tuples(st.floats(1e-6, 0.4), st.floats(0.4, 1.0)),
         st.floats(0, 1),
@@ -36,7 +46,7 @@ shares = st.fractions(Fraction(1, 50), Fraction(49, 50), max_denominator=1000)
 
 
 @given(surveys, shares, st.booleans())
-def test_the_mean_is_the_share_that_was_asked_for(found: list[Survey], share: Fraction, error: bool) -> None:
+def test_the_mean_is_the_share_that_was_asked_for(found: list[BlockStatistics], share: Fraction, error: bool) -> None:
     given_shares = (by_error if error else by_outliers)(found, share)
     low, high = bounds(share)
     result = exact(given_shares, found, share)
@@ -50,7 +60,7 @@ def test_the_mean_is_the_share_that_was_asked_for(found: list[Survey], share: Fr
 
 
 def test_equal_blocks_have_exactly_the_mean() -> None:
-    found = [Survey(100, (0.1 + 0.01 * at, 0.2 + 0.03 * at), at / 10) for at in range(7)]
+    found = [BlockStatistics(100, (0.1 + 0.01 * at, 0.2 + 0.03 * at), at / 10) for at in range(7)]
     for share in (Fraction(7, 10), Fraction(1, 3), Fraction(6667, 10000)):
         result = exact(by_error(found, share), found, share)
         assert abs(sum(result) - 7 * share) <= Fraction(1, 10**11)
@@ -71,7 +81,7 @@ def test_the_sum_of_errors_is_the_lowest_that_scipy_finds() -> None:
         first = torch.rand(6, generator=generator).double() * 0.1 + 0.01
         last = first * (1.5 + torch.rand(6, generator=generator).double())
         weights = torch.randint(1, 5, (6,), generator=generator).double()
-        found = [Survey(int(n), (float(a), float(b))) for n, a, b in zip(weights, first, last, strict=True)]
+        found = [BlockStatistics(int(n), (float(a), float(b))) for n, a, b in zip(weights, first, last, strict=True)]
         mean = {"type": "eq", "fun": missing, "args": (weights,)}
         options = {"ftol": 1e-12}
         best = minimize(total, [0.7] * 6, (first, last), bounds=[(low, high)] * 6, constraints=[mean], options=options)
@@ -79,11 +89,11 @@ def test_the_sum_of_errors_is_the_lowest_that_scipy_finds() -> None:
 
 
 def test_blocks_with_more_outliers_stay_denser() -> None:
-    found = [Survey(10, outliers=value) for value in (0.01, 0.03, 0.02)]
+    found = [BlockStatistics(10, outliers=value) for value in (0.01, 0.03, 0.02)]
     first, second, third = by_outliers(found, Fraction(7, 10))
     assert second < third < first
     assert first - second == pytest.approx(2 * float(REACH))
-    assert by_outliers([Survey(10), Survey(30)], Fraction(7, 10)) == [0.7, 0.7]
+    assert by_outliers([BlockStatistics(10), BlockStatistics(30)], Fraction(7, 10)) == [0.7, 0.7]
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "admm"])
@@ -94,7 +104,11 @@ def test_the_errors_of_a_block_are_those_of_the_method(name: str) -> None:
         sum(relative_error(layer.weight, masked.weight, problem.stats) for layer, masked in zip(*pair, strict=True))
         for pair in ((problem.layers, method.solve(problem, Unstructured(share))) for share in ends)
     ]
-    assert Curve(LayerSolver(method, Recipe("admm")), "layer", ends).errors(problem) == pytest.approx(expected)
+    one = Group(problem, (), lambda *_: [])
+    solver = LayerSolver(method, Recipe("admm"))
+    found = measure_errors([one], Unstructured(Fraction(7, 10)), solver)
+    assert found.errors == pytest.approx(expected)
+    assert found.weights == sum(layer.weight.numel() for layer in problem.layers)
 
 
 SOLVER = LayerSolver(load_method("admm"), Recipe("admm"))
@@ -121,8 +135,8 @@ def test_a_share_that_prunes_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_block_that_stays_dense_has_no_part_in_the_range() -> None:
-    blocks = [Survey(100, outliers=0.01 + 0.002 * number) for number in range(4)]
-    alone, beside = (by_outliers(found, Fraction(7, 10)) for found in (blocks, [Survey(0), *blocks]))
+    blocks = [BlockStatistics(100, outliers=0.01 + 0.002 * number) for number in range(4)]
+    alone, beside = (by_outliers(found, Fraction(7, 10)) for found in (blocks, [BlockStatistics(0), *blocks]))
     assert beside[1:] == pytest.approx(alone)
     assert max(alone) - min(alone) == pytest.approx(2 * float(REACH))
 
