@@ -307,7 +307,7 @@ def spelling(sparsity: str) -> str:
     from llmprune.pruning.pattern import parse_pattern
 
     pattern = parse_pattern(sparsity)
-    return pattern.name if ":" in pattern.name else str(float(pattern.sparsity))
+    return pattern.name if pattern.nm else str(float(pattern.sparsity))
 
 
 def evaluate(
