@@ -18,7 +18,7 @@ class PruneError(Exception):
 
     exit_code = 1
     silent = False
-    """Whether another process has printed the error already."""
+    """Whether another process prints the error."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

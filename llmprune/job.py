@@ -46,6 +46,10 @@ GROUPS = {
     "machine": "machine",
 }
 """The groups of settings, in the order in which they are listed, and their titles."""
+DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
+"""Calibration windows, their tokens, and tokens of an evaluation window."""
+ACTIVATION_MEMORY = 2 * 2**30
+"""Bytes of hidden states that are kept in memory between blocks."""
 TEXTS = "text file or folder, or sotu, c4, wikitext2, ptb, fineweb-edu"
 ELSEWHERE = {
     "dry_run": "call llmprune.run.dry_run(job)",
@@ -133,7 +137,7 @@ class Job(Stages):
         "sparsity",
         "where the sparsity is exact: in every row, or in the layer",
         choice(("row", "layer"), metavar="WHERE"),
-        default_text="row for wanda, layer for the others",
+        default_text="that of the method; row where rows are removed",
         applies_to="unstructured",
         guesses=("granularity", "per_row=row", "per_output=row", "per_layer=layer"),
     )
@@ -152,7 +156,7 @@ class Job(Stages):
         "calibration windows",
         COUNT,
         unit="windows",
-        default_text="128; all of a token file",
+        default_text=f"{DEFAULT_SAMPLES}; all of a token file",
         guesses=("nsamples", "num_samples", "n_samples", "calib_samples", "num_calibration_samples", "windows"),
     )
     seq_len: int | None = knob(
@@ -161,7 +165,7 @@ class Job(Stages):
         "tokens per calibration window",
         WINDOW,
         unit="tokens",
-        default_text="512; those of a token file",
+        default_text=f"{DEFAULT_SEQ_LEN}; those of a token file",
         guesses=("seqlen", "max_seq_length", "max_seq_len", "sequence_length", "context", "block_size"),
     )
     seed: int = knob(
@@ -242,12 +246,12 @@ class Job(Stages):
         guesses=("num_threads", "cpus", "jobs", "j", "num_workers", "workers"),
     )
     activation_memory: int = knob(
-        2 * 2**30,
+        ACTIVATION_MEMORY,
         "machine",
         "hidden states beyond this are kept in files beside the output meanwhile",
         SIZE,
         unit="bytes",
-        default_text="2GiB",
+        default_text=f"{ACTIVATION_MEMORY >> 30}GiB",
         guesses=("memory", "max_memory", "memory_limit"),
     )
     evaluate: bool = knob(
@@ -282,7 +286,7 @@ class Job(Stages):
         "tokens per evaluation window",
         WINDOW,
         unit="tokens",
-        default_text="1024, or the model's positions",
+        default_text=f"{DEFAULT_CONTEXT}, or the model's positions",
         guesses=("eval_seq_len", "eval_seqlen", "stride"),
     )
     revision: str | None = knob(

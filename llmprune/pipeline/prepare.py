@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import InputError
-from llmprune.job import Job
+from llmprune.job import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, Job
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.selection import Plan, make_plan
 from llmprune.model.skeleton import Skeleton
@@ -31,7 +31,6 @@ from llmprune.streaming.block_types import all_block_types, all_couplings
 from llmprune.structure.cut import check_channel_scales, unchanged
 from llmprune.structure.plan import plan_structure
 
-DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
 MOST_THREADS = 1024  # far more make the thread library end the process
 
 
@@ -44,10 +43,12 @@ def prepare(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> RunCo
     run = group.main_process_first(lambda: check_job(job, progress, group))
     windows = run.shape[0]
     if windows < group.world_size:
-        raise InputError(
+        refused = InputError(
             f"{group.world_size} processes cannot share {windows} calibration windows",
             "more --samples, or fewer processes",
         )
+        refused.silent = not group.is_main
+        raise refused
     # Whether memory suffices to generate text is for rank 0 to say: the others may have more, or less.
     ratio = group.broadcast_object(run.recipe.self_calibration)
     return replace(run, procedure=replace(run.procedure, recipe=replace(run.recipe, self_calibration=ratio)))

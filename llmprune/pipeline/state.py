@@ -20,7 +20,7 @@ from llmprune.model.skeleton import Skeleton
 from llmprune.model.writer import Shard, ShardWriter
 from llmprune.pipeline.context import RANK, RunContext, rank_folder
 from llmprune.progress import Progress
-from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern
+from llmprune.pruning.pattern import PatternScope, SparsityPattern, parse_pattern
 from llmprune.reporting.report import PruneReport
 from llmprune.runtime.files import sha256, write_json
 from llmprune.streaming.block import Block
@@ -117,7 +117,7 @@ class RunState(WorkerState):
         super().__init__(run, progress)
         self.model = run.unfinished
         self.fingerprint: dict[str, str] = {}
-        self._scope = run.pattern.scope if run.pattern else "layer"
+        self._scope: PatternScope = run.pattern.scope if run.pattern else "layer"
         self.resumed = False
         self._writer = ShardWriter(self.model, [])
 
@@ -244,7 +244,7 @@ def names_of(patterns: Sequence[SparsityPattern | None]) -> list[str]:
     return [pattern.name if pattern else "" for pattern in patterns]
 
 
-def parsed(names: Sequence[str], scope: Scope) -> list[SparsityPattern | None]:
+def parsed(names: Sequence[str], scope: PatternScope) -> list[SparsityPattern | None]:
     """The inverse of `names_of`."""
     return [parse_pattern(name, scope) if name else None for name in names]
 

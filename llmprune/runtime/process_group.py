@@ -26,9 +26,7 @@ class RemoteOOMError(Exception):
 
 
 class PeerFailedError(PruneError):
-    """Another process has ended; its own error says why, so this one adds nothing."""
-
-    silent = True
+    """Another process has ended; only rank 0 prints it, as the process that ended may not have printed anything."""
 
 
 class ProcessGroup:
@@ -82,7 +80,7 @@ class ProcessGroup:
     def final_barrier(self) -> None:
         """Wait until all processes are done."""
         if not self.is_single:
-            with _peers_alive():
+            with self._peers_alive():
                 # Unlike an exchange, it leaves no tensor to a thread that may outlive the interpreter.
                 distributed.barrier()
 
@@ -111,7 +109,7 @@ class ProcessGroup:
 
     def all_reduce_now(self, tensor: Tensor) -> None:
         """Sum a tensor over the processes, in place; right behind an exchange: all of them are known to be here."""
-        with _peers_alive():
+        with self._peers_alive():
             distributed.all_reduce(tensor)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
@@ -124,7 +122,7 @@ class ProcessGroup:
 
     def broadcast_now(self, tensor: Tensor, source: int) -> None:
         """Make a tensor that of one process, in place; right behind an exchange."""
-        with _peers_alive():
+        with self._peers_alive():
             distributed.broadcast(tensor, source)
 
     # Rows
@@ -161,7 +159,7 @@ class ProcessGroup:
     def _all_gather(self, message: dict[str, Any]) -> list[Any]:
         raw = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8).to(self.device)
         lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
-        with _peers_alive():
+        with self._peers_alive():
             distributed.all_gather(lengths, torch.tensor([len(raw)], device=self.device))
             longest = max(int(length) for length in lengths)
             found = [raw.new_zeros(longest) for _ in lengths]
@@ -172,15 +170,16 @@ class ProcessGroup:
             raise RemoteOOMError
         return [one["value"] for one in messages]
 
+    @contextmanager
+    def _peers_alive(self) -> Iterator[None]:
+        """Turn a collective's failure into the error that another process has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            failed = PeerFailedError("another process of this run has ended", "its own error says why, if it had one")
+            failed.silent = not self.is_main
+            raise failed from error
+
 
 SINGLE = ProcessGroup()
 """The group of a run in one process."""
-
-
-@contextmanager
-def _peers_alive() -> Iterator[None]:
-    """Turn a collective's failure into the error that another process has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerFailedError("another process of this run has ended", "its own error says why") from error

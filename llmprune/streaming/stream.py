@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmprune.job import ACTIVATION_MEMORY
 from llmprune.model.skeleton import Skeleton
 from llmprune.runtime.memory import trim_heap
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
@@ -25,9 +26,6 @@ from llmprune.structure.cut import Cut
 
 BATCH_TOKENS = 2048
 """Tokens that pass through a block together."""
-
-HIDDEN_MEMORY = 2 * 2**30
-"""Bytes of hidden states that are kept in memory between blocks."""
 
 BLOCK_MEMORY = 4 * 2**30
 """Bytes of intermediate activations of one block that are kept in memory."""
@@ -73,7 +71,7 @@ class Resources:
 
     batch_tokens: int = BATCH_TOKENS
     block_memory: int | None = None
-    hidden_memory: int = HIDDEN_MEMORY
+    hidden_memory: int = ACTIVATION_MEMORY
     folder: Path | None = None
     group: ProcessGroup = SINGLE
     saved: dict[str, Any] | None = None

@@ -99,7 +99,7 @@ def test_blocks_with_more_outliers_stay_denser() -> None:
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "admm"])
 def test_the_errors_of_a_block_are_those_of_the_method(name: str) -> None:
     problem = group(gram_of(24), weight_of(6, 24), weight_of(10, 24, 1))
-    ends, method = (Fraction(1, 2), Fraction(3, 4)), load_method(name)
+    ends, method = bounds(Fraction(7, 10)), load_method(name)
     expected = [
         sum(relative_error(layer.weight, masked.weight, problem.stats) for layer, masked in zip(*pair, strict=True))
         for pair in ((problem.layers, method.solve(problem, Unstructured(share))) for share in ends)
