@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmprune.errors import InputError
+from llmprune.runtime.redact import base_name
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -40,8 +41,11 @@ class Part:
     @property
     def name(self) -> str:
         """What provenance calls it."""
-        return self.path or "/".join(filter(None, (self.repo, self.config, self.split))) + (
-            f"@{self.revision}" if self.revision else ""
+        return (
+            base_name(self.path)
+            if self.path
+            else "/".join(filter(None, (self.repo, self.config, self.split)))
+            + (f"@{self.revision}" if self.revision else "")
         )
 
 

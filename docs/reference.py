@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmprune.cli import flags
 from llmprune.job import GROUPS, Job, knobs
-from llmprune.knobs import MUST, Knob
+from llmprune.knobs import REQUIRED, Knob
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS, TableEntry
 
@@ -87,7 +87,7 @@ def _field_row(each: Knob, kind: str) -> tuple[str, ...]:
 
 
 def _default(each: Knob, python: bool = False) -> str:
-    if each.default is MUST:
+    if each.default is REQUIRED:
         return "required"
     if each.default is None:
         return each.default_text or "that of the effort"

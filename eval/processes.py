@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 from eval import record
 from llmprune.cli.shell import Parser, run_command, silence_libraries
 from llmprune.cli.values import positive
+from llmprune.runtime.ownership import scratch_folder
 
 
 def serve(folder: Path, arguments: list[str]) -> int:
@@ -40,8 +40,11 @@ def serve(folder: Path, arguments: list[str]) -> int:
 
 def run_with(size: int, options: argparse.Namespace) -> dict[str, Any]:
     """A run by so many processes; its figures."""
-    shutil.rmtree(options.work, ignore_errors=True)
-    options.work.mkdir(parents=True)
+    with scratch_folder(options.work):
+        return _measured(size, options)
+
+
+def _measured(size: int, options: argparse.Namespace) -> dict[str, Any]:
     launcher = [] if size == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     arguments = [*options.arguments, "--no-eval", "--device", "cpu", "--threads", "1", "--quiet"]
     command = [sys.executable, *launcher, "-m", "eval.processes", "--worker", str(options.work), *arguments]
@@ -49,7 +52,6 @@ def run_with(size: int, options: argparse.Namespace) -> dict[str, Any]:
     subprocess.run([*command, "--out", str(options.work / "out")], env=environment, check=True)
     ranks = [json.loads((options.work / str(rank)).read_text()) for rank in range(size)]
     report = json.loads((options.work / "out" / "prune_report.json").read_text())
-    shutil.rmtree(options.work)
     return {"ranks": ranks, "seconds": report["seconds"], "processes": report["processes"]}
 
 

@@ -7,7 +7,6 @@ a grid, a line of a JSON-lines file) when it has. Nothing else writes a result.
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from llmprune.cli.flags import version
 from llmprune.errors import InputError
 from llmprune.runtime.files import replacing
+from llmprune.runtime.redact import PART, WHOLE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
@@ -25,11 +25,6 @@ PAGES = ("README.md", "docs/results.md", "eval/LOG.md")
 """What has tables of results (`eval.tables`)."""
 MADE = ("eval/results", *PAGES)
 """Files that hold results and the tables made of them: a change there is no change of the code that runs."""
-START = r"(?:file:/+|~?/(?!/)|[A-Za-z]:[\\/])"
-WHOLE = re.compile(rf"{START}[^,=;'\"\n]+")
-"""A text that is a path and nothing else; it may hold blanks."""
-PART = re.compile(rf"(?<![\w./\\]){START}[^\s,=;'\"]+")
-"""A path within a text."""
 
 
 @dataclass(frozen=True, slots=True)

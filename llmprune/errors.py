@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its `repr` where that is empty."""
@@ -38,3 +41,18 @@ class NumericalError(PruneError):
 
 class CheckError(PruneError):
     """A written folder does not hold the pattern it claims."""
+
+
+class Interrupted(PruneError):
+    """The user stopped what was complete already, or can be repeated."""
+
+    exit_code = 130
+
+
+@contextmanager
+def complete(out: object) -> Iterator[None]:
+    """Say of an interruption within that the output `out` is complete."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"interrupted, but {out} is complete", "the same command ends at once") from stop

@@ -13,9 +13,9 @@ from llmprune.knobs import (
     COUNT,
     DEVICE,
     DTYPE,
-    MUST,
     PAIR,
     PATH,
+    REQUIRED,
     SEED,
     SIZE,
     SWITCH,
@@ -82,7 +82,7 @@ class Job(Stages):
     """One pruning run; every field but `command` is a flag of the command line."""
 
     model: str = knob(
-        MUST,
+        REQUIRED,
         "model",
         "model folder, Hub id, .gguf file, or demo (SmolLM2-135M-Instruct)",
         TEXT,
@@ -90,7 +90,7 @@ class Job(Stages):
         guesses=("m", "model_id", "model_name", "model_path", "model_name_or_path", "checkpoint", "pretrained"),
     )
     sparsity: str = knob(
-        MUST,
+        REQUIRED,
         "sparsity",
         "2:4 (of every 4 weights 2 are pruned; any N:M), 50% or 0.5 (unstructured); channels:25% or heads:33% are "
         "removed (structured: a smaller model); several with + between: channels:20%+2:4",

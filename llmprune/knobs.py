@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from llmprune.errors import InputError
 
 T = TypeVar("T")
-MUST: Any = MISSING
+REQUIRED: Any = MISSING
 """The default of a knob that must be set."""
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
+from llmprune.errors import complete
 from llmprune.job import Job
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.estimate import dry_run
@@ -17,6 +18,7 @@ from llmprune.pipeline.state import WorkerState
 from llmprune.pipeline.steps import (
     block_patterns,
     block_stream,
+    calibration_batch_size,
     calibration_windows,
     check_weights,
     errors_of,
@@ -25,14 +27,12 @@ from llmprune.pipeline.steps import (
     pattern_for,
     reconstruct,
     verify_written,
-    windows_at_once,
 )
 from llmprune.pipeline.timing import Clock
-from llmprune.pipeline.workdir import open_workdir
+from llmprune.pipeline.workdir import WEIGHTS, finished, open_workdir
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport
-from llmprune.runtime.files import replace_folder
-from llmprune.runtime.launch import process_group
+from llmprune.runtime.launch import launch
 from llmprune.runtime.memory import mmap_large_allocations
 from llmprune.runtime.oom import with_oom_retry
 from llmprune.runtime.process_group import ProcessGroup
@@ -51,7 +51,7 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
         InputError: the job cannot be done; nothing was written.
         PruneError: the run failed; nothing is left at `job.out`, but finished blocks are kept for the same job.
     """
-    with process_group(job.device) as (group, device):
+    with launch(job.device) as (group, device):
         return _prune(replace(job, device=device), group, progress if progress and group.is_main else Progress())
 
 
@@ -60,11 +60,14 @@ def _prune(job: Job, group: ProcessGroup, progress: Progress) -> PruneReport:
     with clock("total"):
         with clock("prepare"):
             run = prepare(job, progress, group)
+            if report := finished(run, progress):
+                return report
             builder = ReportBuilder(run, clock)
         with open_workdir(run, progress) as state:
             if main:
                 with clock("prepare"):
-                    state.check_compatible({"the model's weights": check_weights(run, progress)})
+                    state.check_compatible({WEIGHTS: check_weights(run, progress)})
+                builder.report.fingerprint = dict(state.fingerprint)
             with clock("self_calibration") if run.generated_windows else nullcontext():
                 generated = generated_tokens(run, progress)
                 state.check_compatible(builder.add_generated(generated))
@@ -76,7 +79,7 @@ def _prune(job: Job, group: ProcessGroup, progress: Progress) -> PruneReport:
                 clock.add(state.seconds)
                 group.barrier()
                 attempt = partial(prune_blocks, run, windows, state, builder, progress)
-                with_oom_retry(attempt, windows_at_once(run), progress, group)
+                with_oom_retry(attempt, calibration_batch_size(run), progress, group)
             if main:
                 with clock("verify"):
                     verify_written(run, builder.report, progress)
@@ -84,11 +87,9 @@ def _prune(job: Job, group: ProcessGroup, progress: Progress) -> PruneReport:
                     pruned = evaluate(run, run.unfinished, "pruned perplexity", progress)
                 builder.add_evaluation(state.dense, pruned)
                 builder.write(windows)
-                replace_folder(run.unfinished, run.out)
-    if main:
-        builder.finish()
-    group.final_barrier()
-    return builder.report if main else PruneReport.read(run.out)
+        with complete(run.out):
+            group.final_barrier()
+    return builder.report if main else replace(PruneReport.read(run.out), out=str(run.out))
 
 
 def prune_blocks(

@@ -12,7 +12,7 @@ from llmprune.cli.guesses import ANSWERS, answer
 from llmprune.cli.shell import Parser
 from llmprune.cli.values import positive
 from llmprune.job import GROUPS, Job, knobs
-from llmprune.knobs import MUST, Knob
+from llmprune.knobs import REQUIRED, Knob
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS, TableEntry
 
@@ -90,7 +90,7 @@ def add_knob(group: argparse._ArgumentGroup, each: Knob) -> None:
     """Add the flag of a knob; its value stays text, which `Job` reads."""
     told: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS, "help": help_of(each).replace("%", "%%")}
     if not each.is_switch:
-        told |= {"metavar": each.metavar, "required": each.default is MUST}
+        told |= {"metavar": each.metavar, "required": each.default is REQUIRED}
         group.add_argument(each.flag, action="append" if each.repeatable else "store", **told)
     elif each.default is None:
         group.add_argument(each.flag, action=argparse.BooleanOptionalAction, **told)

@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from llmprune.cli.flags import (
     verify_parser,
 )
 from llmprune.cli.shell import INTERRUPTED, is_worker, run_command, silence_libraries
-from llmprune.errors import InputError, PruneError
+from llmprune.errors import InputError, Interrupted, complete
 from llmprune.progress import Progress
 from llmprune.sources.network import start_probe
 
@@ -84,12 +85,13 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     facts, text = (plan if options.dry_run else run)(job, progress)
     if is_worker():
         return 0
-    if not options.quiet:
-        words.write(text)
-    if options.json:
-        print(json.dumps(facts, indent=2), flush=True)
-    if where and not options.dry_run:
-        words.write(f"pushed to    {send(Path(facts['out']), where, progress, quiet=options.quiet)}\n")
+    with nullcontext() if options.dry_run else complete(facts["out"]):
+        if not options.quiet:
+            words.write(text)
+        if options.json:
+            print(json.dumps(facts, indent=2), flush=True)
+        if where and not options.dry_run:
+            words.write(f"pushed to    {send(Path(facts['out']), where, progress, quiet=options.quiet)}\n")
     return 0
 
 
@@ -143,12 +145,6 @@ def send(folder: Path, where: Destination, progress: Progress, quiet: bool) -> s
         raise Interrupted(
             "interrupted while uploading", f"nothing is lost; to repeat it: {where.command(folder)}"
         ) from stop
-
-
-class Interrupted(PruneError):
-    """The user stopped what can be repeated."""
-
-    exit_code = INTERRUPTED
 
 
 def run_push(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from llmprune.errors import PruneError
 from llmprune.knobs import Knob, flag_of, nearest, spellings
+from llmprune.runtime.redact import without_secrets
 
 INTERRUPTED = 130
 
@@ -136,7 +137,7 @@ def guarded(work: Callable[[], int], debug: bool) -> int:
         return print_interrupted()
     except PruneError as error:
         if debug:
-            traceback.print_exc()
+            print_traceback()
         if not error.silent:
             print_error(error.message, error.hint)
         return error.exit_code
@@ -145,7 +146,7 @@ def guarded(work: Callable[[], int], debug: bool) -> int:
         return 1
     except (Exception, RecursionError) as error:
         if debug:
-            traceback.print_exc()
+            print_traceback()
         text = str(error).strip().splitlines()
         print_error(
             f"{type(error).__name__}: {text[0] if text else 'no message'}",
@@ -167,9 +168,14 @@ def _warn(text: str) -> None:
 
 def print_error(message: str, hint: str) -> None:
     """The two lines of an error."""
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(without_secrets(f"error: {message}\n"))
     if hint:
-        sys.stderr.write(f"hint: {hint}\n")
+        sys.stderr.write(without_secrets(f"hint: {hint}\n"))
+
+
+def print_traceback() -> None:
+    """The traceback of the exception at hand, without secrets that a server's answer may repeat."""
+    sys.stderr.write(without_secrets(traceback.format_exc()))
 
 
 def silence_libraries(debug: bool) -> None:

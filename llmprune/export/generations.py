@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmprune.errors import InputError
 from llmprune.export.pack import load
 from llmprune.progress import Progress
 from llmprune.reporting.report import Generation, PruneReport
@@ -51,7 +52,7 @@ def add_generations(
     """
     progress = progress or Progress()
     source = open_source(
-        dense or report.model["name"],
+        dense or _dense_of(report),
         revision=None if dense else report.model["revision"] or None,
         cache=default_cache(),
         trust_remote_code=False,
@@ -62,6 +63,18 @@ def add_generations(
     texts = [continuations(place, tokenizer, prompts, tokens, progress) for place in (source.folder, folder)]
     progress.finish()
     report.generations = [Generation(*three) for three in zip(prompts, *texts, strict=True)]
+
+
+def _dense_of(report: PruneReport) -> str:
+    """The dense model that a report names; of a local one it knows the base name only.
+
+    Raises:
+        InputError: no such model is to be found here.
+    """
+    name = str(report.model["name"])
+    if report.model["revision"] or name == "demo" or Path(name).exists():
+        return name
+    raise InputError(f"the dense model {name!r} is not here; the report does not say where it lay", "add --dense MODEL")
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -19,7 +19,8 @@ from llmprune.export.verify import LayerSelection, open_pruned
 from llmprune.model.reader import INDEX, PACKED, SINGLE, read_index
 from llmprune.model.skeleton import build_on_meta
 from llmprune.progress import Progress
-from llmprune.runtime.files import replacing_folder
+from llmprune.runtime.files import appearing_folder
+from llmprune.runtime.ownership import is_regular, regular_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,8 +110,9 @@ def pack(
     out = out or beside(folder, folder.resolve().name + SUFFIX)
     report = PackReport(str(out), pattern.name)
     progress = progress or Progress()
+    check_regular(files)
     with new_folder(out, folder) as partial:
-        copy_others(folder, partial, {file.name for file in files})
+        copy_others(folder, partial, {file.name for file in files}, progress)
         progress.start("packing", len(files))
         for file in files:
             report.add(*pack_file(file, partial / packed_name(file.name), pattern, weights))
@@ -138,8 +140,9 @@ def unpack(folder: Path, out: Path | None = None, *, progress: Progress | None =
     name = folder.resolve().name
     out = out or beside(folder, name.removesuffix(SUFFIX) if name.endswith(SUFFIX) else f"{name}-plain")
     progress = progress or Progress()
+    check_regular(file.file.path for file in files.values())
     with new_folder(out, folder) as partial:
-        copy_others(folder, partial, {packed_name(name) for name in files})
+        copy_others(folder, partial, {packed_name(name) for name in files}, progress)
         progress.start("unpacking", len(files))
         for name, file in files.items():
             file.unpack(partial / name)
@@ -201,11 +204,34 @@ def packed_files(folder: Path) -> dict[str, PackedFile]:
     return {name: PackedFile(folder / packed_name(name)) for name in sorted(wanted)}
 
 
-def copy_others(folder: Path, target: Path, excluded: set[str]) -> None:
-    """Copy a folder without the files `excluded`."""
-    shutil.copytree(
-        folder, target, ignore=lambda where, _: excluded if Path(where) == folder else set(), dirs_exist_ok=True
-    )
+def copy_others(folder: Path, target: Path, excluded: set[str], progress: Progress) -> None:
+    """Copy the regular files of a folder without those of the paths `excluded`."""
+    regular, others = regular_files(folder)
+    warn_of_left_out(others, folder, progress)
+    for path in regular:
+        local = path.relative_to(folder)
+        if local.as_posix() not in excluded:
+            (target / local).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target / local)
+
+
+def warn_of_left_out(others: Iterable[Path], folder: Path, progress: Progress) -> None:
+    """Name what is neither copied nor uploaded: whatever a link leads to may lie outside of the folder."""
+    for path in others:
+        progress.warn(f"left out: {path.relative_to(folder)} is a link or no regular file")
+
+
+def check_regular(files: Iterable[Path]) -> None:
+    """Refuse links in place of weights, without which a folder is no model.
+
+    Raises:
+        InputError: a file is a link, or no regular file.
+    """
+    for path in files:
+        if not is_regular(path):
+            raise InputError(
+                f"{path} is a link or no regular file", "only files of the folder itself are taken: copy it with cp -rL"
+            )
 
 
 def beside(folder: Path, name: str) -> Path:
@@ -227,7 +253,7 @@ def new_folder(out: Path, source: Path) -> Iterator[Path]:
     if source.resolve() in out.parents:
         raise InputError(f"{out} lies inside {source}", "choose another --out")
     try:
-        with replacing_folder(out) as partial:
+        with appearing_folder(out) as partial:
             yield partial
     except OSError as error:
         raise PruneError(

@@ -16,11 +16,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from llmprune.errors import InputError, PruneError, first_line
+from llmprune.export.pack import check_regular, warn_of_left_out
 from llmprune.model.reader import PACKED
 from llmprune.progress import Progress
 from llmprune.reporting.model_card import card_for
 from llmprune.reporting.report import PruneReport
-from llmprune.sources.network import HUB_SECONDS, hub_reachable, is_unreachable, start_probe, within
+from llmprune.runtime.ownership import regular_files
+from llmprune.runtime.redact import without_secrets
+from llmprune.sources.network import HUB_SECONDS, check_token, hub_reachable, is_unreachable, start_probe, within
 
 CARD = "README.md"
 WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -89,6 +92,7 @@ def check_destination(where: Destination, model: str) -> None:
     _check_names(where, model)
     if get_token() is None:
         raise InputError(f"there is no Hub token to write to {where.repo} with", "run `hf auth login`, or set HF_TOKEN")
+    check_token()
     if not hub_reachable():
         raise InputError(*_unreachable())
     try:
@@ -178,7 +182,7 @@ def upload(folder: Path, where: Destination, progress: Progress) -> str:
     """
     try:
         report = check_folder(folder)
-        with _staged(folder, report, where.repo) as stage:
+        with _staged(folder, report, where.repo, progress) as stage:
             size = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
             progress.note(f"uploading {size / 2**20:,.1f} MiB to {where.repo}")
             return _send(stage, where, f"{report.model['name']} pruned to {report.sparsity['pattern']} with llmprune")
@@ -207,13 +211,15 @@ def _send(stage: Path, where: Destination, message: str) -> str:
 
 
 @contextmanager
-def _staged(folder: Path, report: PruneReport, repo: str) -> Iterator[Path]:
-    """A folder to upload: links to the files but hidden ones, and a card that names the repository."""
+def _staged(folder: Path, report: PruneReport, repo: str, progress: Progress) -> Iterator[Path]:
+    """The folder as it is uploaded: links to its regular files, hidden ones left out, and a card for the repository."""
+    regular, others = regular_files(folder)
+    warn_of_left_out(others, folder, progress)
     with tempfile.TemporaryDirectory(prefix="llmprune-push-") as name:
         stage = Path(name)
-        for path in sorted(folder.rglob("*")):
+        for path in regular:
             local = path.relative_to(folder)
-            if path.is_file() and not any(part.startswith(".") for part in local.parts):
+            if not any(part.startswith(".") for part in local.parts):
                 (stage / local).parent.mkdir(parents=True, exist_ok=True)
                 (stage / local).symlink_to(path.resolve())
         (stage / CARD).unlink(missing_ok=True)
@@ -236,6 +242,7 @@ def check_folder(folder: Path) -> PruneReport:
     for wanted in ("config.json", "*.safetensors"):
         if not any(folder.glob(wanted)):
             raise InputError(f"{folder} has no {wanted}", "the folder is incomplete; prune again")
+        check_regular(folder.glob(wanted))
     if any(folder.glob(f"*{PACKED}")):
         raise InputError(f"{folder} is packed, which stock loaders cannot read", f"llmprune unpack {folder}")
     return report
@@ -249,12 +256,11 @@ def _unreachable() -> tuple[str, str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The reason of a failure in one line, without the token, which a server or a proxy may have sent back."""
+    """The reason of a failure in one line, without secrets, which a server or a proxy may have sent back."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return _reason(error.__cause__)  # how the client tells that a large file was refused
     if isinstance(error, HfHubHTTPError):
         text = f"{error.response.status_code}, {error.server_message or error}"
     else:
         text = error.message if isinstance(error, PruneError) else f"{type(error).__name__}: {error}"
-    text, token = text.strip().splitlines()[0], get_token()
-    return text.replace(token, "***") if token else text
+    return without_secrets(text.strip().splitlines()[0])

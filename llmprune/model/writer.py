@@ -16,6 +16,7 @@ from torch import Tensor
 from llmprune.errors import PruneError
 from llmprune.model.reader import INDEX, SINGLE
 from llmprune.runtime.files import replacing, sha256, write_json
+from llmprune.runtime.ownership import delete
 
 SHARD_BYTES = 2 * 2**30
 
@@ -99,7 +100,7 @@ class ShardWriter:
                 os.replace(self.folder / final, self.folder / shard.file)
         for path in self.folder.iterdir():
             if path.name not in {shard.file for shard in self.shards}:
-                path.unlink()
+                delete(path)
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmprune.job import Job
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
+from llmprune.pipeline.output import workdir_of
 from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import SparsityPattern
@@ -138,8 +139,8 @@ class RunContext:
 
     @property
     def workdir(self) -> Path:
-        """The working directory: beside `out`, so that the final rename is atomic."""
-        return self.out.with_name(f".{self.out.name}.partial")
+        """The working directory."""
+        return workdir_of(self.out)
 
     @property
     def rank_workdir(self) -> Path:

@@ -16,8 +16,9 @@ from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.selection import Plan, make_plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.context import Data, RunContext
+from llmprune.pipeline.output import output_folder
 from llmprune.pipeline.resolve import resolve
-from llmprune.pipeline.workdir import output_folder
+from llmprune.pipeline.workdir import check_finished
 from llmprune.progress import Progress
 from llmprune.pruning.recipe import Recipe
 from llmprune.runtime.device import pick_device
@@ -102,6 +103,7 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> Run
     check_reconstruction(recipe, data.calibration)
     procedure = replace(procedure, recipe=recipe)
     run = RunContext(job, source, procedure, skeleton, plan, structure, data, out, left_out)
+    check_finished(run)
     _check_space(run)
     return run
 
@@ -149,8 +151,8 @@ def check_reconstruction(recipe: Recipe, calibration: TokenBatch) -> None:
     windows = len(calibration.tokens)
     if recipe.reconstruct and windows < LEAST_WINDOWS:
         raise InputError(
-            f"refinement holds out some of the calibration windows: it needs {LEAST_WINDOWS}, there is {windows}",
-            "use more windows (--samples), or leave refinement out (--reconstruct 0)",
+            f"block-wise reconstruction holds out calibration windows: it needs {LEAST_WINDOWS}, there is {windows}",
+            "use more windows (--samples), or leave it out (--reconstruct 0)",
         )
 
 

@@ -6,13 +6,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmprune.job import knobs
+from llmprune.knobs import flag_of
 from llmprune.model.selection import Plan
 from llmprune.model.writer import copy_companions
 from llmprune.pipeline.context import RunContext, own_windows
@@ -21,16 +23,21 @@ from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.problem import LayerSolution
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT
 from llmprune.pruning.spectrum import input_spectrum
-from llmprune.reporting.html_report import write_report
+from llmprune.reporting.html_report import PAGE, write_report
+from llmprune.reporting.model_card import FILE as CARD
 from llmprune.reporting.model_card import model_card
-from llmprune.reporting.report import BlockReport, LayerReport, PruneReport
+from llmprune.reporting.report import FILE, BlockReport, LayerReport, PruneReport
 from llmprune.runtime.files import write_json
 from llmprune.runtime.memory import peak_memory, resident_memory
+from llmprune.runtime.ownership import regular_files
+from llmprune.runtime.redact import base_name, redacted_command
 from llmprune.sources.tokens import TokenBatch
 from llmprune.streaming.block import Block
 from llmprune.streaming.perplexity import Perplexity
 from llmprune.streaming.schedule import Group
 
+PATHS = frozenset({"out", "calib", "eval_text", "cache_dir"})
+"""Fields of a job that name a place on this machine, or a data set; `model` does so unless it is on the Hub."""
 EXPLODED = 10.0
 """A perplexity that is so many times the dense model's is warned of."""
 
@@ -111,24 +118,19 @@ class ReportBuilder:
         if pruned.value > EXPLODED * dense.value:
             report.warnings.append(explosion(run, dense, pruned))
 
-    def write(self, windows: Tensor) -> None:
-        """Write all files of the folder beside the weights.
+    def write(self, windows: Tensor) -> PruneReport:
+        """Write all files of the folder beside the weights; returns the report.
 
         Args:
             windows: all calibration windows, `(windows, length)`.
         """
-        self.report.seconds = dict(self.clock.seconds)
-        self.report.processes = processes(self.run, windows)
-        write_companions(self.run, self.report)
-
-    def finish(self) -> PruneReport:
-        """The report with the figures that are only known at the end; replaces the one in the folder."""
         run, report = self.run, self.report
+        report.processes = processes(run, windows)
         report.peak_memory = self.peak_memory()
         if run.skeleton.device.type == "cuda":
             report.machine["device_memory"] = torch.cuda.max_memory_allocated(run.skeleton.device)
-        report.seconds = {stage: round(spent, 3) for stage, spent in self.clock.seconds.items()}
-        write_report(report, run.out)
+        report.seconds = {stage: round(spent, 3) for stage, spent in self.clock.so_far().items()}
+        write_companions(run, report)
         return report
 
     def peak_memory(self) -> int:
@@ -139,15 +141,16 @@ class ReportBuilder:
 
 def initial_report(run: RunContext) -> PruneReport:
     """A report with all that is known before the run."""
-    job, plan, versions = run.job, run.plan, run.versions
+    job, plan, versions, revision = run.job, run.plan, run.versions, run.source.revision
     config = run.source.config
+    paths = PATHS if revision else PATHS | {"model"}
     return PruneReport(
         llmprune=versions.pop("llmprune"),
-        command=job.command,
+        command=redacted_command(job.command, flags_of(paths)),
         versions=versions,
         model={
-            "name": job.model,
-            "revision": run.source.revision,
+            "name": job.model if revision else base_name(job.model),
+            "revision": revision,
             "type": config.model_type,
             "class": type(run.skeleton.model).__name__,
             "parameters": plan.parameters,
@@ -180,6 +183,11 @@ def initial_report(run: RunContext) -> PruneReport:
         out=str(run.out),
         warnings=[run.left_out] if run.left_out else [],
     )
+
+
+def flags_of(names: Collection[str]) -> set[str]:
+    """The flags of fields of a job, by present and earlier names."""
+    return {flag for each in knobs() if each.name in names for flag in (each.flag, *map(flag_of, each.earlier))}
 
 
 def layer_reports(
@@ -263,7 +271,9 @@ def write_companions(run: RunContext, report: PruneReport) -> None:
         "dense": run.skeleton.checkpoint.folder.nbytes,
         "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
     }
-    (run.unfinished / "README.md").write_text(model_card(report, run.source.folder), encoding="utf-8")
+    (run.unfinished / CARD).write_text(model_card(report, run.source.folder), encoding="utf-8")
+    written, _ = regular_files(run.unfinished)
+    report.files = sorted({FILE, PAGE, *(path.relative_to(run.unfinished).as_posix() for path in written)})
     write_report(report, run.unfinished)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,13 +22,15 @@ from llmprune.progress import Progress
 from llmprune.pruning.pattern import PatternScope, SparsityPattern, parse_pattern
 from llmprune.reporting.report import PruneReport
 from llmprune.runtime.files import sha256, write_json
+from llmprune.runtime.ownership import LOCK, clear, delete
 from llmprune.streaming.block import Block
 from llmprune.streaming.cross_block_state import CannotBeSavedError
 from llmprune.streaming.perplexity import Perplexity
 from llmprune.streaming.stream import BlockStream
 
-STATE, LOCK, MODEL, GENERATED = "state.json", "lock", "model", "generated.safetensors"
-AGAIN = "free disk space and run the same command again, or choose another --out"
+STATE, MODEL, GENERATED = "state.json", "model", "generated.safetensors"
+FORMAT, VERSION = "the format of the finished blocks", "2"
+RESUME_HINT = "free disk space and run the same command again, or choose another --out"
 
 
 class WorkerState:
@@ -40,6 +41,7 @@ class WorkerState:
         progress: told what is found.
 
     Attributes:
+        fingerprint: what the result depends on, as far as it is known; here nothing.
         dense: the perplexity of the dense model, once it is known; here never.
         patterns: every block's pattern, once they are known.
     """
@@ -48,6 +50,7 @@ class WorkerState:
         self.folder, self.progress = run.rank_workdir, progress
         self.rows = run.procedure.sharding.rows
         self.state: dict[str, Any] = {}
+        self.fingerprint: dict[str, str] = {}
         self.dense: Perplexity | None = None
         self.patterns: Sequence[SparsityPattern | None] = ()
 
@@ -111,14 +114,18 @@ class RunState(WorkerState):
     Args:
         run: the job; its working directory exists and is locked.
         progress: told what is found.
+
+    Attributes:
+        resumed: number of blocks that an earlier process finished.
+        sealed: whether the shards have their final names.
     """
 
     def __init__(self, run: RunContext, progress: Progress) -> None:
         super().__init__(run, progress)
         self.model = run.unfinished
-        self.fingerprint: dict[str, str] = {}
+        self.state = read_state(self.folder / STATE)
+        self.resumed, self.sealed = self.blocks, False
         self._scope: PatternScope = run.pattern.scope if run.pattern else "layer"
-        self.resumed = False
         self._writer = ShardWriter(self.model, [])
 
     @property
@@ -136,13 +143,13 @@ class RunState(WorkerState):
         Raises:
             InputError: it is of a run with another result.
         """
-        self.state = {} if restart else read_state(self.folder / STATE)
-        self.resumed = bool(self.state)
+        if restart:
+            self.state = {}
         self.check_compatible(fingerprint)
         if self.state and (bad := self._damaged()):
             self.progress.warn(f"{bad} is damaged or missing: starting over")
-            self.state, self.resumed = {}, False
-        if self.resumed:
+            self.state = {}
+        if self.state:
             self.dense = Perplexity(**self.state["dense"]) if self.state["dense"] else None
             self.patterns = parsed(self.state["patterns"], self._scope)
             self._shards().unseal()
@@ -150,7 +157,9 @@ class RunState(WorkerState):
                 _tidy(rank_folder(self.folder, number), self._files())
             self.progress.note(f"{self.blocks} blocks were finished before, in {self.folder}; going on from there")
         else:
-            self._clear()
+            clear(self.folder)
+            self.model.mkdir()
+        self.resumed = self.blocks
 
     def check_compatible(self, fingerprint: Mapping[str, str]) -> None:
         """Add to the fingerprint, and compare it with that of the finished blocks.
@@ -161,11 +170,13 @@ class RunState(WorkerState):
         self.fingerprint |= fingerprint
         before = self.state.get("run", fingerprint)
         for name, now in fingerprint.items():
-            if before.get(name, now) != now:
+            # The first format did not name itself.
+            was = before.get(name, "1" if name == FORMAT else now)
+            if was != now:
+                again = "" if name == FORMAT else "repeat that command to go on from there, "
                 raise InputError(
-                    f"{self.folder} holds {self.blocks} finished blocks of another run: "
-                    f"{name} was {before[name]}, now {now}",
-                    "repeat that command to go on from there, drop its work with --restart, or choose another --out",
+                    f"{self.folder} holds {self.blocks} finished blocks of another run: {name} was {was}, now {now}",
+                    f"{again}drop its work with --restart, or choose another --out",
                 )
 
     def begin(self, skeleton: Skeleton, report: PruneReport) -> None:
@@ -182,6 +193,7 @@ class RunState(WorkerState):
     def finish(self) -> None:
         """Give the shards their final names, and write their index."""
         self._writer.seal()
+        self.sealed = True
 
     def _replace(self, streams: list[dict[str, Any]], report: PruneReport) -> None:
         whole = report.to_json()
@@ -221,11 +233,6 @@ class RunState(WorkerState):
         self.progress.finish()
         return None
 
-    def _clear(self) -> None:
-        for path in set(self.folder.iterdir()) - {self.folder / LOCK}:
-            _remove(path)
-        self.model.mkdir()
-
 
 def _files_of(stream: Mapping[str, Any], folder: Path) -> dict[Path, str]:
     """The files that hold a stream, with their hashes."""
@@ -236,7 +243,7 @@ def _tidy(folder: Path, files: Mapping[Path, str]) -> None:
     """Remove files that nothing names."""
     for path in folder.iterdir():
         if path not in files and path.name not in {STATE, LOCK, MODEL, GENERATED} and not path.name.startswith(RANK):
-            _remove(path)
+            delete(path)
 
 
 def names_of(patterns: Sequence[SparsityPattern | None]) -> list[str]:
@@ -247,13 +254,6 @@ def names_of(patterns: Sequence[SparsityPattern | None]) -> list[str]:
 def parsed(names: Sequence[str], scope: PatternScope) -> list[SparsityPattern | None]:
     """The inverse of `names_of`."""
     return [parse_pattern(name, scope) if name else None for name in names]
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _generate(run: RunContext, progress: Progress) -> TokenBatch:
     windows, length, seed = run.generated_windows, run.shape[1], run.job.seed
 
     def attempt(at_once: int) -> Tensor:
-        progress.start("writing text", windows)
+        progress.start("generating text", windows)
         prompts = sample_prompts(run.data.calibration.tokens, windows, seed)
         text = generate(run.skeleton, prompts, length, seed, at_once, progress.step)
         progress.finish()
@@ -93,7 +93,7 @@ def calibration_windows(run: RunContext, generated: TokenBatch | None) -> Tensor
     return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(run.job.seed))]
 
 
-def windows_at_once(run: RunContext) -> int:
+def calibration_batch_size(run: RunContext) -> int:
     """Number of calibration windows that pass through a block together, if memory suffices."""
     windows, length = run.shape
     most = batch_tokens(windows * length) if run.recipe.reconstruct else BATCH_TOKENS

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
-from llmprune.errors import InputError, PruneError
-from llmprune.job import Job
+from llmprune.errors import InputError, PruneError, complete
 from llmprune.pipeline.context import RunContext
-from llmprune.pipeline.state import AGAIN, LOCK, RunState, WorkerState
+from llmprune.pipeline.output import exists_already, is_occupied, output_folder
+from llmprune.pipeline.state import FORMAT, RESUME_HINT, STATE, VERSION, RunState, WorkerState, read_state
+from llmprune.pipeline.steps import check_weights
 from llmprune.progress import Progress
-from llmprune.pruning.sparsity import Sparsity
-from llmprune.reporting.report import FILE
-from llmprune.runtime.files import sha256
+from llmprune.reporting.report import PruneReport
+from llmprune.runtime.files import sha256, sync
+from llmprune.runtime.ownership import delete, own_folder, remove
+
+REPLACED = "replaced"
+"""Where an output folder waits while the new one takes its name."""
+WEIGHTS = "the model's weights"
 
 
 @contextmanager
@@ -46,99 +49,162 @@ def _worker(run: RunContext, progress: Progress) -> Iterator[WorkerState]:
         run.rank_workdir.mkdir(exist_ok=True)
         yield WorkerState(run, progress)
     except OSError as error:
-        raise PruneError(f"cannot write {run.rank_workdir}: {error.strerror or error}", AGAIN) from error
+        raise PruneError(f"cannot write {run.rank_workdir}: {error.strerror or error}", RESUME_HINT) from error
 
 
 @contextmanager
 def _main(run: RunContext, progress: Progress) -> Iterator[RunState]:
     try:
-        run.workdir.mkdir(parents=True, exist_ok=True)
+        with own_folder(run.workdir):
+            _restore(run)
+            state = RunState(run, progress)
+            with _kept(run, state, progress):
+                # Another process may have finished since this one looked.
+                _check_free(run)
+                state.open(fingerprint_of(run), run.job.restart)
+                run.group.barrier()
+                progress.note(f"writing to {run.workdir} until everything is done")
+                yield state
+                _publish(run)
+            with complete(run.out):
+                remove(run.workdir, last=(STATE,))
     except OSError as error:
-        raise InputError(f"cannot make {run.workdir}: {error.strerror}", "choose another --out") from error
-    with _locked(run.workdir / LOCK):
-        state = RunState(run, progress)
-        try:
-            # Another process may have finished since this one looked.
-            output_folder(run.job, run.sparsity)
-            state.open(fingerprint_of(run), run.job.restart)
-            run.group.barrier()
-            progress.note(f"writing to {run.workdir} until everything is done")
-            yield state
-        except InputError:
-            # Whatever was finished of a job that cannot be done is of no use.
-            _leave(run, state, progress, keep=state.resumed)
-            raise
-        except OSError as error:
-            _leave(run, state, progress)
-            raise PruneError(f"cannot write {run.workdir}: {error.strerror or error}", AGAIN) from error
-        except BaseException:
-            _leave(run, state, progress)
-            raise
-        shutil.rmtree(run.workdir, ignore_errors=True)
-
-
-def _leave(run: RunContext, state: RunState, progress: Progress, keep: bool = True) -> None:
-    if not state.blocks or not keep:
-        shutil.rmtree(run.workdir, ignore_errors=True)
-        return
-    progress.warn(
-        f"{state.blocks} of {len(run.skeleton.blocks)} blocks are finished and kept in {run.workdir}; "
-        "the same command goes on from there, --restart starts over"
-    )
+        raise InputError(f"cannot write {run.workdir}: {error.strerror or error}", "choose another --out") from error
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _kept(run: RunContext, state: RunState, progress: Progress) -> Iterator[None]:
+    """Keep the finished blocks of a run that fails; without any, the working directory goes."""
     try:
-        lock = path.open("a")
-    except OSError as error:
-        raise InputError(f"cannot write {path.parent}: {error.strerror}", "choose another --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(lock.fileno()), path.stat())
-        except OSError:
-            mine = False
-        if not mine:
-            raise InputError(
-                f"another llmprune is writing to {path.parent}", "wait for it to end, or choose another --out"
-            )
         yield
+    except BaseException as error:
+        if state.sealed and not run.unfinished.exists():
+            # It was renamed.
+            with complete(run.out):
+                raise
+        if state.blocks:
+            progress.warn(
+                f"{state.blocks} of {len(run.skeleton.blocks)} blocks are finished and kept in {run.workdir}; "
+                "the same command goes on from there, --restart starts over"
+            )
+        else:
+            remove(run.workdir)
+        if isinstance(error, OSError):
+            raise PruneError(f"cannot write {run.workdir}: {error.strerror or error}", RESUME_HINT) from error
+        if isinstance(error, InputError) and state.blocks > state.resumed:
+            # What was good enough to begin with has changed meanwhile.
+            raise PruneError(error.message, error.hint) from error
+        raise
 
 
-def output_folder(job: Job, sparsity: Sparsity) -> Path:
-    """The folder to be made; it must not exist yet, unless it holds a model and `--overwrite` is given."""
-    if job.out is None:
-        model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
-        out = Path(f"{model or 'model'}-{job.label}-{_spelled(sparsity.name)}")
-    else:
-        out = job.out
+def _check_free(run: RunContext) -> None:
+    """Refuse an output that another process or the user has made since this one looked."""
+    output_folder(run.job, run.sparsity)
+    if is_occupied(run.out) and not run.job.overwrite:
+        raise exists_already(run.out)
+
+
+def _publish(run: RunContext) -> None:
+    """Rename the finished model to the output folder; what that replaces waits in the working directory meanwhile."""
+    _check_free(run)
     try:
-        # A link stays a link: its target is replaced.
-        out = Path(os.path.realpath(out.expanduser()))
-        out.with_name(f".{out.name}.partial").exists()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--out {str(out)[:80]!r} is no usable path: {error}", "choose another --out") from error
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / FILE).exists():
-            raise InputError(
-                f"{out} exists and was not written by llmprune", "choose another --out; nothing was touched"
-            )
-        if not job.overwrite:
-            raise InputError(
-                f"{out} exists already",
-                "add --overwrite to replace it when the new one is complete, or choose another --out",
-            )
-    elif out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file", "choose another --out")
-    return out
+        if run.out.exists():
+            os.replace(run.out, run.workdir / REPLACED)
+        os.replace(run.unfinished, run.out)
+    except BaseException:
+        _restore(run)
+        raise
+    with suppress(OSError):  # some file systems cannot
+        sync(run.out.parent)
 
 
-def _spelled(name: str) -> str:
-    """A pattern's name as part of a file name: `2of4`, `channels25pct`."""
-    for old, new in (("channels:", "channels"), ("heads:", "heads"), (":", "of"), ("%", "pct"), ("+", "-")):
-        name = name.replace(old, new)
-    return name
+def _restore(run: RunContext) -> None:
+    """Put back what a run was about to replace when it was stopped; where it has been replaced, delete it."""
+    replaced = run.workdir / REPLACED
+    if replaced.exists():
+        if run.out.exists():
+            delete(replaced)
+        else:
+            os.replace(replaced, run.out)
+
+
+# The result of the same job
+
+
+def check_finished(run: RunContext) -> None:
+    """Refuse an output folder that holds the result of another job, as far as that is known without the weights.
+
+    Raises:
+        InputError: it does.
+    """
+    if is_occupied(run.out) and not run.job.overwrite:
+        _refuse(run, _difference(run, fingerprint_of(run)))
+
+
+def finished(run: RunContext, progress: Progress) -> PruneReport | None:
+    """The report of this very job, where the output folder is its whole result already; what is left of its work goes.
+
+    With `--overwrite` that is so only where a run was stopped between its last rename and its end.
+
+    Raises:
+        InputError: the folder holds the result of another job.
+    """
+    found = run.group.is_main and is_occupied(run.out) and (not run.job.overwrite or _was_renamed(run))
+    if found:
+        difference = _difference(run, {WEIGHTS: check_weights(run, progress)})
+        if not run.job.overwrite:
+            _refuse(run, difference)
+        found = difference is None
+    if found:
+        _remove_rest(run)
+        progress.note(f"done already: {run.out} is the result of this command")
+    if not run.group.broadcast_object(found):
+        return None
+    return replace(PruneReport.read(run.out), out=str(run.out))
+
+
+def _difference(run: RunContext, wanted: Mapping[str, str]) -> str | None:
+    """What tells the output folder from the result of this job; None if it is that result."""
+    report = PruneReport.read(run.out)
+    for name, now in wanted.items():
+        if (before := report.fingerprint.get(name)) != now:
+            return f": {name} was {before}, now {now}" if before else ""
+    missing = [name for name in report.files if not (run.out / name).is_file()]
+    return f", but lacks {missing[0]}" if missing else None
+
+
+def _refuse(run: RunContext, difference: str | None) -> None:
+    if difference is not None:
+        raise exists_already(run.out, difference)
+
+
+def _was_renamed(run: RunContext) -> bool:
+    """Whether the working directory is that of a run of this job that was stopped behind its last rename."""
+    state = read_state(run.workdir / STATE)
+    return (
+        _difference(run, fingerprint_of(run)) is None
+        and bool(state)
+        and not run.unfinished.exists()
+        and _made_output(run, state)
+    )
+
+
+def _made_output(run: RunContext, state: Mapping[str, Any]) -> bool:
+    """Whether a saved state is of the run that made the output folder."""
+    made, saved = PruneReport.read(run.out).fingerprint, dict(state["run"])
+    return all(saved.get(name) == value for name, value in made.items())
+
+
+def _remove_rest(run: RunContext) -> None:
+    """Remove the working directory of the run that made the output folder, if that was stopped before it could."""
+    state = read_state(run.workdir / STATE)
+    if run.workdir.exists() and (not state or _made_output(run, state)):
+        with suppress(InputError, OSError), own_folder(run.workdir):
+            remove(run.workdir, last=(STATE,))
+
+
+FLAGS = {"compensate": "--no-refit", "criterion": "--method, of channels and heads"}
+"""Stages of a recipe that no flag of their own sets."""
 
 
 def fingerprint_of(run: RunContext) -> dict[str, str]:
@@ -146,9 +212,10 @@ def fingerprint_of(run: RunContext) -> dict[str, str]:
     job, device = run.job, run.skeleton.device
     tokens = {"calibration tokens": run.data.calibration, "evaluation tokens": run.data.evaluation}
     facts: dict[str, object] = {
+        FORMAT: VERSION,
         "--sparsity": run.sparsity.name,
         "--scope": run.sparsity.scope,
-        **{f"--{key.replace('_', '-')}": value for key, value in asdict(run.recipe).items()},
+        **{FLAGS.get(key, f"--{key.replace('_', '-')}"): value for key, value in asdict(run.recipe).items()},
         "--option": run.solver.options,
         "sizes": run.structure.changes,
         "--only": job.only,

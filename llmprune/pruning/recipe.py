@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from llmprune.knobs import MUST, RATIO, SWITCH, TEXT, choice, knob, knobs_of, optional, whole
+from llmprune.knobs import RATIO, REQUIRED, SWITCH, TEXT, choice, knob, knobs_of, optional, whole
 
 Targets = Literal["pruned", "dense"]
 Allocate = Literal["uniform", "error", "owl"]
@@ -17,7 +17,7 @@ AUTO = "auto"
 class Recipe:
     """What is done to every layer and block."""
 
-    method: str = knob(MUST, "recipe", "method for weights; empty where no pattern is asked for", TEXT)
+    method: str = knob(REQUIRED, "recipe", "method for weights; empty where no pattern is asked for", TEXT)
     targets: Targets = knob(
         "pruned",
         "recipe",
@@ -147,7 +147,7 @@ EFFORTS = {
     "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3),
     "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, reconstruct=2, self_calibration=3.0),
 }
-REMOVALS = {
+STRUCTURED_EFFORTS = {
     "fast": Recipe("", criterion="wanda"),
     "balanced": Recipe("", targets="dense", criterion="wanda"),
     "best": Recipe("", targets="dense", criterion="wanda", reconstruct=4),
@@ -168,7 +168,7 @@ def make_recipe(method: str, effort: str, flags: Mapping[str, Any], criterion: s
     """
     base = EFFORTS[effort] if method == AUTO else Recipe(method)
     if criterion is not None:
-        removal = REMOVALS[effort] if criterion == AUTO else Recipe("", criterion=criterion)
+        removal = STRUCTURED_EFFORTS[effort] if criterion == AUTO else Recipe("", criterion=criterion)
         base = replace(base, criterion=removal.criterion) if method else removal
         base = replace(base, compensate=flags.get("refit") is not False)
     return replace(base, **{key: value for key, value in flags.items() if value is not None})

@@ -70,8 +70,11 @@ td.number, th.number { text-align: right; } pre { background: var(--panel); bord
 
 
 def write_report(report: PruneReport, folder: Path) -> None:
-    """Write `prune_report.json` and `prune_report.html` into a folder, each atomically."""
-    write_json(folder / FILE, report.to_json())
+    """Write `prune_report.json` and `prune_report.html` into a folder, each atomically.
+
+    They name the folder, but not where it lies.
+    """
+    write_json(folder / FILE, {**report.to_json(), "out": Path(report.out).name})
     with replacing(folder / PAGE) as temporary:
         temporary.write_text(report_page(report), encoding="utf-8")
 

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llmprune.errors import InputError
 from llmprune.reporting.report import PruneReport
 from llmprune.reporting.words import calibration_text, error_text, evaluation_text, perplexity_text, recipe_text, size
+from llmprune.runtime.redact import without_paths
 from llmprune.sources.texts import DATASETS
 
 FILE, SPEED = "README.md", "speed.json"
@@ -129,7 +130,11 @@ def _metadata(report: PruneReport, source: Path, name: str) -> str:
 
 def _base(report: PruneReport, inherited: dict[str, Any]) -> Any:
     """The dense model on the Hub; the base of its own card where it is a folder; None where that is unknown."""
-    return report.model["name"] if report.model["revision"] else inherited.get("base_model")
+    if report.model["revision"]:
+        return report.model["name"]
+    base = inherited.get("base_model")
+    # Trainers write where the model lay.
+    return None if isinstance(base, str) and without_paths(base) != base else base
 
 
 def _origin(report: PruneReport, source: Path) -> str:

@@ -91,6 +91,8 @@ class PruneReport:
     processes: dict[str, Any] = field(default_factory=dict)
     peak_memory: int = 0
     baseline_memory: int = 0
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
     out: str = ""
 
     def to_json(self) -> dict[str, Any]:

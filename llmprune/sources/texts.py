@@ -9,7 +9,7 @@ from pathlib import Path
 from llmprune.errors import InputError
 from llmprune.progress import Progress
 from llmprune.sources.demo import CALIBRATION_YEARS, EVALUATION_YEARS, sotu_text
-from llmprune.sources.network import HUB_SECONDS, hub_reachable, within
+from llmprune.sources.network import HUB_SECONDS, check_token, hub_reachable, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,7 @@ def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) 
     try:
         if not hub_reachable():
             raise ConnectionError
+        check_token()
         from datasets import load_dataset
         from huggingface_hub import HfApi
 
@@ -126,6 +127,8 @@ def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) 
         if role == "calibration" and not entry.ordered:
             stream = stream.shuffle(seed=seed, buffer_size=10_000)
         return _join((str(row[entry.column]) for row in stream), entry.between, tokens)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"the data set {name} ({entry.repo}) cannot be read from the Hugging Face Hub: {type(error).__name__}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from llmprune.errors import InputError
 from llmprune.progress import Progress
 from llmprune.runtime.files import replacing
+from llmprune.runtime.redact import base_name, without_paths
 from llmprune.sources.texts import read_text
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Provenance:
     """Origin of a batch of tokens; with the same tokenizer, the same fields give the same tokens.
 
     Args:
-        source: file, folder or data set.
+        source: base name of a file or folder, or a data set.
         samples: number of windows.
         seq_len: tokens per window.
         seed: of the random choice of windows; None where the first ones are taken.
@@ -83,7 +84,7 @@ def calibration_tokens(
             "use a longer text, fewer --samples or a smaller --seq-len",
         )
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
-    return token_batch(windows[chosen], source, seed)
+    return token_batch(windows[chosen], base_name(source), seed)
 
 
 def evaluation_tokens(
@@ -108,7 +109,7 @@ def evaluation_tokens(
         )
     if len(found) < windows:
         progress.note(f"{source} has only {len(found)} windows of {context} tokens to evaluate on")
-    return token_batch(found[:windows], source, None)
+    return token_batch(found[:windows], base_name(source), None)
 
 
 def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
@@ -162,8 +163,9 @@ def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary
             f"{path} holds {tuple(tokens.shape)} tokens, but {wanted} were asked for (--samples, --seq-len)",
             "leave out --samples and --seq-len to use the whole file",
         )
-    part = token_batch(tokens[: wanted[0], : wanted[1]], kept.source, kept.seed)
-    return TokenBatch(part.tokens, replace(part.provenance, source=f"{path} ({kept.source})"))
+    # A recipe's source is a text, any other the name of a file, a folder or a data set.
+    made_of = without_paths(kept.source) if " " in kept.source else base_name(kept.source)
+    return token_batch(tokens[: wanted[0], : wanted[1]], f"{path.name} ({made_of})", kept.seed)
 
 
 def shared_runs(a: Tensor, b: Tensor, length: int = OVERLAP_RUN) -> float:

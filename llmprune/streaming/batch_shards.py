@@ -15,7 +15,7 @@ def validation_batches(batches: int) -> range:
     return range(VALIDATION_EVERY // 2, batches, VALIDATION_EVERY) or range(batches - 1, batches)
 
 
-def unseen_by_solves(batches: int) -> frozenset[int]:
+def held_out_batches(batches: int) -> frozenset[int]:
     """The batches that are left out of the solves where blocks are reconstructed: the validation batches, if enough.
 
     A window that the weights were fitted to does not validate: training gains less on it than on any other text.

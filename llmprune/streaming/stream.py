@@ -15,7 +15,7 @@ from llmprune.runtime.memory import trim_heap
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.streaming.activations import Activations
 from llmprune.streaming.batch import RELEASED
-from llmprune.streaming.batch_shards import BatchSharding, unseen_by_solves
+from llmprune.streaming.batch_shards import BatchSharding, held_out_batches
 from llmprune.streaming.block import Block
 from llmprune.streaming.block_types import BlockAnalysis, BlockTypes, short_batch
 from llmprune.streaming.capture import capture_block_inputs
@@ -204,7 +204,7 @@ class BlockStream:
             token_weights=bool(observe.removed),
             zero_threshold=observe.zero_threshold,
             channel_scales="channel_scale" in observe.needs,
-            left_out=unseen_by_solves(self.sharding.batches) if observe.reconstruct else frozenset(),
+            left_out=held_out_batches(self.sharding.batches) if observe.reconstruct else frozenset(),
             group=self.group,
         )
 

@@ -12,6 +12,8 @@ import pytest
 from commands import REPORT, Disk, Outcome, execute, listing, with_value
 from helpers import edit_tensor
 
+from llmprune.runtime.ownership import LOCK, MARK
+
 
 def test_an_output_below_a_file_is_refused(refused: Callable[..., Outcome], flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
@@ -98,6 +100,7 @@ def test_restart_drops_the_finished_blocks(
 
 def test_the_rest_of_a_killed_run_is_removed(run: Callable[..., Outcome], flags: list[str]) -> None:
     Path(".out.partial").mkdir()
+    Path(".out.partial", LOCK).write_bytes(MARK)
     Path(".out.partial", "model").mkdir()
     Path(".out.partial", "model", "shard-00001.safetensors").write_text("half")
     result = run(*flags, "--out", "out")

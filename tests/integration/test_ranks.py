@@ -26,10 +26,10 @@ from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import NM, Unstructured
 from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem
 from llmprune.pruning.statistics import HELD_OUT
-from llmprune.runtime.launch import process_group
+from llmprune.runtime.launch import launch
 from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.batch import Call
-from llmprune.streaming.batch_shards import BatchSharding, unseen_by_solves
+from llmprune.streaming.batch_shards import BatchSharding, held_out_batches
 from llmprune.streaming.statistics import all_reduce_statistics
 
 WINDOWS, LENGTH, BLOCKS = 10, 256, 3
@@ -46,7 +46,7 @@ from pathlib import Path
 import torch
 
 from llmprune import Job, prune, run
-from llmprune.runtime.launch import process_group
+from llmprune.runtime.launch import launch
 from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.batch import Call
 from llmprune.pruning.statistics import HELD_OUT
@@ -60,9 +60,9 @@ def cramped(call, block, hidden):
     return forward(call, block, hidden)
 
 
-with process_group("cpu") as (group, device):
+with launch("cpu") as (group, device):
     for options in json.loads(Path(sys.argv[1]).read_text()):
-        run.process_group = lambda _: nullcontext((ProcessGroup(group.rank, group.world_size), device))
+        run.launch = lambda _: nullcontext((ProcessGroup(group.rank, group.world_size), device))
         Call.run = cramped if options.pop("cramped", False) and group.rank == 1 else forward
         prune(Job(**{**options, "out": Path(options["out"])}))
 """
@@ -205,7 +205,7 @@ def test_two_processes_find_what_one_finds(
     windows = WINDOWS + before["calibration"]["self_generated"]
     tokens = windows * LENGTH
     # Blocks are trained on batches of one window here.
-    fitted = (windows - len(unseen_by_solves(windows))) * LENGTH if before["reconstructions"] else tokens
+    fitted = (windows - len(held_out_batches(windows))) * LENGTH if before["reconstructions"] else tokens
     assert before["calibration"] == after["calibration"]
     for alone, shared in zip(before["layers"], after["layers"], strict=True):
         assert shared["tokens"] == alone["tokens"] == fitted
@@ -278,12 +278,12 @@ def test_processes_that_have_not_met_are_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("llmprune.runtime.launch.PartialState", Lonely)
-    with pytest.raises(InputError, match="WORLD_SIZE is 2, but 1 of its processes have met"), process_group("cpu"):
+    with pytest.raises(InputError, match="WORLD_SIZE is 2, but 1 of its processes have met"), launch("cpu"):
         pass
 
 
 def test_a_process_alone_computes_nothing_new() -> None:
-    with process_group("cpu") as (group, device):
+    with launch("cpu") as (group, device):
         assert group.is_single
         assert device == "cpu"
     stats = InputStats(3, torch.eye(2))

@@ -25,9 +25,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from llmprune import Job, prune
 from llmprune.errors import InputError, PruneError
 from llmprune.model.skeleton import Skeleton
-from llmprune.pipeline.state import LOCK, STATE, RunState, read_state
+from llmprune.pipeline.state import STATE, RunState, read_state
 from llmprune.progress import Progress
 from llmprune.reporting.html_report import PAGE
+from llmprune.runtime.ownership import LOCK, MARK
 from llmprune.streaming.activations import Filed
 from llmprune.streaming.block import Block
 
@@ -400,6 +401,7 @@ def test_what_is_damaged_is_made_again(work: Job, reference: Reference, stop: St
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"state": {}}', "\x00"])
 def test_rubbish_is_no_state(work: Job, reference: Reference, text: str) -> None:
     partial(work).mkdir()
+    (partial(work) / LOCK).write_bytes(MARK)
     (partial(work) / STATE).write_text(text)
     (partial(work) / "shard-00001.safetensors").write_text("half")
     assert result(work) == reference(work)

@@ -14,7 +14,7 @@ from eval import record, sweep, tables
 from llmprune.cli.flags import build_parser, pack_parser, push_parser, report_parser, unpack_parser, verify_parser
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS
-from llmprune.pruning.recipe import EFFORTS, REMOVALS
+from llmprune.pruning.recipe import EFFORTS, STRUCTURED_EFFORTS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -109,7 +109,7 @@ def test_the_readme_names_every_method_and_criterion() -> None:
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_the_pages_tell_what_an_effort_stands_for(effort: str) -> None:
-    recipe, removal = EFFORTS[effort], REMOVALS[effort]
+    recipe, removal = EFFORTS[effort], STRUCTURED_EFFORTS[effort]
     permute = "yes" if recipe.permute else "no"
     stages = f"{recipe.targets} | {permute} | {recipe.ridge:g} | {recipe.self_calibration:g} | {recipe.reconstruct}"
     assert f"| `{effort}` | `{recipe.method}` | {stages} |" in README

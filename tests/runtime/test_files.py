@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llmprune.runtime.files import replace_folder, replacing_folder, write_json
+from llmprune.errors import InputError
+from llmprune.runtime.files import appearing_folder, replacing, write_json
 
 
 def test_json_is_written_whole(tmp_path: Path) -> None:
@@ -19,14 +20,18 @@ def test_json_is_written_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    new, target = tmp_path / ".out.partial", tmp_path / "out"
-    for folder, text in ((new, "new"), (target, "old")):
-        folder.mkdir()
-        (folder / text).write_text(text)
-    replace_folder(new, target)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in target.iterdir()] == ["new"]
+def test_a_temporary_file_is_no_name_that_a_user_gives_and_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "x.tmp").write_text("mine")
+    (tmp_path / "mine").write_text("mine")
+    with replacing(tmp_path / "x.json") as temporary:
+        temporary.write_text("new")
+    temporary.symlink_to(tmp_path / "mine")
+    write_json(tmp_path / "x.json", 1)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "x.json": "1\n",
+        "x.tmp": "mine",
+        "mine": "mine",
+    }
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -34,8 +39,7 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path, exists: bool) -> None
     target = tmp_path / "new" / "out"
     if exists:
         target.mkdir(parents=True)
-        (target / "old").write_text("old")
-    with replacing_folder(target) as hidden:
+    with appearing_folder(target) as hidden:
         assert hidden.is_dir()
         assert not any(hidden.iterdir())
         (hidden / "new").write_text("new")
@@ -46,17 +50,27 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path, exists: bool) -> None
     assert target.stat().st_mode == other.stat().st_mode
 
 
-def test_a_folder_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
+def test_a_folder_that_holds_something_is_never_replaced(tmp_path: Path) -> None:
+    def fill(meanwhile: bool) -> None:
+        with appearing_folder(tmp_path / "out") as hidden:
+            (hidden / "new").write_text("new")
+            if meanwhile:
+                (tmp_path / "out").mkdir()
+                (tmp_path / "out" / "old").write_text("old")
 
+    with pytest.raises(OSError, match="not empty"):
+        fill(meanwhile=True)
+    with pytest.raises(InputError, match="out exists already"):
+        fill(meanwhile=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_a_folder_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with replacing_folder(target) as hidden:
+        with appearing_folder(tmp_path / "out") as hidden:
             (hidden / "half").write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert [path.name for path in target.iterdir()] == ["old"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from llmprune.errors import InputError
 from llmprune.export.verify import verify_folder
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.skeleton import Skeleton
-from llmprune.pipeline.prepare import output_folder
+from llmprune.pipeline.output import output_folder
 from llmprune.progress import Progress
 from llmprune.pruning.sparsity import parse_sparsity
 from llmprune.sources.demo import (

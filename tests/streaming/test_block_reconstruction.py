@@ -19,7 +19,7 @@ from llmprune.reporting.report import BlockReconstruction
 from llmprune.runtime.process_group import SINGLE
 from llmprune.streaming import block_reconstruction as module
 from llmprune.streaming.batch import Batch, hidden_of
-from llmprune.streaming.batch_shards import unseen_by_solves, validation_batches
+from llmprune.streaming.batch_shards import held_out_batches, validation_batches
 from llmprune.streaming.block import Block
 from llmprune.streaming.block_reconstruction import Peers, batch_tokens, reconstruct_block
 
@@ -255,7 +255,7 @@ def test_validation_batches_are_few_and_some_are_left_to_train_on(batches: int) 
     found = validation_batches(batches)
     assert 1 <= len(found) <= max(1, batches // 8)
     assert set(found) <= set(range(batches))
-    assert unseen_by_solves(batches) == (frozenset(found) if batches >= 16 else frozenset())
+    assert held_out_batches(batches) == (frozenset(found) if batches >= 16 else frozenset())
 
 
 @pytest.mark.parametrize(("samples", "left_out"), [(16, [8]), (30, [8, 24]), (15, [])])

@@ -1,0 +1,115 @@
+"""The output folder: its name, and what in its place may be replaced."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from llmprune.errors import InputError
+from llmprune.job import Job
+from llmprune.pruning.sparsity import Sparsity
+from llmprune.reporting.html_report import PAGE
+from llmprune.reporting.model_card import SPEED
+from llmprune.reporting.report import FILE, PruneReport
+from llmprune.runtime.ownership import check_ours, regular_files
+from llmprune.runtime.redact import base_name
+
+ADDED = {FILE, PAGE, SPEED}
+"""Files that other commands of ours write into a finished folder."""
+OLDER = re.compile(
+    r"README\.md|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|"
+    r"preprocessor_config)\.json|(tokenizer|spiece|sentencepiece\.bpe)\.model|vocab\.(txt|bpe)|merges\.txt|"
+    r"chat_template\.(jinja|json)|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+"""Files of the folders that older versions wrote, whose reports do not name them."""
+
+
+def workdir_of(out: Path) -> Path:
+    """The working directory: beside the output, so that the final rename is atomic."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def output_folder(job: Job, sparsity: Sparsity) -> Path:
+    """The folder to be made, free or replaceable; one that may be the result of this job is left to `check_finished`.
+
+    Raises:
+        InputError: it cannot be made, or what is there is not to be replaced.
+    """
+    if job.out is None:
+        model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
+        out = Path(f"{model or 'model'}-{job.label}-{_spelled(sparsity.name)}")
+    else:
+        out = job.out
+    try:
+        # A link stays a link: its target is replaced.
+        out = Path(os.path.realpath(out.expanduser()))
+        workdir_of(out).exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {str(out)[:80]!r} is no usable path: {error}", "choose another --out") from error
+    if os.path.ismount(out):
+        raise InputError(f"{out} is a mount point, which cannot be renamed", f"use --out {out / 'model'}")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file", "choose another --out")
+    check_ours(workdir_of(out))
+    if is_occupied(out):
+        report = read_owned(out)
+        if not job.overwrite and not _may_be_of(report, job, sparsity):
+            raise exists_already(out)
+    return out
+
+
+def _may_be_of(report: PruneReport, job: Job, sparsity: Sparsity) -> bool:
+    """Whether a report may be of a job, as far as is known before the model is opened."""
+    names = {job.model, base_name(job.model)}
+    return report.model.get("name") in names and report.sparsity.get("pattern") == sparsity.name
+
+
+def is_occupied(out: Path) -> bool:
+    """Whether something is in the place of the output that a rename would not replace."""
+    return out.is_dir() and any(out.iterdir())
+
+
+def exists_already(out: Path, difference: str = "") -> InputError:
+    """The error that a folder of another run is in the place of the output."""
+    return InputError(
+        f"{out} exists already{difference}",
+        "add --overwrite to replace it when the new one is complete, or choose another --out",
+    )
+
+
+def read_owned(out: Path) -> PruneReport:
+    """The report of a folder that holds nothing but what a run of ours wrote.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if not (out / FILE).exists():
+        raise InputError(f"{out} exists and was not written by llmprune", "choose another --out; nothing was touched")
+    report = PruneReport.read(out)
+    if others := foreign_files(out, report):
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        raise InputError(
+            f"{out} holds {others[0]!r}{more}, which no run of llmprune wrote",
+            "move it away, or choose another --out; nothing was touched",
+        )
+    return report
+
+
+def foreign_files(out: Path, report: PruneReport) -> list[str]:
+    """What a folder holds beside the files that its report names; links are nobody's but the user's."""
+    regular, others = regular_files(out)
+    names = {path.relative_to(out).as_posix() for path in regular} - ADDED
+    if report.files:
+        names -= {str(name) for name in report.files}
+    else:
+        names = {name for name in names if not OLDER.fullmatch(name)}
+    return sorted({*names, *(path.relative_to(out).as_posix() for path in others)})
+
+
+def _spelled(name: str) -> str:
+    """A pattern's name as part of a file name: `2of4`, `channels25pct`."""
+    for old, new in (("channels:", "channels"), ("heads:", "heads"), (":", "of"), ("%", "pct"), ("+", "-")):
+        name = name.replace(old, new)
+    return name
