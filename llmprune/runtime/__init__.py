@@ -1,4 +1,4 @@
 """Processes, memory, devices and files.
 
-Imports `errors` and `progress` only. A new backend: `device`.
+Of this package imports `errors` and `progress` only. A new backend: `device`.
 """

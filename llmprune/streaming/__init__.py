@@ -1,5 +1,5 @@
 """Activations stream through one block at a time: capture, hooks, statistics, schedules, block-wise reconstruction.
 
-May import `structure`, `model`, `pruning`, `runtime`. A new statistic: a field of `InputStats`, accumulated in
-`pruning/statistics` and asked for by `needs`. A new stage of a block: a module here, called by `pipeline/steps`.
+May import `reporting` and all below it. A new statistic: a field of `InputStats`, accumulated in `pruning/statistics`,
+summed over processes in `statistics`, and asked for by `needs`. A new stage of a block: a module here, called by `pipeline/steps`.
 """

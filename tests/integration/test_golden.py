@@ -1,7 +1,8 @@
 """Golden outputs: sha256 of every file that seven runs on a tiny model write; a refactoring changes none of them.
 
 Floating-point results depend on the processor and on torch, so the recorded hashes count only where both are the same.
-To record them anew, after a change that is meant to change results: `PYTHONPATH=.:tests python tests/integration/test_golden.py`.
+To record them anew, after a change that is meant to change results, in the root of a checkout:
+`PYTHONPATH=.:tests python tests/integration/test_golden.py`.
 """
 
 from __future__ import annotations
