@@ -39,12 +39,6 @@ def test_pages_without_such_tables_are_not_rewritten(page: str) -> None:
     assert ("<!-- results: " in TEXTS[page]) == (page in record.PAGES)
 
 
-@every_page
-def test_no_page_names_a_folder_of_a_machine_or_an_uncommitted_state(page: str) -> None:
-    found = re.findall(r"(?<![\w.])/(?:root|home|work|tmp|Users)/\S*|\b[0-9a-f]{7,40}-dirty", TEXTS[page])
-    assert found == [] or (page == "eval/LOG.md" and all(each.endswith("-dirty") for each in found))
-
-
 def test_what_the_readme_says_of_a_peer_was_recorded() -> None:
     found = re.search(r"\(([\d.]+ ± [\d.]+) beside ([\d.]+ ± [\d.]+), WikiText-2\) in ([\d.]+) times", README)
     assert found
