@@ -183,14 +183,14 @@ def _evaluating(task: Task) -> int:
 
 def _pruning(task: Task) -> int:
     """A block, its dense and its stored weights, and the most of: solving a group, taking statistics, training."""
-    recipe, share = task.recipe, task.plan.covered // task.blocks
-    held = _block(task) * task.element + share * (task.element if recipe.dense_stream else 0)
-    new = share * task.skeleton.checkpoint.stored_dtype(f"{task.plan.layers[0].name}.weight").itemsize
+    recipe, covered = task.recipe, task.plan.covered // task.blocks
+    held = _block(task) * task.element + covered * (task.element if recipe.dense_stream else 0)
+    new = covered * task.skeleton.checkpoint.stored_dtype(f"{task.plan.layers[0].name}.weight").itemsize
     solve = max(_solving(recipe, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers)
     pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
     passing = pausing if pausing <= BLOCK_MEMORY else repeating
     window = _window(task)
-    train = 4 * 6 * share + window if recipe.reconstruct else 0
+    train = 4 * 6 * covered + window if recipe.reconstruct else 0
     return held + new + max(solve + passing, window + passing, train + repeating)
 
 

@@ -23,54 +23,61 @@ def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
     Raises:
         InputError: method, options or flags do not fit what is to go.
     """
-    goal = parse_sparsity(job.sparsity)
-    _check_method(job, goal)
+    sparsity = parse_sparsity(job.sparsity)
+    _check_method(job, sparsity)
     recipe, options = job.recipe, dict(job.options)
     # Options are those of the method that was named; of a pair, the method of the weights.
-    for_criterion = goal.pattern is None or (job.method in CRITERIA and job.method not in METHODS)
-    method = load_method(recipe.method, {} if for_criterion else options) if goal.pattern else None
+    for_criterion = sparsity.pattern is None or (job.method in CRITERIA and job.method not in METHODS)
+    method = load_method(recipe.method, {} if for_criterion else options) if sparsity.pattern else None
     if method is not None:
         # Of a layer that loses rows later, a count over rows alone stays exact.
-        goal = parse_sparsity(job.sparsity, job.scope or ("row" if goal.removals else method.scope))
-    if job.scope and goal.scope != job.scope:
+        sparsity = parse_sparsity(job.sparsity, job.scope or ("row" if sparsity.removals else method.scope))
+    if job.scope and sparsity.scope != job.scope:
         raise InputError(
-            f"--scope {job.scope} does not apply to {goal.name}",
-            "leave it out: it is for shares of weights such as 50%",
+            f"--scope {job.scope} does not apply to {sparsity.name}",
+            "leave it out: it is for unstructured ratios such as 50%",
         )
-    if goal.removals and job.scope == "layer":
+    if sparsity.removals and job.scope == "layer":
         raise InputError("--scope layer cannot be exact where rows are removed", "use --scope row")
-    if goal.removals and goal.pattern is None and (job.only or job.skip):
+    if sparsity.removals and sparsity.pattern is None and (job.only or job.skip):
         raise InputError(
-            f"--only and --skip do not apply to {goal.name}", "a config has one width and one number of heads for all"
+            f"--only and --skip do not apply to {sparsity.name}",
+            "a config has one width and one number of heads for all",
         )
-    if job.round_to and not any(removal.kind == "channels" for removal in goal.removals):
-        raise InputError(f"--round-to does not apply to {goal.name}", "it is for channels:...")
-    recipe = applicable(recipe, job, goal)
+    if job.round_to and not any(removal.kind == "channels" for removal in sparsity.removals):
+        raise InputError(f"--round-to does not apply to {sparsity.name}", "it is for channels:...")
+    recipe = applicable(recipe, job, sparsity)
     sharding = RowSharding(group)
     inner = None if method is None else LayerSolver(method, recipe, sharding)
-    if inner is not None and not goal.removals:
-        return Procedure(goal, recipe, inner, sharding)
+    if inner is not None and not sparsity.removals:
+        return Procedure(sparsity, recipe, inner, sharding)
     criterion = load_criterion(recipe.criterion, options if for_criterion else {})
-    return Procedure(goal, recipe, StructuredSolver(criterion, recipe, inner, sharding), sharding)
+    return Procedure(sparsity, recipe, StructuredSolver(criterion, recipe, inner, sharding), sharding)
 
 
-def _check_method(job: Job, goal: Sparsity) -> None:
-    if job.method == AUTO or (job.method in METHODS and goal.pattern) or (job.method in CRITERIA and goal.removals):
+def _check_method(job: Job, sparsity: Sparsity) -> None:
+    if (
+        job.method == AUTO
+        or (job.method in METHODS and sparsity.pattern)
+        or (job.method in CRITERIA and sparsity.removals)
+    ):
         return
-    known = [*(METHODS if goal.pattern else ()), *(CRITERIA if goal.removals else ())]
-    what = "score for whole channels and heads" if goal.removals else "rule for single weights"
-    raise InputError(f"--method {job.method} has no {what}, as {goal.name} needs", f"choose from {', '.join(known)}")
+    known = [*(METHODS if sparsity.pattern else ()), *(CRITERIA if sparsity.removals else ())]
+    what = "score for whole channels and heads" if sparsity.removals else "rule for single weights"
+    raise InputError(
+        f"--method {job.method} has no {what}, as {sparsity.name} needs", f"choose from {', '.join(known)}"
+    )
 
 
-def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
+def applicable(recipe: Recipe, job: Job, sparsity: Sparsity) -> Recipe:
     """The recipe without what has no meaning for this pattern; refused if the user asked for it by name."""
-    pattern = goal.pattern
+    pattern = sparsity.pattern
     if job.permute and not (pattern and pattern.permutable):
-        raise InputError(f"--permute does not apply to {goal.name}", "leave it out: it is for N:M patterns")
+        raise InputError(f"--permute does not apply to {sparsity.name}", "leave it out: it is for N:M patterns")
     if job.allocate not in {None, "uniform"} and not (pattern and pattern.allocatable):
         all_alike = f"leave it out: {pattern.name} prunes the same in every group of every layer" if pattern else ""
         raise InputError(
-            f"--allocate {job.allocate} does not apply to {goal.name}",
+            f"--allocate {job.allocate} does not apply to {sparsity.name}",
             all_alike or "a config has one width and one number for all",
         )
     if pattern is not None:
@@ -78,11 +85,11 @@ def applicable(recipe: Recipe, job: Job, goal: Sparsity) -> Recipe:
             recipe,
             permute=recipe.permute and pattern.permutable,
             allocate=recipe.allocate if pattern.allocatable else "uniform",
-            steps=recipe.steps if goal.removals else len(pattern.steps(recipe.steps)),
+            steps=recipe.steps if sparsity.removals else len(pattern.steps(recipe.steps)),
         )
     if job.ridge:
         raise InputError(
-            f"--ridge {job.ridge:g} does not apply to {goal.name}", "leave it out: held-out tokens choose the ridge"
+            f"--ridge {job.ridge:g} does not apply to {sparsity.name}", "leave it out: held-out tokens choose the ridge"
         )
     return _for_removal(replace(recipe, permute=False), job)
 

@@ -98,7 +98,7 @@ class LayerSolver:
         current = goal
         *early, last = pattern.steps(self.recipe.steps)
         shapes = [layer.weight.shape for layer in goal.layers]
-        # A small share of a small layer may round to nothing in the first steps.
+        # A small ratio of a small layer may round to nothing in the first steps.
         for step in [step for step in early if not any(step.mismatch(*shape) for shape in shapes)] + [last]:
             solutions = self.solve_once(current, step)
             if self.recipe.refit or step is not last:

@@ -189,10 +189,10 @@ def _errors(report: PruneReport) -> list[str]:
 
 
 def _row(layer: LayerReport, stats: Sequence[str]) -> list[Any]:
-    share = layer.pruned / (layer.shape[0] * layer.shape[1])
+    ratio = layer.pruned / (layer.shape[0] * layer.shape[1])
     figures = [f"{layer.stats[key]:.3g}" if key in layer.stats else "-" for key in stats]
     shape = f"{layer.shape[0]} x {layer.shape[1]}"
-    return [layer.name, shape, layer.pattern, layer.error, f"{share:.2%}", layer.unpruned_zeros, layer.status, *figures]
+    return [layer.name, shape, layer.pattern, layer.error, f"{ratio:.2%}", layer.unpruned_zeros, layer.status, *figures]
 
 
 def _inputs(report: PruneReport) -> list[str]:

@@ -13,7 +13,7 @@ from llmprune.pruning.sparsity import Removal
 from llmprune.structure.coupling import Coupling
 
 
-def head_options(groups: int, queries: int, share: Fraction) -> Iterator[tuple[int, int]]:
+def head_options(groups: int, queries: int, ratio: Fraction) -> Iterator[tuple[int, int]]:
     """The ways to remove heads, `(pools, count)`, nearest to the requested ratio first.
 
     One pool of kv groups, or, where several query heads share keys and values, one pool for each group; of two equally
@@ -22,11 +22,11 @@ def head_options(groups: int, queries: int, share: Fraction) -> Iterator[tuple[i
     Args:
         groups: kv heads.
         queries: query heads of each.
-        share: of the query heads to remove (fraction).
+        ratio: of the query heads to be removed.
     """
     options = [(Fraction(count, groups), 0, 1, count) for count in range(1, groups)]
     options += [(Fraction(count, queries), 1, groups, count) for count in range(1, queries)]
-    for _, _, pools, count in sorted(options, key=lambda option: (abs(option[0] - share), option[1])):
+    for _, _, pools, count in sorted(options, key=lambda option: (abs(option[0] - ratio), option[1])):
         yield pools, count
 
 

@@ -14,20 +14,20 @@ from transformers.pytorch_utils import Conv1D
 from llmprune.errors import InputError
 
 
-def sparse_layers(model: nn.Module, only: Iterable[str] = ("*",), share: float = 0.05) -> dict[str, nn.Module]:
-    """The linear layers of a model with more than `share` zero weights, by module name.
+def sparse_layers(model: nn.Module, only: Iterable[str] = ("*",), threshold: float = 0.05) -> dict[str, nn.Module]:
+    """The linear layers of a model with more than `threshold` zero weights, by module name.
 
     Args:
         model: with its weights in memory.
         only: globs over module names.
-        share: fraction of the weights; a dense layer may hold a zero by chance.
+        threshold: fraction of the weights; a dense layer may hold a zero by chance.
     """
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and any(fnmatchcase(name, glob) for glob in only)
-        and float((module.weight == 0).float().mean()) > share
+        and float((module.weight == 0).float().mean()) > threshold
     }
 
 
