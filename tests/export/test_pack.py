@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ from llmprune import InputError, PruneError, PruneReport, load, pack, prune, unp
 from llmprune.cli.main import main
 from llmprune.export.pack import PackReport, is_packed
 from llmprune.export.upload import check_folder
+from llmprune.progress import Progress
 
 PATTERNS = ["2:4", "1:4", "3:4", "4:8", "5:8"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -207,6 +209,36 @@ def test_a_folder_without_a_report_is_packed_by_a_named_pattern(plain: Path, tmp
     assert pack(folder, sparsity="2:4", only=("*.mlp.*",)).packed == 6
     with pytest.raises(InputError, match="50% cannot be packed"):
         pack(folder, tmp_path / "other", sparsity="50%")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("action", [pack, unpack])
+def test_what_links_lead_to_is_not_copied(
+    action: Callable[..., object], plain: Path, single: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(plain if action is pack else single, tmp_path / "copy"))
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key.txt").write_text("SECRET=1")
+    (folder / "key.txt").symlink_to(tmp_path / "secrets" / "key.txt")
+    (folder / "secrets").symlink_to(tmp_path / "secrets")
+    (folder / "inside.json").symlink_to("config.json")
+    os.mkfifo(folder / "pipe")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "notes.txt").write_text("mine")
+    told: list[str] = []
+    progress = Progress()
+    progress.warn = told.append  # type: ignore[method-assign]
+    action(folder, tmp_path / "out", progress=progress)
+    assert not {"key.txt", "secrets", "inside.json", "pipe"} & set(os.listdir(tmp_path / "out"))
+    assert (tmp_path / "out" / "deep" / "notes.txt").read_text() == "mine"
+    assert told == [
+        f"left out: {name} is a link or no regular file" for name in ("inside.json", "key.txt", "pipe", "secrets")
+    ]
+    weights = next(folder.glob("*.safetensors"))
+    weights.rename(tmp_path / "weights")
+    weights.symlink_to(tmp_path / "weights")
+    with pytest.raises(InputError, match=f"{weights.name} is a link"):
+        action(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

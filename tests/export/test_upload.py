@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -142,6 +143,31 @@ def test_an_edited_card_is_uploaded_as_edited_and_hidden_files_stay_at_home(
     assert ModelCard(hub.files(REPO)["README.md"].decode()).data.eval_results
 
 
+def test_only_regular_files_of_the_folder_are_uploaded(
+    hub: Hub, run: Callable[..., Outcome], pruned: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pruned, tmp_path / "copy"))
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key.txt").write_text("SECRET=1")
+    (folder / "key.txt").symlink_to(tmp_path / "secrets" / "key.txt")
+    (folder / "more").mkdir()
+    (folder / "more" / "secrets").symlink_to(tmp_path / "secrets")
+    (folder / "inside.json").symlink_to("config.json")
+    os.mkfifo(folder / "pipe")
+    result = run("push", folder, REPO)
+    assert result.code == 0
+    assert hub.files(REPO).keys() == {".gitattributes", *contents(pruned)}
+    for name in ("key.txt", "more/secrets", "inside.json", "pipe"):
+        assert f"warning: left out: {name} is a link or no regular file" in result.err
+    weights = next(folder.glob("*.safetensors"))
+    weights.rename(tmp_path / "weights")
+    weights.symlink_to(tmp_path / "weights")
+    result = run("push", folder, "me/again")
+    assert result.code == 2
+    assert f"error: {weights} is a link" in result.err
+    assert "me/again" not in hub.repos
+
+
 def test_the_card_tells_the_speed_that_was_measured(hub: Hub, pruned: Path, tmp_path: Path) -> None:
     for name, data in contents(pruned).items():
         (tmp_path / name).write_bytes(data)
@@ -242,6 +268,13 @@ def test_the_dense_model_is_never_overwritten(hub: Hub, pruned: Path, tmp_path: 
 FLAWS: dict[str, tuple[Callable[[Hub], object], str, str, str]] = {
     "no token": (lambda _: os.environ.pop("HF_TOKEN"), REPO, "there is no Hub token", "hf auth login"),
     "wrong token": (lambda hub: setattr(hub, "token", "other"), REPO, "does not accept your token", "hf auth login"),
+    "no token's letters": (
+        lambda _: os.environ.update(HF_TOKEN="hf_Schlüssel"),
+        REPO,
+        "token is not valid",
+        "HF_TOKEN",
+    ),
+    "blank in a token": (lambda _: os.environ.update(HF_TOKEN="hf_a b"), REPO, "token is not valid", "HF_TOKEN"),
     "token that reads": (lambda hub: setattr(hub, "role", "read"), REPO, "may only read", "write access"),
     "foreign owner": (lambda _: None, "google/tiny", "me is no member of google", "me/, readers/, team/"),
     "reader": (lambda _: None, "readers/tiny", "me may only read in readers", "write access"),
@@ -326,6 +359,23 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_repeat_it(
     assert {name: data for name, data in hub.files(REPO).items() if name not in (".gitattributes", "README.md")} == {
         name: data for name, data in contents(out).items() if name != "README.md"
     }
+
+
+@pytest.mark.parametrize("command", ["prune", "push"])
+def test_a_traceback_shows_no_token_that_a_server_repeats(
+    hub: Hub, run: Callable[..., Outcome], pruned: Path, tiny: Path, tmp_path: Path, command: str
+) -> None:
+    other = "hf_" + "x" * 34
+    hub.fail("whoami", 418, says=f"echo {TOKEN} and {other} at https://ada:secret@proxy")
+    if command == "push":
+        result = run("push", pruned, REPO, "--debug")
+    else:
+        result = run("--model", tiny, "--sparsity", "2:4", "--out", tmp_path / "o", "--push-to-hub", REPO, "--debug")
+    assert result.code == 2
+    assert "Traceback" in result.err
+    assert "echo *** and *** at https://***@proxy" in result.err
+    assert other not in result.err
+    assert "secret" not in result.err
 
 
 @pytest.mark.parametrize("status", [0, 500, 503])

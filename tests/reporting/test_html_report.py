@@ -119,14 +119,17 @@ def test_the_page_is_drawn_anew_with_generated_text(
     (folder / PAGE).unlink()
     assert main(["report", str(folder)]) == 0
     assert (folder / PAGE).read_text() == (pruned / PAGE).read_text()
-    assert main(["report", str(folder), "--generate", "5", "--prompt", "w1 w2", "--prompt", "w3"]) == 0
+    generate = ["report", str(folder), "--generate", "5", "--prompt", "w1 w2", "--prompt", "w3"]
+    assert main(generate) == 2
+    assert "hint: add --dense MODEL" in capsys.readouterr().err
+    assert main([*generate, "--dense", str(tiny)]) == 0
     generations = PruneReport.read(folder).generations
     assert [item.prompt for item in generations] == ["w1 w2", "w3"]
     assert all(1 <= len(text.split()) <= 5 for item in generations for text in (item.dense, item.pruned))
     assert generations[0].dense in Checked((folder / PAGE).read_text()).text
     assert main(["pack", str(folder)]) == 0
     packed = tmp_path / "copy-packed"
-    assert main(["report", str(packed), "--generate", "5", "--prompt", "w1 w2", "--prompt", "w3"]) == 0
+    assert main(["report", str(packed), *generate[2:], "--dense", str(tiny)]) == 0
     assert PruneReport.read(packed).generations == generations
     assert main(["report", str(tiny)]) == 2
     assert main(["report", str(folder), "--generate", "5", "--dense", str(tmp_path / "nothing")]) == 2
