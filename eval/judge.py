@@ -30,13 +30,15 @@ class Quality:
 
 def load_model(folder: Path) -> Any:
     """The folder's model in float32, by stock transformers."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
     return model.eval()
 
 
 def first_windows(text: str, model: Path, count: int, context: int) -> Tensor:
     """The first windows of a text, tokenised once as a whole without special tokens: `(windows, context)`."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = min(count, len(ids) // context)
     return torch.tensor(ids[: count * context]).reshape(count, context)

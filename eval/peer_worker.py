@@ -65,8 +65,10 @@ def load_dense(folder: str, threads: int) -> tuple[Any, Any]:
     """The dense model in float32 and its tokenizer."""
     torch, transformers = map(importlib.import_module, ("torch", "transformers"))
     torch.set_num_threads(threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def save_dense(model: Any, tokenizer: Any, out: Path, **options: Any) -> None:

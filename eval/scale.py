@@ -162,7 +162,7 @@ def estimate(model: Path, options: argparse.Namespace) -> dict[str, float]:
     from llmprune.pruning.pattern import parse_pattern
     from llmprune.pruning.recipe import make_recipe
 
-    skeleton = Skeleton(AutoConfig.from_pretrained(model), SafetensorsFolder(model))
+    skeleton = Skeleton(AutoConfig.from_pretrained(model, trust_remote_code=False), SafetensorsFolder(model))
     recipe = make_recipe(options.method, DEFAULT_EFFORT, {})
     plan = make_plan(skeleton, parse_pattern(options.sparsity, load_method(recipe.method).scope), (), ())
     tokens = options.samples * options.seq_len

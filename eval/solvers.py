@@ -60,7 +60,9 @@ def gather(options: argparse.Namespace) -> tuple[list[GroupProblem], str]:
     from llmprune.sources.tokens import calibration_tokens
 
     source = find_model(options.model)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
     sizes = {"samples": options.samples, "seq_len": options.seq_len, "seed": options.seed}
     tokenizer = load_tokenizer(source, False)
     batch = calibration_tokens(options.calib, tokenizer, cache=default_cache(), progress=Progress(), **sizes)

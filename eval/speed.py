@@ -216,7 +216,11 @@ def serve(task: dict[str, Any]) -> None:
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     dtype = {"dtype": task["dtype"]} if task["dtype"] else {}
-    model = AutoModelForCausalLM.from_pretrained(task["folder"], **dtype).eval().to(task["device"])
+    model = (
+        AutoModelForCausalLM.from_pretrained(task["folder"], use_safetensors=True, trust_remote_code=False, **dtype)
+        .eval()
+        .to(task["device"])
+    )
     if task["sparse"]:
         from llmprune import accelerate
 

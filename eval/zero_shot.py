@@ -185,7 +185,11 @@ def score_files(options: argparse.Namespace, model_name: str, paths: list[Path])
     source = find_model(model_name)
     tokenizer = load_tokenizer(source, False)
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval().to(device)
+    model = (
+        AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        .eval()
+        .to(device)
+    )
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None) or 2048
     result = {}
     for name, questions in tasks.items():

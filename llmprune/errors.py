@@ -6,6 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def printable(text: object) -> str:
+    """`text` in one line; what could pass for something else (terminal sequences, line ends, marks that turn the
+    direction of text, lone surrogates) is escaped as in `repr`.
+
+    Names and messages that come from files, servers and other libraries are shown in this form, here and nowhere raw.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in str(text)
+    )
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its `repr` where that is empty."""
     return (str(error).strip().splitlines() or [repr(error)])[0]
@@ -15,7 +26,7 @@ class PruneError(Exception):
     """The base of all errors of a run; `exit_code` is that of the process.
 
     Args:
-        message: what is wrong, with the two things that disagree.
+        message: what is wrong, with the two things that disagree; made printable.
         hint: what the user can do about it.
     """
 
@@ -24,9 +35,8 @@ class PruneError(Exception):
     """Whether another process prints the error."""
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = printable(message), printable(hint)
+        super().__init__(self.message)
 
 
 class InputError(PruneError):

@@ -23,6 +23,15 @@ FLOORS = [
 ]
 FLOOR = {name: -number for number, names in enumerate(FLOORS) for name in names}
 SPEAKS = {"cli", "__main__"}
+READS = {
+    "runtime.foreign",
+    "runtime.memory",
+    "runtime.process_group",
+    "sources.generated",
+    "pipeline.state",
+    "reporting.report",
+}
+"""Modules that read what the system or we ourselves have written, beside the gate."""
 
 
 def module_name(path: Path) -> str:
@@ -98,6 +107,14 @@ def test_scipy_stays_with_the_mathematics(module: str) -> None:
 def test_only_the_command_line_speaks(module: str) -> None:
     assert not uses(module, "print", "sys.stdout", "sys.stderr", "input")
     assert not libraries(module) & {"logging", "tqdm", "argparse"}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - READS))
+def test_files_of_others_are_read_through_the_gate(module: str) -> None:
+    """`runtime.foreign` knows pipes and devices, bounds sizes, and says what is wrong in our words."""
+    methods = {node.attr for node in ast.walk(TREES[module]) if isinstance(node, ast.Attribute)}
+    assert not methods & {"read_text", "read_bytes"}
+    assert not uses(module, "json.load", "json.loads")
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -22,8 +22,9 @@ from llmprune.cli.flags import (
     verify_parser,
 )
 from llmprune.cli.shell import INTERRUPTED, is_worker, run_command, silence_libraries
-from llmprune.errors import InputError, Interrupted, complete
+from llmprune.errors import InputError, Interrupted, complete, printable
 from llmprune.progress import Progress
+from llmprune.runtime.foreign import reading, user_path
 from llmprune.sources.network import start_probe
 
 if TYPE_CHECKING:
@@ -67,12 +68,13 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     try:
         job, where = make_job(options, arguments), destination(options)
+        local = job.model == "demo" or job.model.endswith(".gguf") or user_path(job.model).exists()
     except InputError as error:
         error.silent = is_worker()
         raise
     words = sys.stderr if options.json else sys.stdout
     progress = Progress() if is_worker() else TerminalProgress(quiet=options.quiet)
-    if not (job.model == "demo" or job.model.endswith(".gguf") or Path(job.model).expanduser().exists()):
+    if not local:
         start_probe()
     progress.note("loading libraries")
     silence_libraries(options.debug)
@@ -91,7 +93,8 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if options.json:
             print(json.dumps(facts, indent=2), flush=True)
         if where and not options.dry_run:
-            words.write(f"pushed to    {send(Path(facts['out']), where, progress, quiet=options.quiet)}\n")
+            address = send(Path(facts["out"]), where, progress, quiet=options.quiet)
+            words.write(f"pushed to    {printable(address)}\n")
     return 0
 
 
@@ -160,7 +163,7 @@ def run_push(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"repo": where.repo, "revision": where.revision or "main", "commit": address}, indent=2))
     elif not options.quiet:
-        print(f"pushed to    {address}")
+        print(f"pushed to    {printable(address)}")
     return 0
 
 
@@ -204,7 +207,7 @@ def run_unpack(options: argparse.Namespace) -> int:
     from llmprune.export.pack import unpack
 
     out = unpack(options.dir, options.out, progress=terminal.TerminalProgress())
-    print(json.dumps({"out": str(out)}, indent=2) if options.json else f"saved to {out}")
+    print(json.dumps({"out": str(out)}, indent=2) if options.json else f"saved to {printable(out)}")
     return 0
 
 
@@ -213,13 +216,15 @@ def run_report(options: argparse.Namespace) -> int:
     silence_libraries(options.debug)
     from llmprune.cli import terminal
     from llmprune.export.generations import PROMPTS, add_generations
-    from llmprune.reporting.html_report import PAGE, write_report
+    from llmprune.reporting.html_report import PAGE, report_page, write_report
     from llmprune.reporting.report import PruneReport
 
     report = PruneReport.read(options.dir)
     if options.generate:
         progress = terminal.TerminalProgress()
         add_generations(report, options.dir, options.generate, options.prompt or PROMPTS, options.dense, progress)
+    with reading(f"the report in {options.dir} cannot be drawn", "prune again, or name another folder"):
+        report_page(report)
     write_report(report, options.dir)
-    print(f"saved to {options.dir / PAGE}")
+    print(f"saved to {printable(options.dir / PAGE)}")
     return 0

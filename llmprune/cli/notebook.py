@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from llmprune.errors import printable
 from llmprune.progress import Progress
 
 
@@ -23,7 +24,7 @@ class ProgressBars(Progress):
         self._bar: tqdm[Any] | None = None
 
     def note(self, text: str) -> None:
-        tqdm.write(text, file=self._options.get("file"))
+        tqdm.write(printable(text), file=self._options.get("file"))
 
     def warn(self, text: str) -> None:
         self.note(f"warning: {text}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NoReturn
 
-from llmprune.errors import PruneError
+from llmprune.errors import PruneError, printable
 from llmprune.knobs import Knob, flag_of, nearest, spellings
 from llmprune.runtime.redact import without_secrets
 
@@ -163,19 +163,20 @@ def _interrupt(*_: object) -> NoReturn:
 
 def _warn(text: str) -> None:
     if not is_worker():
-        sys.stderr.write(f"warning: {text}\n")
+        sys.stderr.write(f"warning: {printable(text)}\n")
 
 
 def print_error(message: str, hint: str) -> None:
     """The two lines of an error."""
-    sys.stderr.write(without_secrets(f"error: {message}\n"))
+    sys.stderr.write(f"error: {printable(without_secrets(message))}\n")
     if hint:
-        sys.stderr.write(without_secrets(f"hint: {hint}\n"))
+        sys.stderr.write(f"hint: {printable(without_secrets(hint))}\n")
 
 
 def print_traceback() -> None:
     """The traceback of the exception at hand, without secrets that a server's answer may repeat."""
-    sys.stderr.write(without_secrets(traceback.format_exc()))
+    for line in without_secrets(traceback.format_exc()).rstrip().split("\n"):
+        sys.stderr.write(f"{printable(line)}\n")
 
 
 def silence_libraries(debug: bool) -> None:

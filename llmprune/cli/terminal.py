@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from llmprune.errors import printable
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport
 from llmprune.reporting.words import (
@@ -91,6 +92,7 @@ class TerminalProgress(Progress):
         return f"{self._label} {count}  {text + '  ' if text else ''}{duration(left)} left"
 
     def _write(self, text: str) -> None:
+        text = printable(text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
@@ -100,11 +102,11 @@ class TerminalProgress(Progress):
 
 def summary(report: PruneReport) -> str:
     """The table at the end of a run."""
-    return "\n".join(["", *_table(_result_rows(report)), report.sparsity["note"]]) + "\n"
+    return "\n".join(["", *_table(_result_rows(report)), printable(report.sparsity["note"])]) + "\n"
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
-    return [f"{key:<12} {value}" for key, value in rows] + [""]
+    return [f"{key:<12} {printable(value)}" for key, value in rows] + [""]
 
 
 def _result_rows(report: PruneReport) -> list[tuple[str, str]]:

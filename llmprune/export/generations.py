@@ -13,6 +13,7 @@ from llmprune.export.pack import load
 from llmprune.progress import Progress
 from llmprune.reporting.report import Generation, PruneReport
 from llmprune.runtime.device import pick_device
+from llmprune.runtime.foreign import reading
 from llmprune.sources.demo import default_cache
 from llmprune.sources.models import load_tokenizer, open_source
 
@@ -88,13 +89,15 @@ def continuations(
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt").to(device)
         start = inputs["input_ids"].shape[1]
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or 0,
-        )
+        with reading(f"the model in {folder} cannot generate text", "check its generation_config.json"):
+            output = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                trust_remote_code=False,  # some ways to generate are code from the Hub
+            )
         written.append(tokenizer.decode(output[0, start:], skip_special_tokens=True))
         progress.step()
     return written

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmprune.errors import InputError, PruneError
+from llmprune.errors import InputError, PruneError, printable
 from llmprune.export.packed import Layout, PackedFile, pack_file
 from llmprune.export.verify import LayerSelection, open_pruned
-from llmprune.model.reader import INDEX, PACKED, SINGLE, read_index
+from llmprune.model.reader import INDEX, PACKED, SINGLE, SafetensorsFolder, read_index
 from llmprune.model.skeleton import build_on_meta
 from llmprune.progress import Progress
 from llmprune.runtime.files import appearing_folder
+from llmprune.runtime.foreign import check_inside, reading, user_path
 from llmprune.runtime.ownership import is_regular, regular_files
+from llmprune.sources.models import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +67,7 @@ class PackReport:
         """A summary in a few lines."""
         lines = [f"{self.packed} layers of {self.pattern} packed: {_sizes(self.layer_bytes)}"]
         lines += [f"stored plainly: {name}, {reason}" for name, reason in self.plainly.items()]
-        return "\n".join([*lines, f"all tensors: {_sizes(self.total_bytes)}", f"saved to {self.out}"])
+        return "\n".join(map(printable, [*lines, f"all tensors: {_sizes(self.total_bytes)}", f"saved to {self.out}"]))
 
 
 def _sizes(sizes: list[int]) -> str:
@@ -152,7 +154,9 @@ def unpack(folder: Path, out: Path | None = None, *, progress: Progress | None =
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """Load a plain or a packed folder as a transformers model; nothing is unpickled, and no code of the model is run.
+    """Load a plain or a packed folder as a transformers model; nothing is unpickled.
+
+    Code that comes with the model runs only with `trust_remote_code=True`.
 
     Args:
         folder: of a causal language model.
@@ -161,21 +165,31 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         InputError: no folder, or damaged.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    folder = Path(folder)
+    folder = user_path(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {str(folder)!r}", "name a model folder")
+    trust = bool(options.pop("trust_remote_code", False))
+    own = read_config(folder, trust)
+    config = options.pop("config", None) or own
+    hint = "the folder is damaged; copy it again, or check the options"
     if not is_packed(folder):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+        SafetensorsFolder(folder)
+        with reading(f"transformers cannot load {folder}", hint):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, use_safetensors=True, trust_remote_code=trust, **options
+            )
         return model
     files = packed_files(folder)
-    config = options.pop("config", None) or AutoConfig.from_pretrained(folder)
     # The automatic class asks for a folder of plain files; the class it stands for does not.
-    kind = type(build_on_meta(deepcopy(config), torch.float32))
+    kind = type(build_on_meta(deepcopy(config), torch.float32, trust))
     tensors = {name: file.tensor(name) for file in files.values() for name in file.layout.plain}
-    model = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
-    model.config.name_or_path = str(folder)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    with reading(f"transformers cannot load {folder}", hint):
+        model = kind.from_pretrained(None, config=config, state_dict=tensors, trust_remote_code=trust, **options)
+        model.config.name_or_path = str(folder)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     return model
 
 
@@ -195,12 +209,15 @@ def packed_files(folder: Path) -> dict[str, PackedFile]:
     Raises:
         InputError: there are none, one is missing or damaged.
     """
+    folder = user_path(folder)
     if not is_packed(folder):
         raise InputError(f"{folder} holds no packed model", "name a folder that `llmprune pack` wrote")
     index = folder / INDEX
     wanted = {file.name for file in read_index(index).values()} if index.exists() else {SINGLE}
     if missing := sorted(name for name in wanted if not (folder / packed_name(name)).exists()):
         raise InputError(f"{folder} lacks {packed_name(missing[0])}", "copy the whole folder again")
+    for name in wanted:
+        check_inside(folder / packed_name(name), folder)
     return {name: PackedFile(folder / packed_name(name)) for name in sorted(wanted)}
 
 
@@ -247,7 +264,7 @@ def new_folder(out: Path, source: Path) -> Iterator[Path]:
         InputError: `out` exists, or lies in `source`.
         PruneError: it cannot be written.
     """
-    out = Path(os.path.realpath(out.expanduser()))
+    out = Path(os.path.realpath(user_path(out)))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already", "choose another --out, or remove it")
     if source.resolve() in out.parents:

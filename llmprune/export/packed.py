@@ -23,6 +23,7 @@ from llmprune.export.positions import BITS, decode, encode, fits, shapes
 from llmprune.model.reader import read_header
 from llmprune.pruning.pattern import SparsityPattern, parse_pattern
 from llmprune.runtime.files import sha256
+from llmprune.runtime.foreign import about, open_regular, parse_json, reading
 
 FORMAT = "llmprune-packed"
 VERSION = "1"
@@ -61,11 +62,11 @@ def parse_fields(header: str) -> tuple[dict[str, str], dict[str, Field]]:
         ValueError: it is no header, or the tensors are not contiguous.
     """
     try:
-        items = json.loads(header)
+        items = parse_json(header, unique=True)
         metadata = items.pop("__metadata__", None) or {}
         found = {name: Field(i["dtype"], tuple(i["shape"]), *i["data_offsets"]) for name, i in items.items()}
         fields = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
-    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"its header has the wrong form: {error!r}") from error
     end = 0
     for name, field in fields.items():
@@ -85,7 +86,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         read_header(path)
         self.path = path
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             length = int.from_bytes(stream.read(8), "little")
             self.header = stream.read(length)
         try:
@@ -232,17 +233,16 @@ class PackedFile:
                 f"this llmprune reads {FORMAT!r} version {VERSION!r}",
                 "use the version of llmprune that packed it",
             )
-        try:
+        with reading(f"{path} is not a whole packed file", _COPY_AGAIN):
             self.header, self.sha256 = metadata["header"], metadata["sha256"]
-            pattern = parse_pattern(metadata["pattern"])
-            transposed = {name: _ORDERS[order] for name, order in json.loads(metadata["packed"]).items()}
+            with about(path):
+                pattern = parse_pattern(metadata["pattern"])
+            transposed = {name: _ORDERS[order] for name, order in parse_json(metadata["packed"]).items()}
             _, plain = parse_fields(self.header)
             if pattern.nm is None:
                 raise ValueError(f"the pattern {pattern.name} is not N:M")
             self.layout = Layout(pattern, plain, transposed)
             self._check()
-        except (AttributeError, KeyError, TypeError, ValueError, InputError) as error:
-            raise InputError(f"{path} is not a whole packed file: {error}", _COPY_AGAIN) from error
 
     def _check(self) -> None:
         """Check that the tensors of the file are those of its layout."""

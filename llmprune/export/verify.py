@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, printable
 from llmprune.model.blocks import LayerRef, select
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.selection import make_plan
@@ -18,6 +18,7 @@ from llmprune.progress import Progress
 from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.pruning.sparsity import Sparsity, parse_sparsity
 from llmprune.reporting.report import PruneReport
+from llmprune.runtime.foreign import user_path
 from llmprune.sources.demo import default_cache
 from llmprune.sources.models import open_source
 
@@ -107,7 +108,7 @@ class FolderCheck:
             sizes = ", ".join(f"{key} {found}" for key, (_, found) in self.sizes.items())
             lines.append(f"every tensor has the shape that the config gives{f' ({sizes})' if sizes else ''}")
             lines += [f"VIOLATED config: {wrong}" for wrong in self.wrong_sizes]
-        return "\n".join(lines + (self._zeros() if self.pattern.pattern else []))
+        return "\n".join(map(printable, lines + (self._zeros() if self.pattern.pattern else [])))
 
     def _zeros(self) -> list[str]:
         weights = sum(layer.weights for layer in self.layers)
@@ -115,7 +116,7 @@ class FolderCheck:
         extra = sum(layer.extra_zeros for layer in self.layers)
         bad = [layer for layer in self.layers if layer.violations]
         lines = [
-            f"{len(self.layers)} layers, zeros {zeros:,} of {weights:,} weights ({zeros / weights:.3%}), "
+            f"{len(self.layers)} layers, zeros {zeros:,} of {weights:,} weights ({zeros / max(weights, 1):.3%}), "
             f"{extra:,} of them beyond the pattern"
         ]
         lines += [f"VIOLATED {layer.name}: {layer.violations:,} zeros missing" for layer in bad[:20]]
@@ -165,6 +166,7 @@ def open_pruned(
     Raises:
         InputError: no model folder, or neither a report nor a pattern.
     """
+    folder = user_path(folder)
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}", "name a model folder")
     sparsity, scope, only, skip = selection.sparsity, selection.scope, selection.only, selection.skip

@@ -113,6 +113,13 @@ class Checkpoint(Mapping[str, Tensor]):
                 "use a checkpoint saved from a causal language model, of the class its config names",
             )
         for name, source in self._sources.items():
+            for disk in source.names:
+                own = self.folder.entries[disk].dtype
+                if state[name].is_floating_point() and not own.is_floating_point:
+                    raise InputError(
+                        f"{disk!r} is stored as {str(own).removeprefix('torch.')}, but {name!r} must be floating-point",
+                        "use the unquantised checkpoint",
+                    )
             if source.converter is None and (found := self.folder.entries[source.names[0]].shape) != state[name].shape:
                 raise InputError(
                     f"{name!r} is {tuple(found)} on disk but {tuple(state[name].shape)} in the config",
@@ -172,7 +179,8 @@ class Checkpoint(Mapping[str, Tensor]):
         """Read every tensor once; returns the SHA-256 of names and contents.
 
         Raises:
-            InputError: naming the first tensor that holds NaN or Inf, or cannot be read.
+            InputError: naming the first tensor that holds NaN or Inf, would in the dtype of the result, or cannot be
+                read.
         """
         digest = hashlib.sha256()
         for name in self.folder:
@@ -182,7 +190,14 @@ class Checkpoint(Mapping[str, Tensor]):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().data)
             if tensor.is_floating_point() and tensor.numel():
-                low, high = torch.aminmax(tensor)
-                if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                extremes = torch.stack(torch.aminmax(tensor))
+                if not bool(torch.isfinite(extremes).all()):
                     raise InputError(f"the weights of {name!r} hold NaN or Inf", "use an undamaged checkpoint")
+                if not bool(torch.isfinite(stored := self.stored(extremes)).all()):
+                    kind = str(stored.dtype).removeprefix("torch.")
+                    raise InputError(
+                        f"the weights of {name!r} reach {float(extremes.abs().max()):,.0f}, "
+                        f"the largest {kind} is {torch.finfo(stored.dtype).max:,.0f}",
+                        "store them in another type, such as --dtype bfloat16",
+                    )
         return digest.hexdigest()

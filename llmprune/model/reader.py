@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmprune.errors import InputError
+from llmprune.runtime.foreign import JSON_BYTES, check_inside, open_regular, parse_json, read_json, reading, reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,7 +25,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """File, dtype, shape and size in bytes of one tensor."""
+    """File, dtype, shape and size in bytes of one tensor; uint8 stands for dtypes that no parameter may have."""
 
     file: Path
     dtype: torch.dtype
@@ -44,6 +45,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         self.entries: dict[str, Entry] = {}
         wanted = _index(folder)
         for file in sorted(set(wanted.values())) if wanted else [folder / SINGLE]:
+            check_inside(file, folder)
             self.entries.update(read_header(file))
         for name, file in wanted.items():
             if name not in self.entries or self.entries[name].file != file:
@@ -105,11 +107,10 @@ def read_index(path: Path) -> dict[str, Path]:
     Raises:
         InputError: it is damaged, or points outside its folder.
     """
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    with reading(f"{path} is not a safetensors index", _DOWNLOAD_AGAIN):
+        check_inside(path, path.parent)
+        weight_map = read_json(path, unique=True)["weight_map"]
         items = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is not a safetensors index: {error!r}", _DOWNLOAD_AGAIN) from error
     for _, file in items:
         if Path(file).name != file or file in {"", ".", ".."} or "\\" in file:
             raise InputError(f"{path} points outside its folder: {file!r}", "do not use this checkpoint")
@@ -123,20 +124,18 @@ def read_header(file: Path) -> dict[str, Entry]:
         InputError: the file is missing, truncated, or not safetensors.
     """
 
-    def bad(reason: str) -> InputError:
-        return InputError(f"{file} is not a whole safetensors file: {reason}", _DOWNLOAD_AGAIN)
+    def bad(why: str) -> InputError:
+        return InputError(f"{file} is not a whole safetensors file: {why}", _DOWNLOAD_AGAIN)
 
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or not 2 <= length <= min(size - 8, 100 * 2**20):
-                raise bad(f"its header claims {length} bytes of {size}")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise bad(error.strerror or str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise bad("its header is no JSON") from error
+            if size < 8 or not 2 <= length <= min(size - 8, JSON_BYTES):
+                raise bad(f"its header claims {length:,} bytes of {size:,}, the most are {JSON_BYTES:,}")
+            header = parse_json(stream.read(length), unique=True)
+    except (OSError, ValueError) as error:
+        raise bad(reason(error)) from error
     entries, end = {}, 0
     try:
         header.pop("__metadata__", None)
@@ -145,7 +144,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             dtype = _DTYPES.get(item["dtype"], torch.uint8)
             entries[name] = Entry(file, dtype, tuple(int(n) for n in item["shape"]), stop - start)
             end = max(end, stop)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise bad("its header has the wrong form") from error
     if 8 + length + end != size:
         raise bad(f"it has {size} bytes, its header says {8 + length + end}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import InputError, first_line
+from llmprune.errors import InputError
 from llmprune.model.blocks import find_blocks
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.reader import SafetensorsFolder
+from llmprune.runtime.foreign import reading
 from llmprune.runtime.memory import mmap_large_allocations
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class Skeleton:
         self.config = config
         self.compute = compute
         self.device = device or torch.device("cpu")
+        check_sizes(config, folder)
         self.model = build_on_meta(config, compute, trust_remote_code)
         self.checkpoint = Checkpoint(folder, self.model, dtype)
         self.block_path, self.blocks = find_blocks(self.model)
@@ -132,6 +135,31 @@ class Skeleton:
             owner._buffers[attribute] = tensor
 
 
+SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+
+
+def check_sizes(config: PreTrainedConfig, folder: SafetensorsFolder) -> None:
+    """Compare what a config announces with what is there, before anything of that size is made.
+
+    Raises:
+        InputError: a size that is no number of at least 0, or larger than the number of weights, or of tensors.
+    """
+    weights = sum(math.prod(entry.shape) for entry in folder.entries.values())
+    text = config.get_text_config()
+    for key in SIZES:
+        value = getattr(text, key, None)
+        most = len(folder) if key == "num_hidden_layers" else weights
+        for size in value if isinstance(value, list | tuple) else [value]:
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= most):
+                raise InputError(
+                    f"the config says {key} {str(size)[:40]}, but {len(folder)} tensors hold {weights:,} weights",
+                    "the config does not belong to these weights",
+                )
+
+
 def build_on_meta(config: PreTrainedConfig, compute: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the causal language model of `config` without allocating its weights.
 
@@ -141,14 +169,15 @@ def build_on_meta(config: PreTrainedConfig, compute: torch.dtype, trust_remote_c
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=compute, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"model type {config.model_type!r} cannot be built as a causal language model: {first_line(error)[:300]}",
+    with (
+        reading(
+            f"model type {config.model_type!r} cannot be built as a causal language model",
             "llmprune prunes decoder-only language models; remote code needs --trust-remote-code",
-        ) from error
+        ),
+        init_empty_weights(include_buffers=False),
+    ):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=compute, trust_remote_code=trust_remote_code
+        )
+    model.config.return_dict = True  # a config may ask for bare tuples
     return model.eval().requires_grad_(False)

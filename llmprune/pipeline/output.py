@@ -12,6 +12,7 @@ from llmprune.pruning.sparsity import Sparsity
 from llmprune.reporting.html_report import PAGE
 from llmprune.reporting.model_card import SPEED
 from llmprune.reporting.report import FILE, PruneReport
+from llmprune.runtime.foreign import user_path
 from llmprune.runtime.ownership import check_ours, regular_files
 from llmprune.runtime.redact import base_name
 
@@ -41,7 +42,7 @@ def output_folder(job: Job, sparsity: Sparsity) -> Path:
         model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
         out = Path(f"{model or 'model'}-{job.label}-{_spelled(sparsity.name)}")
     else:
-        out = job.out
+        out = user_path(job.out)
     try:
         # A link stays a link: its target is replaced.
         out = Path(os.path.realpath(out.expanduser()))

@@ -22,6 +22,7 @@ from llmprune.pipeline.workdir import check_finished
 from llmprune.progress import Progress
 from llmprune.pruning.recipe import Recipe
 from llmprune.runtime.device import pick_device
+from llmprune.runtime.foreign import user_path
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.sources.demo import default_cache
 from llmprune.sources.generated import generation_batch_size
@@ -63,8 +64,8 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> Run
     """
     procedure = resolve(job, group)
     sparsity, recipe, solver = procedure.sparsity, procedure.recipe, procedure.solver
-    cache = job.cache_dir or default_cache()
-    out = output_folder(job, sparsity)
+    cache = user_path(job.cache_dir or default_cache())
+    out = user_path(output_folder(job, sparsity))
     device = pick_device(job.device)
     set_threads(job.threads)
     source = open_source(
@@ -190,7 +191,7 @@ def _positions(source: Source) -> int:
 def _data(job: Job, source: Source, cache: Path, progress: Progress) -> Data:
     """The calibration and evaluation tokens."""
     text = source.config.get_text_config()
-    calib = Path(job.calibration_source)
+    calib = user_path(job.calibration_source)
     frozen = calib.suffix == ".safetensors"
     tokenizer = None if frozen and not job.evaluate else load_tokenizer(source, job.trust_remote_code)
     if frozen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -27,7 +26,8 @@ from llmprune.reporting.html_report import PAGE, write_report
 from llmprune.reporting.model_card import FILE as CARD
 from llmprune.reporting.model_card import model_card
 from llmprune.reporting.report import FILE, BlockReport, LayerReport, PruneReport
-from llmprune.runtime.files import write_json
+from llmprune.runtime.files import write_json, write_text
+from llmprune.runtime.foreign import read_json
 from llmprune.runtime.memory import peak_memory, resident_memory
 from llmprune.runtime.ownership import regular_files
 from llmprune.runtime.redact import base_name, redacted_command
@@ -256,7 +256,7 @@ def explosion(run: RunContext, dense: Perplexity, pruned: Perplexity) -> str:
 def write_companions(run: RunContext, report: PruneReport) -> None:
     """Everything in the folder besides the weights."""
     copy_companions(run.source.folder, run.unfinished)
-    config = json.loads((run.source.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(run.source.folder / "config.json")
     for leftover in ("quantization_config", "compression_config", "sparsity_config"):
         config.pop(leftover, None)
     if run.structure.changes:
@@ -271,7 +271,7 @@ def write_companions(run: RunContext, report: PruneReport) -> None:
         "dense": run.skeleton.checkpoint.folder.nbytes,
         "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
     }
-    (run.unfinished / CARD).write_text(model_card(report, run.source.folder), encoding="utf-8")
+    write_text(run.unfinished / CARD, model_card(report, run.source.folder))
     written, _ = regular_files(run.unfinished)
     report.files = sorted({FILE, PAGE, *(path.relative_to(run.unfinished).as_posix() for path in written)})
     write_report(report, run.unfinished)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+
+from llmprune.reporting.words import escape
 
 WIDTH, LEFT, RIGHT = 760, 60, 12
 CELL, HEIGHT = 22, 170

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from llmprune.reporting.words import (
     calibration_text,
     coverage_text,
     duration,
+    escape,
     evaluation_text,
     perplexity_text,
     pruned_text,
     recipe_text,
     size,
 )
-from llmprune.runtime.files import replacing, write_json
+from llmprune.runtime.files import replacing, write_json, write_text
 
 PAGE = "prune_report.html"
 STATS = {
@@ -76,7 +76,7 @@ def write_report(report: PruneReport, folder: Path) -> None:
     """
     write_json(folder / FILE, {**report.to_json(), "out": Path(report.out).name})
     with replacing(folder / PAGE) as temporary:
-        temporary.write_text(report_page(report), encoding="utf-8")
+        write_text(temporary, report_page(report))
 
 
 def report_page(report: PruneReport) -> str:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from llmprune.errors import InputError
+from llmprune.errors import printable
 from llmprune.reporting.report import PruneReport
-from llmprune.reporting.words import calibration_text, error_text, evaluation_text, perplexity_text, recipe_text, size
+from llmprune.reporting.words import (
+    calibration_text,
+    error_text,
+    evaluation_text,
+    markdown,
+    perplexity_text,
+    recipe_text,
+    size,
+)
+from llmprune.runtime.foreign import read_json, read_text, reading
 from llmprune.runtime.redact import without_paths
 from llmprune.sources.texts import DATASETS
 
@@ -54,15 +62,15 @@ def model_card(report: PruneReport, source: Path) -> str:
         report: the run.
         source: folder of the dense model; its card gives licence, language and base model.
     """
-    name, zeros = Path(report.out).name, report.sparsity["fraction"] > 0
-    rows = "\n".join(f"| {key} | {value} |" for key, value in _facts(report))
+    name, zeros = printable(Path(report.out).name), report.sparsity["fraction"] > 0
+    rows = "\n".join(f"| {markdown(key)} | {markdown(value)} |" for key, value in _facts(report))
     parts = [
         f"---\n{_metadata(report, source, name)}\n---",
         f"# {name}",
-        f"{_origin(report, source)} pruned with llmprune {report.llmprune}: {report.sparsity['meaning']}, "
+        f"{markdown(_origin(report, source))} pruned with llmprune {report.llmprune}: {report.sparsity['meaning']}, "
         f"by {recipe_text(report.recipe)}.",
         f"| | |\n|---|---|\n{rows}",
-        *(f"> {warning}" for warning in report.warnings),
+        *(f"> {markdown(warning)}" for warning in report.warnings),
         "## Load",
         LOAD.format(name=name, zeros=ZEROS if zeros else "", note=report.sparsity["note"]),
         "## How it was made",
@@ -85,8 +93,9 @@ def card_for(folder: Path, report: PruneReport, repo: str) -> str:
     Raises:
         InputError: `speed.json` is no result of `eval.speed`.
     """
-    path, local = folder / FILE, Path(report.out).name
-    text = path.read_text(encoding="utf-8") if path.exists() else model_card(report, folder)
+    path, local = folder / FILE, printable(Path(report.out).name)
+    with reading(f"{path} cannot be read", "write it anew, or delete it"):
+        text = read_text(path) if path.exists() else model_card(report, folder)
     if (speed := folder / SPEED).exists():
         text = text.replace("\n## Load\n", f"\n## Speed\n\n{_speed(speed)}\n\n## Load\n", 1)
     for form in TITLES:
@@ -96,8 +105,8 @@ def card_for(folder: Path, report: PruneReport, repo: str) -> str:
 
 def _speed(path: Path) -> str:
     """The result of `eval.speed` as a table."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+    with reading(f"{path} is no result of eval.speed", "measure again, or delete it"):
+        found = read_json(path)
         settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items() if value is not None)
         kinds = {"speedup": ("pruned", ""), "sparse_speedup": ("sparse", " (sparse kernels)")}
         rows = [
@@ -107,8 +116,6 @@ def _speed(path: Path) -> str:
             if kind == "speedup" or kind in found
             for measure, ratio in found[kind].items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no result of eval.speed: {error}", "measure again, or delete it") from error
     head = "| | dense | pruned | pruned / dense (quartiles) |\n|---|--:|--:|--:|"
     return "\n".join([head, *rows, "", f"Measured side by side: {settings}."])
 
@@ -208,8 +215,10 @@ def _made(report: PruneReport) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     calibration = report.calibration
     seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
-    tokens = f"The calibration tokens (sha256 `{calibration['sha256']}`{seed}) come from {calibration['source']}."
+    tokens = (
+        f"The calibration tokens (sha256 `{calibration['sha256']}`{seed}) come from {markdown(calibration['source'])}."
+    )
     if more := calibration.get("self_generated"):
         tokens += f" The dense model generated {more} more windows (sha256 `{calibration['self_generated_sha256']}`)."
-    command = f"```\n{report.command}\n```\n\n" if report.command else ""
+    command = f"```\n{printable(report.command)}\n```\n\n" if report.command else ""
     return f"{command}{tokens} Made with {versions}."

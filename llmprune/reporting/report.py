@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import InputError
+from llmprune.pruning.recipe import Recipe
 from llmprune.reporting import words
+from llmprune.reporting.form import MOST_BLOCKS, fault
 from llmprune.reporting.schema import SCHEMA, upgraded
+from llmprune.runtime.foreign import about, check_inside, read_json, reading
 
 FILE = "prune_report.json"
 
@@ -123,16 +124,18 @@ class PruneReport:
         Raises:
             InputError: it is missing, damaged, or newer than this version of llmprune.
         """
-        try:
-            return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
-        except InputError as error:
-            raise InputError(f"{folder / FILE}: {error.message}", error.hint) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise InputError(
-                f"{folder / FILE} is no report of llmprune: {reason}",
-                "name a folder that llmprune wrote, or say what it holds: --sparsity",
-            ) from error
+        hint = "name a folder that llmprune wrote, or say what it holds: --sparsity"
+        with reading(f"{folder / FILE} is no report of llmprune", hint):
+            check_inside(folder / FILE, folder)
+            with about(folder / FILE):
+                value = upgraded(read_json(folder / FILE))
+            if wrong := fault(value):
+                raise ValueError(wrong)
+            report = cls.from_json(value)
+            Recipe.from_report(report.recipe).describe()
+            if any(split_name(layer.name)[0] > MOST_BLOCKS for layer in report.layers):
+                raise ValueError(f"it names more than {MOST_BLOCKS:,} blocks")
+            return report
 
     @property
     def mean_error(self) -> float:
@@ -159,5 +162,5 @@ class PruneReport:
         rows["time"] = words.duration(self.seconds.get("total", 0))
         rows |= {f"warning {number}": text for number, text in enumerate(self.warnings, 1)}
         rows["saved to"] = self.out
-        cells = (f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items())
+        cells = (f"<tr><th>{words.escape(key)}</th><td>{words.escape(value)}</td></tr>" for key, value in rows.items())
         return f"<table>{''.join(cells)}</table>"

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmprune.errors import printable
 from llmprune.pruning.recipe import Recipe
 
 if TYPE_CHECKING:
     from llmprune.reporting.report import PruneReport
+
+
+def escape(text: object) -> str:
+    """A text for a page: printable, and no markup."""
+    return html.escape(printable(text))
+
+
+def markdown(text: object) -> str:
+    """A text for a card: printable, in one line, and no markup."""
+    return re.sub(r"([\\`|<\[\]])", r"\\\1", printable(text))
 
 
 def duration(seconds: float) -> str:

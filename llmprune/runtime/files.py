@@ -49,7 +49,12 @@ def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        write_text(temporary, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8; bytes of a file name that are none stand escaped, in JSON as JSON escapes them."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from llmprune.errors import InputError
@@ -25,6 +26,11 @@ def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[Path], N
         InputError: the cache cannot be written.
     """
     making = path.with_name(f".{path.name}.making")
+    for left in path.parent.glob(".*.making"):
+        # Of an entry that may never be asked for again; one that another process fills is locked.
+        if left != making:
+            with suppress(InputError, OSError), scratch_folder(left):
+                pass
     if is_there() and not os.path.lexists(making):
         return path
     try:

@@ -98,7 +98,9 @@ def generate(
 
 def _more(skeleton: Skeleton, given: Tensor, settings: GenerationConfig) -> Tensor:
     try:
-        found = skeleton.model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)
+        found = skeleton.model.generate(
+            given, attention_mask=torch.ones_like(given), generation_config=settings, trust_remote_code=False
+        )
     except Exception as error:
         if out_of_memory(error):
             raise

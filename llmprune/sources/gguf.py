@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import InputError, first_line
+from llmprune.errors import InputError
 from llmprune.progress import Progress
+from llmprune.runtime.foreign import reading
 from llmprune.sources.cache import make_once
+from llmprune.sources.gguf_header import GgufHeader, read_gguf_header
+
+RULES = 2
+"""Raised where files that were converted before must be converted anew."""
 
 
 def cached_gguf(file: Path, cache: Path, progress: Progress) -> Path:
     """The converted folder of a GGUF file, made the first time; another size or date makes another folder."""
     stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{RULES}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache / f"{file.stem}-{key}"
     return make_once(folder, (folder / "config.json").exists, lambda new: convert_gguf(file, new, progress), progress)
 
 
-def count_weights(file: Path) -> int:
-    """Number of weights in a GGUF file, from its header.
+def check_gguf(file: Path) -> GgufHeader:
+    """The header of a GGUF file whose sizes are those of what it holds.
 
     Raises:
-        InputError: the file is no GGUF file.
+        InputError: the file is no GGUF file, damaged, or announces more than is there.
     """
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-        return sum(math.prod(int(n) for n in tensor.shape) for tensor in reader.tensors)
-    except (ValueError, OSError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as error:
-        raise InputError(f"{file} is not a readable GGUF file: {error}", "download it again") from error
+    with reading(f"{file} is not a readable GGUF file", "download it again"):
+        header = read_gguf_header(file)
+        if wrong := header.contradiction():
+            raise ValueError(wrong)
+    return header
 
 
 def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
@@ -44,7 +46,8 @@ def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
     Raises:
         InputError: transformers cannot read this architecture from GGUF, or the disk cannot hold it.
     """
-    weights = count_weights(file)
+    header = check_gguf(file)
+    weights = header.weights
     progress.note(
         f"converting {file.name} to safetensors once: {weights / 1e6:.0f} M weights, "
         f"about {4 * weights / 2**30:.1f} GiB on disk and {8 * weights / 2**30:.1f} GiB of memory"
@@ -58,7 +61,7 @@ def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
         )
     folder.mkdir()
     with _bar_replaced(progress):
-        _convert(file, folder)
+        _convert(file, folder, header)
 
 
 @contextmanager
@@ -81,22 +84,50 @@ def _bar_replaced(progress: Progress) -> Iterator[None]:
         reader.tqdm = bar
 
 
-def _convert(file: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path, header: GgufHeader) -> None:
+    """Convert a file into an empty folder; transformers is pointed there too, for beside the file may lie others.
+
+    Raises:
+        InputError: a tensor is missing, holds NaN or Inf, or transformers cannot read the file.
+    """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-    except (ValueError, KeyError, NotImplementedError, OSError, ImportError) as error:
+    where: dict[str, Any] = {"gguf_file": str(file.resolve()), "local_files_only": True}
+    # Kept in the blocks of the file, weights would be multiplied by a kernel that comes from the Hub.
+    plain = getattr(transformers, "GgufConfig", None)
+    unpacked = {"quantization_config": plain(dequantize=True)} if plain else {}
+    with reading(f"transformers cannot read {file.name}", "use the model's safetensors folder instead"):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **where, **unpacked
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+    if missing := sorted(loaded["missing_keys"]):
+        # They were given random values.
         raise InputError(
-            f"transformers cannot read {file.name}: {first_line(error)[:200]}",
-            "use the model's safetensors folder instead",
-        ) from error
+            f"{file.name} lacks {len(missing)} tensors of {type(model).__name__}, first "
+            f"{_gguf_name(missing[0], header)!r}",
+            "download it again; a file of several parts has to be joined first",
+        )
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"the weights of {name!r} in {file.name} hold NaN or Inf", "use an undamaged file")
     # The weights are plain floats now; what remains of the source's quantisation would only mislead loaders.
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     model.config._name_or_path = ""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _gguf_name(parameter: str, header: GgufHeader) -> str:
+    """A parameter's name in the file, as far as it is known."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    known = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    architecture = header.values.get("general.architecture")
+    if architecture not in known:
+        return parameter
+    blocks = int(header.values.get(f"{architecture}.block_count", 0))
+    return get_tensor_name_map(known[architecture], blocks).get_name(parameter, (".weight", ".bias")) or parameter

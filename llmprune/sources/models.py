@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import InputError, first_line
 from llmprune.progress import Progress
+from llmprune.runtime.foreign import check_folder, read_json, reading, user_path
 from llmprune.sources.demo import demo_model
 from llmprune.sources.gguf import cached_gguf
 from llmprune.sources.network import HUB_SECONDS, check_token, hub_reachable, is_unreachable, within
@@ -17,7 +17,18 @@ from llmprune.sources.network import HUB_SECONDS, check_token, hub_reachable, is
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
+_WANTED = [
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +55,15 @@ def open_source(name: str, *, revision: str | None, cache: Path, trust_remote_co
         InputError: it is missing, unreachable, or another kind of model.
     """
     folder, commit = _locate(name, revision, cache, progress)
-    _refuse_adapters(folder)
-    return Source(name, folder, commit, _config(folder, trust_remote_code))
+    check_model_folder(folder)
+    return Source(name, folder, commit, _decoder_config(folder, trust_remote_code))
 
 
 def _locate(name: str, revision: str | None, cache: Path, progress: Progress) -> tuple[Path, str]:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name == "demo" and not path.is_dir():
         return demo_model(cache, progress), ""
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         if path.suffix.lower() == ".gguf":
             return cached_gguf(path, cache, progress), ""
         raise InputError(
@@ -135,10 +146,17 @@ def _cached_snapshot(name: str, revision: str | None) -> tuple[Path, str]:
     return folder, folder.name
 
 
-def _refuse_adapters(folder: Path) -> None:
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+def check_model_folder(folder: Path) -> None:
+    """Check what may be read of a model folder, before anything is.
+
+    Raises:
+        InputError: it is none, has files that are not to be read, or an adapter, which loaders would apply.
+    """
+    check_folder(folder)
+    if (folder / "adapter_config.json").exists():
+        what = "a model with a PEFT adapter beside it" if (folder / "config.json").exists() else "a PEFT adapter"
         raise InputError(
-            f"{folder} is a PEFT adapter, not a model",
+            f"{folder} is {what}, not a model",
             "merge it into its base model first: PeftModel.merge_and_unload(), then save_pretrained()",
         )
     if not (folder / "config.json").exists():
@@ -147,43 +165,63 @@ def _refuse_adapters(folder: Path) -> None:
         )
 
 
-def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it holds no object")
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(
-            f"{folder / 'config.json'} cannot be used: {error}", "download or save the model again"
-        ) from error
-    if "auto_map" in raw and not trust_remote_code and not _is_known(raw.get("model_type")):
-        raise InputError(
-            f"{folder} needs code of its own to run (model type {raw.get('model_type')!r})",
-            "read that code, then add --trust-remote-code if you trust it",
-        )
+def _decoder_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a decoder-only language model with unquantised weights."""
+    raw = _config_file(folder)
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
             method = raw[key].get("quant_method", key) if isinstance(raw[key], dict) else key
             raise InputError(
                 f"the model is already quantised ({method})", "prune the original model, then quantise the result"
             )
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:
-        raise InputError(
-            f"transformers does not understand the config of {folder}: {first_line(error)[:200]}",
-            "a newer transformers may know this model type",
-        ) from error
+    config = read_config(folder, trust_remote_code)
     _refuse_non_decoders(config)
     return config
 
 
-def _is_known(model_type: object) -> bool:
+def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a model folder.
+
+    Raises:
+        InputError: it is no such folder, has files that are not to be read, or needs code of its own that must not run.
+    """
+    from transformers import AutoConfig
+
+    check_model_folder(folder)
+    if not trust_remote_code and (code := _code_of(_config_file(folder))):
+        raise InputError(
+            f"{folder} needs code of its own to run ({code})",
+            "read that code, then add --trust-remote-code if you trust it",
+        )
+    with reading(
+        f"transformers does not understand the config of {folder}", "a newer transformers may know this model type"
+    ):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    return config
+
+
+def _config_file(folder: Path) -> dict[str, Any]:
+    with reading(f"{folder / 'config.json'} cannot be used", "download or save the model again"):
+        return read_json(folder / "config.json")
+
+
+def _code_of(config: Any) -> str:
+    """What in a config file asks for code that is no part of transformers, or ''."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return model_type in CONFIG_MAPPING_NAMES
+    if not isinstance(config, dict):
+        return ""
+    kind = config.get("model_type")
+    if "auto_map" in config and not (isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES):
+        return f"model type {kind!r}"
+    # A name with a slash is a kernel on the Hub.
+    kernels = [config.get(key) for key in ("attn_implementation", "_attn_implementation", "experts_implementation")]
+    kernels += [inner for kernel in kernels if isinstance(kernel, dict) for inner in kernel.values()]
+    if kernel := next((kernel for kernel in kernels if isinstance(kernel, str) and "/" in kernel), ""):
+        return f"kernel {kernel!r}"
+    return next(filter(None, map(_code_of, config.values())), "")
 
 
 def _refuse_non_decoders(config: PreTrainedConfig) -> None:
@@ -208,13 +246,11 @@ def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokeniz
     """
     from transformers import AutoTokenizer
 
-    try:
+    with reading(
+        f"{source.folder} has no tokenizer that transformers can load",
+        "copy the tokenizer files into the folder, or use ready-made tokens: --calib FILE.safetensors --no-eval",
+    ):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:
-        raise InputError(
-            f"{source.folder} has no tokenizer that transformers can load: {first_line(error)[:200]}",
-            "copy the tokenizer files into the folder, or use ready-made tokens: --calib FILE.safetensors --no-eval",
-        ) from error
     return tokenizer

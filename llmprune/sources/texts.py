@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmprune.errors import InputError
 from llmprune.progress import Progress
+from llmprune.runtime.foreign import open_regular, reason, user_path
 from llmprune.sources.demo import CALIBRATION_YEARS, EVALUATION_YEARS, sotu_text
 from llmprune.sources.network import HUB_SECONDS, check_token, hub_reachable, within
 
@@ -71,7 +72,7 @@ def read_text(source: str, role: str, tokens: int, seed: int, cache: Path, progr
     Raises:
         InputError: missing, empty or binary file, unknown name.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if source == "sotu" and not path.exists():
         return sotu_text(CALIBRATION_YEARS if role == "calibration" else EVALUATION_YEARS, cache, progress)
     if source in DATASETS and not path.exists():
@@ -92,15 +93,13 @@ def read_file(path: Path) -> str:
     Raises:
         InputError: missing, empty, binary, not UTF-8, or no file at all.
     """
-    if path.is_char_device() or path.is_block_device():
-        raise InputError(f"{path} is a device", "name a plain text file")
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8")
+        with open_regular(path) as stream:
+            text = stream.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "convert it to UTF-8 plain text") from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", "name a readable text file") from error
+        raise InputError(f"{path} cannot be read: {reason(error)}", "name a readable text file") from error
     if "\0" in text:
         raise InputError(f"{path} is a binary file", "name a plain text file")
     if not text.strip():

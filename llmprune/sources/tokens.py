@@ -17,6 +17,7 @@ from torch import Tensor
 from llmprune.errors import InputError
 from llmprune.progress import Progress
 from llmprune.runtime.files import replacing
+from llmprune.runtime.foreign import open_regular, parse_json, reading
 from llmprune.runtime.redact import base_name, without_paths
 from llmprune.sources.texts import read_text
 
@@ -136,14 +137,15 @@ def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary
     Raises:
         InputError: no token file, too few or too short windows, ids beyond the vocabulary.
     """
-    try:
+    with reading(f"{path} is no token file", "make one with `python -m calib`"):
+        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})[METADATA])
+            metadata = parse_json((file.metadata() or {})[METADATA])
             tokens = file.get_tensor("tokens").clone()
         metadata.pop("recipe", None)
         kept = Provenance(**metadata)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no token file: {error}", "make one with `python -m calib`") from error
+        if not isinstance(kept.source, str) or not isinstance(kept.seed, int | None):
+            raise ValueError(f"its source is {kept.source!r}, its seed {kept.seed!r}")
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel():
         raise InputError(
             f"{path} holds {tokens.dtype} of shape {tuple(tokens.shape)}, not int64 (samples, seq_len)", "make it again"

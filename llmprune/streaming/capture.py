@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, PruneError
 from llmprune.model.skeleton import Skeleton
+from llmprune.runtime.foreign import reason
+from llmprune.runtime.oom import out_of_memory
 from llmprune.streaming.activations import Activations
 from llmprune.streaming.batch import Batch, Call, StopForward, own_state
 from llmprune.streaming.batch_shards import Shard, whole_batches
@@ -101,6 +103,27 @@ def capture_block_inputs(
     return BlockInputs(batches, wrap)
 
 
+def _run(skeleton: Skeleton, tokens: Tensor) -> Any:
+    """What the model returns, or None where its replaced blocks end the forward.
+
+    Raises:
+        InputError: it cannot run with the settings of its config.
+    """
+    try:
+        return skeleton.model(input_ids=tokens.to(skeleton.device), use_cache=False)
+    except StopForward:
+        return None
+    except PruneError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(
+            f"{type(skeleton.model).__name__} cannot run with the settings of its config: {reason(error)}",
+            "the config is damaged, or of another version of the model",
+        ) from error
+
+
 def _record(skeleton: Skeleton, tokens: Tensor, wrap: Wrap) -> tuple[Tensor, list[Call]]:
     calls: list[Call] = []
     seen: list[Tensor] = []
@@ -118,10 +141,7 @@ def _record(skeleton: Skeleton, tokens: Tensor, wrap: Wrap) -> tuple[Tensor, lis
         return record
 
     with _forwards_replaced(skeleton.blocks, recorder):
-        try:
-            skeleton.model(input_ids=tokens.to(skeleton.device), use_cache=False)
-        except StopForward:
-            pass
+        _run(skeleton, tokens)
     if len(calls) != len(skeleton.blocks) or any(hidden.data_ptr() != seen[0].data_ptr() for hidden in seen):
         raise InputError(
             f"{type(skeleton.model).__name__} does not call its {len(skeleton.blocks)} blocks one after the other",
@@ -144,10 +164,7 @@ def _probe_output(skeleton: Skeleton, sample: Tensor) -> Wrap:
         return run
 
     with skeleton.loaded(skeleton.block_parameters(0)), _forwards_replaced(skeleton.blocks, stop_after_first):
-        try:
-            skeleton.model(input_ids=sample.to(skeleton.device), use_cache=False)
-        except StopForward:
-            pass
+        _run(skeleton, sample)
     output = outputs[0]
     return Wrap(None if isinstance(output, Tensor) else tuple(output[1:]))
 
@@ -163,6 +180,6 @@ def logits(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Wrap) -> Te
         wrap: the blocks' return convention.
     """
     with _forwards_replaced(skeleton.blocks, lambda _: lambda *args, **kwargs: wrap(hidden)):
-        result = skeleton.model(input_ids=tokens.to(skeleton.device), use_cache=False).logits
+        result = _run(skeleton, tokens).logits
     assert isinstance(result, Tensor)
     return result

@@ -21,6 +21,7 @@ from helpers import (
     toy_block,
     with_entry,
     with_header,
+    without_header,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,6 +45,14 @@ def single(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def twice(raw: bytes) -> bytes:
+    """A file whose header has the first tensor's entry twice."""
+    header, data = without_header(raw)
+    entry = json.dumps(header["a"])
+    text = f'{{"a":{entry},"b":{json.dumps(header["b"])},"a":{entry}}}'.encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "zero length": lambda raw: b"",
     "seven bytes": lambda raw: raw[:7],
@@ -55,6 +64,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "absurd header length": lambda raw: struct.pack("<Q", 2**63) + raw[8:],
     "all ones": lambda raw: b"\xff" * 8 + raw[8:],
     "header length zero": lambda raw: struct.pack("<Q", 0) + raw[8:],
+    "a name twice": twice,
     "corrupt JSON": lambda raw: raw[:8] + b"}" + raw[9:],
     "no UTF-8": lambda raw: raw[:9] + b"\xff\xfe" + raw[11:],
     "deep JSON": lambda raw: struct.pack("<Q", 200_000) + b"[" * 200_000,

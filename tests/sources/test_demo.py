@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quantize
+from gguf_files import write_gguf
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -226,54 +226,8 @@ def test_one_block_of_it_is_pruned_verified_and_reloaded(demo: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama in Q8_0 with a tokenizer, written by gguf's own writer."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
-    hidden, blocks, vocabulary = 64, 2, 300
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokens += [f"▁word{number}" for number in range(vocabulary - len(tokens))]
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(blocks)
-    writer.add_context_length(128)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(vocabulary)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([-float(number) for number in range(vocabulary)])
-    writer.add_token_types([2, 3, 3, *([6] * 256), *([1] * (vocabulary - 259))])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    random = np.random.default_rng(0)
-
-    def add(name: str, *shape: int) -> None:
-        values = random.normal(0, 0.2, shape).astype(np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(name, np.ones(shape, np.float32))
-        else:
-            kind = GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
-
-    add("token_embd.weight", vocabulary, hidden)
-    add("output_norm.weight", hidden)
-    add("output.weight", vocabulary, hidden)
-    for block in range(blocks):
-        prefix = f"blk.{block}"
-        for name, *shape in (
-            ("attn_norm", hidden), ("attn_q", hidden, hidden), ("attn_k", hidden // 2, hidden),
-            ("attn_v", hidden // 2, hidden), ("attn_output", hidden, hidden), ("ffn_norm", hidden),
-            ("ffn_gate", 96, hidden), ("ffn_up", 96, hidden), ("ffn_down", hidden, 96),
-        ):  # fmt: skip
-            add(f"{prefix}.{name}.weight", *shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    """A tiny random Llama in Q8_0 with a tokenizer."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf")
 
 
 class Notes(Progress):
