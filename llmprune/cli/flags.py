@@ -22,7 +22,7 @@ exit codes:
   1    the run failed, or `verify` found a violation; --out is as it was. Or the upload
        failed: the pruned folder is whole, and `llmprune push` repeats the upload
   2    bad input; --out is as it was
-  130  interrupted; --out is as it was
+  130  interrupted; --out is as it was, or complete where the message says so
 After 1 and 130, finished blocks are kept: the same command goes on from there.
 """
 EXAMPLES = """\

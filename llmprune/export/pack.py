@@ -265,8 +265,6 @@ def new_folder(out: Path, source: Path) -> Iterator[Path]:
         PruneError: it cannot be written.
     """
     out = Path(os.path.realpath(user_path(out)))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already", "choose another --out, or remove it")
     if source.resolve() in out.parents:
         raise InputError(f"{out} lies inside {source}", "choose another --out")
     try:

@@ -12,6 +12,7 @@ from llmprune.pruning.sparsity import Sparsity
 from llmprune.reporting.html_report import PAGE
 from llmprune.reporting.model_card import SPEED
 from llmprune.reporting.report import FILE, PruneReport
+from llmprune.runtime.files import is_occupied
 from llmprune.runtime.foreign import user_path
 from llmprune.runtime.ownership import check_ours, regular_files
 from llmprune.runtime.redact import base_name
@@ -65,11 +66,6 @@ def _may_be_of(report: PruneReport, job: Job, sparsity: Sparsity) -> bool:
     """Whether a report may be of a job, as far as is known before the model is opened."""
     names = {job.model, base_name(job.model)}
     return report.model.get("name") in names and report.sparsity.get("pattern") == sparsity.name
-
-
-def is_occupied(out: Path) -> bool:
-    """Whether something is in the place of the output that a rename would not replace."""
-    return out.is_dir() and any(out.iterdir())
 
 
 def exists_already(out: Path, difference: str = "") -> InputError:

@@ -13,12 +13,12 @@ import torch
 
 from llmprune.errors import InputError, PruneError, complete
 from llmprune.pipeline.context import RunContext
-from llmprune.pipeline.output import exists_already, is_occupied, output_folder
+from llmprune.pipeline.output import exists_already, output_folder
 from llmprune.pipeline.state import FORMAT, RESUME_HINT, STATE, VERSION, RunState, WorkerState, read_state
 from llmprune.pipeline.steps import check_weights
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport
-from llmprune.runtime.files import sha256, sync
+from llmprune.runtime.files import is_occupied, sha256, sync
 from llmprune.runtime.ownership import delete, own_folder, remove
 
 REPLACED = "replaced"

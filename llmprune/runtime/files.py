@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llmprune.errors import InputError
-from llmprune.runtime.ownership import scratch_folder
+from llmprune.runtime.ownership import regular_files, scratch_folder
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -58,29 +59,53 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def appearing_folder(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[Path]:
+def appearing_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill, hidden beside `path`; it gets that name if nothing is raised, else it is removed.
+
+    A process that is killed behind the renaming leaves the hidden folder without the new one in it. Then the work is
+    repeated, and the folder at `path` stays if it is the same.
 
     Args:
         path: missing, or an empty folder.
-        waiting: see `ownership.own_folder`.
 
     Raises:
         InputError: something else is there.
     """
-    with scratch_folder(hidden_beside(path), waiting):
-        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-            raise InputError(f"{path} exists already", "choose another name, or move it away")
-        new = hidden_beside(path) / path.name
+    hidden = path.with_name(f".{path.name}.new")
+    new = hidden / path.name
+    renamed = hidden.is_dir() and not new.exists()
+    if is_occupied(path) and not renamed:
+        raise _occupied(path)
+    with scratch_folder(hidden):
         new.mkdir()
         yield new
-        os.replace(new, path)
-        sync(path.parent)
+        if not is_occupied(path):
+            os.replace(new, path)
+            sync(path.parent)
+        elif not same_files(new, path):
+            raise _occupied(path)
 
 
-def hidden_beside(path: Path) -> Path:
-    """The folder in which a folder grows until it is complete."""
-    return path.with_name(f".{path.name}.new")
+def is_occupied(path: Path) -> bool:
+    """Whether something is there that a rename must not replace: all but an empty folder."""
+    return os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir()))
+
+
+def _occupied(path: Path) -> InputError:
+    return InputError(f"{path} exists already", "choose another --out, or remove it")
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold regular files of the same names and bytes, and nothing else."""
+    found = [regular_files(folder) for folder in (one, other)]
+    names = [
+        [path.relative_to(folder) for path in files] for folder, (files, _) in zip((one, other), found, strict=True)
+    ]
+    return (
+        names[0] == names[1]
+        and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names[0])
+        and not any(others for _, others in found)
+    )
 
 
 def sha256(path: Path) -> str:

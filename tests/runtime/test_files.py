@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -58,11 +60,26 @@ def test_a_folder_that_holds_something_is_never_replaced(tmp_path: Path) -> None
                 (tmp_path / "out").mkdir()
                 (tmp_path / "out" / "old").write_text("old")
 
-    with pytest.raises(OSError, match="not empty"):
-        fill(meanwhile=True)
-    with pytest.raises(InputError, match="out exists already"):
-        fill(meanwhile=False)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    for meanwhile in (True, False):
+        with pytest.raises(InputError, match="out exists already"):
+            fill(meanwhile)
+        assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+@pytest.mark.parametrize("content", ["new", "old"])
+def test_a_folder_whose_maker_was_killed_in_the_last_moment_stays_if_it_is_the_same(
+    tmp_path: Path, content: str
+) -> None:
+    (tmp_path / ".out.new").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text(content)
+    stamp = (tmp_path / "out").stat().st_ino
+    refused = pytest.raises(InputError, match="exists already") if content == "old" else nullcontext()
+    with refused, appearing_folder(tmp_path / "out") as hidden:
+        (hidden / "file").write_text("new")
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out").stat().st_ino == stamp
+    assert (tmp_path / "out" / "file").read_text() == content
 
 
 def test_a_folder_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
