@@ -59,10 +59,10 @@ FORM: Mapping[str, Any] = {
     "recipe": {"*": _scalar},
     "calibration": {"source": _text, "samples": _whole, "seq_len": _whole, "seed": _scalar, "sha256": _text,
                     "*": _scalar},
-    "evaluation?": {
+    "evaluation": ({
         "source": _text, "samples": _whole, "seq_len": _whole, "dense": _PERPLEXITY, "pruned": _PERPLEXITY,
         "*": _scalar,
-    },
+    },),
     "coverage": {"block_parameters": _whole, "fraction": _finite, "skipped": {"*": _whole}, "*": _scalar},
     "layers": [{
         "name": _text, "shape": _shape, "pattern": _text, "pruned": _whole, "unpruned_zeros": _whole,
@@ -81,13 +81,15 @@ FORM: Mapping[str, Any] = {
     "out?": _text,
     "files?": [_text],
 }  # fmt: skip
-"""Keys of an object -> the form of their values; `x?` may be missing or null, `*` stands for all others."""
+"""Key -> form of its value; `x?` may be missing, `*` stands for all others, a value with `(form,)` may be null."""
 
 
 def fault(value: Any, form: Any = FORM, path: str = "") -> str:
     """What is wrong with the form of a report of the current schema, or ''."""
     if callable(form):
         return "" if form(value) else f"{path} is {_shown(value)}, not {WORDS[form]}"
+    if isinstance(form, tuple):
+        return fault(value, form[0], path) if value is not None else ""
     if isinstance(form, list):
         if not isinstance(value, list):
             return f"{path} is {_shown(value)}, not a list"
@@ -103,7 +105,7 @@ def _faults(value: Mapping[str, Any], form: Mapping[str, Any], path: str) -> Any
     for key, inner in form.items():
         name = key.removesuffix("?")
         known.add(name)
-        if name == "*" or (key != name and value.get(name) is None):
+        if name == "*" or (key != name and name not in value):
             continue
         if name not in value:
             yield f"{path or 'it'} has no {name!r}"

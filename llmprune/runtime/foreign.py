@@ -165,6 +165,8 @@ def user_path(text: str | Path) -> Path:
             str(path).encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError("it is not UTF-8, which some libraries cannot open") from error
+        if "\0" in str(path):
+            raise ValueError("it holds a null byte")
         path.exists()
         return path
 
