@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,14 @@ def test_imports_run_downwards_between_packages(module: str) -> None:
     rooms = {room(name.removeprefix("llmprune.")) for name in imports(module) if name.startswith("llmprune.")}
     above = {name for name in rooms - {room(module)} if FLOOR[name] >= FLOOR[room(module)]}
     assert not above
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {}
+    for module in MODULES:
+        names = {name.removeprefix("llmprune.") for name in imports(module) if name.startswith("llmprune.")}
+        graph[module] = {name if name in TREES else name.rpartition(".")[0] for name in names} - {module}
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("package", [path.parent for path in PACKAGE.glob("*/__init__.py")], ids=lambda p: p.name)

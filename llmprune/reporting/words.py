@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from llmprune.errors import printable
 from llmprune.pruning.recipe import Recipe
-
-if TYPE_CHECKING:
-    from llmprune.reporting.report import PruneReport
 
 
 def escape(text: object) -> str:
@@ -73,12 +70,38 @@ def coverage_text(coverage: Mapping[str, Any]) -> str:
     return text + (f"; left dense: {', '.join(dense)}" if dense else "")
 
 
-def pruned_text(report: PruneReport) -> str:
+class Figures(Protocol):
+    """The figures of a report that are put into words."""
+
+    recipe: dict[str, Any]
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The reports of the layers."""
+        ...
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in them."""
+        ...
+
+    @property
+    def pruned_ratio(self) -> float:
+        """Ratio of the pruned weights."""
+        ...
+
+    @property
+    def mean_error(self) -> float:
+        """Mean relative output error."""
+        ...
+
+
+def pruned_text(report: Figures) -> str:
     """The ratio of pruned weights in the pruned layers."""
     return f"{report.pruned_ratio:.2%} of {report.weights / 1e6:.1f} M weights in {len(report.layers)} layers"
 
 
-def error_text(report: PruneReport) -> str:
+def error_text(report: Figures) -> str:
     """The mean layer error; of layers with removed inputs also before and after compensation."""
     mean = f"{report.mean_error:.4f}"
     found = [
