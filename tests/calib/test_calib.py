@@ -106,7 +106,7 @@ def test_a_mix_has_the_windows_of_its_weights(tmp_path: Path, tokenizer: Any) ->
     found = made(recipe, tokenizer)
     assert sorted(map(tuple, found)) == [(1,) * 5] * 6 + [(2,) * 5] * 2
     batch = build(recipe, tokenizer, CACHE, Progress())
-    assert batch.provenance.source == f"mix: 6 of {a}, 2 of {b}"
+    assert batch.provenance.source == "mix: 6 of a.jsonl, 2 of b.jsonl"
     # They are not in the order of the sources.
     assert found != sorted(found)
 
