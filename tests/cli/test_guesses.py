@@ -151,8 +151,12 @@ def test_an_error_that_another_process_has_printed_is_not_printed_again(capsys: 
     def fail(error: Exception) -> int:
         raise error
 
-    assert guarded(lambda: fail(PeerFailedError("another process has ended")), debug=False) == 1
+    printed = PeerFailedError("another process has ended")
+    printed.silent = True
+    assert guarded(lambda: fail(printed), debug=False) == 1
     assert capsys.readouterr() == ("", "")
+    assert guarded(lambda: fail(PeerFailedError("another process has ended")), debug=False) == 1
+    assert capsys.readouterr().err == "error: another process has ended\n"
     assert guarded(lambda: fail(InputError("this is wrong", "do that")), debug=False) == 2
     assert capsys.readouterr().err == "error: this is wrong\nhint: do that\n"
 
