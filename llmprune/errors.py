@@ -45,10 +45,6 @@ class InputError(PruneError):
     exit_code = 2
 
 
-class NotFiniteError(InputError):
-    """The model overflows on the calibration text, or in the dtype to be stored; the same job never succeeds."""
-
-
 class NumericalError(PruneError):
     """A computation has no trustworthy result (NaN, Inf, a matrix that stays singular)."""
 

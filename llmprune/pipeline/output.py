@@ -43,7 +43,7 @@ def output_folder(job: Job, sparsity: Sparsity) -> Path:
         model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
         out = Path(f"{model or 'model'}-{job.label}-{_spelled(sparsity.name)}")
     else:
-        out = user_path(job.out, "choose another --out")
+        out = user_path(job.out)
     try:
         # A link stays a link: its target is replaced.
         out = Path(os.path.realpath(out.expanduser()))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmprune.errors import InputError, NotFiniteError, PruneError, complete
+from llmprune.errors import InputError, PruneError, complete
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.output import exists_already, output_folder
 from llmprune.pipeline.state import FORMAT, RESUME_HINT, STATE, VERSION, RunState, WorkerState, read_state
@@ -82,7 +82,7 @@ def _kept(run: RunContext, state: RunState, progress: Progress) -> Iterator[None
             # It was renamed.
             with complete(run.out):
                 raise
-        if state.blocks and not isinstance(error, NotFiniteError):
+        if state.blocks:
             progress.warn(
                 f"{state.blocks} of {len(run.skeleton.blocks)} blocks are finished and kept in {run.workdir}; "
                 "the same command goes on from there, --restart starts over"
@@ -91,8 +91,7 @@ def _kept(run: RunContext, state: RunState, progress: Progress) -> Iterator[None
             remove(run.workdir)
         if isinstance(error, OSError):
             raise PruneError(f"cannot write {run.workdir}: {error.strerror or error}", RESUME_HINT) from error
-        changed = state.blocks > state.resumed and not isinstance(error, NotFiniteError)
-        if changed and isinstance(error, InputError):
+        if isinstance(error, InputError) and state.blocks > state.resumed:
             # What was good enough to begin with has changed meanwhile.
             raise PruneError(error.message, error.hint) from error
         raise

@@ -150,13 +150,13 @@ def check_inside(path: Path, folder: Path) -> None:
         )
 
 
-def user_path(text: str | Path, hint: str = "check its spelling") -> Path:
+def user_path(text: str | Path) -> Path:
     """The path that a user wrote, with `~` expanded; whether anything is there is another question.
 
     Raises:
         InputError: it cannot be used: a name too long or not UTF-8, a null byte, an unknown user.
     """
-    with reading(f"{str(text)[:80]!r} is no usable path", hint):
+    with reading(f"{str(text)[:80]!r} is no usable path", "check its spelling"):
         try:
             path = Path(text).expanduser()
         except RuntimeError as error:

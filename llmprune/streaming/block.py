@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import NotFiniteError
+from llmprune.errors import InputError
 from llmprune.model.blocks import LayerRef, find_layers, weight_of
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.problem import LayerSolution
@@ -82,7 +82,7 @@ class Block:
         """Pass one batch through the block, and store the output."""
         output = self.forward(batch, dense)
         if not bool(torch.isfinite(output).all()):
-            raise NotFiniteError(f"the output of {self.name!r} holds NaN or Inf", OVERFLOW)
+            raise InputError(f"the output of {self.name!r} holds NaN or Inf", OVERFLOW)
         batch.leave(output.cpu(), dense)
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ class Block:
         for local, value in values.items():
             name, stored = f"{self.name}.{local}", self.as_stored(local, value)
             if not bool(torch.isfinite(stored).all()):
-                raise NotFiniteError(
+                raise InputError(
                     f"the pruned weights of {name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
                 )
             self.module.get_parameter(local).copy_(stored)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmprune.errors import NotFiniteError
+from llmprune.errors import InputError
 from llmprune.model.skeleton import Skeleton
 from llmprune.streaming.capture import Wrap, logits
 from llmprune.streaming.stream import BlockStream, Resources
@@ -93,7 +93,7 @@ def window_losses(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Wrap
         loss = functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
         total += loss.view(batch, -1).sum(1, dtype=torch.float64).cpu()
     if not bool(torch.isfinite(total).all()):
-        raise NotFiniteError(
+        raise InputError(
             f"the logits of {type(skeleton.model).__name__} hold NaN or Inf",
             "the last norm or the head overflows on this text; check the checkpoint",
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.errors import NotFiniteError, PruneError
+from llmprune.errors import InputError, PruneError
 from llmprune.model.blocks import LayerRef
 from llmprune.pruning.problem import InputStats
 from llmprune.pruning.statistics import ResidualTarget, RunningGram, RunningPair, ZeroCounter
@@ -104,7 +104,7 @@ class GroupStatistics:
         parts = [stats, *filter(None, [stats.held])]
         known = [value for part in parts for name in REDUCED if (value := getattr(part, name)) is not None]
         if not all(bool(torch.isfinite(value.sum(dtype=torch.float64))) for value in known):
-            raise NotFiniteError(
+            raise InputError(
                 f"the inputs of layer {self.names[0]!r} hold NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
