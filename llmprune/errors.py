@@ -45,6 +45,10 @@ class InputError(PruneError):
     exit_code = 2
 
 
+class UnreadableError(InputError):
+    """A file of the model cannot be read; in the middle of a run it could be before, and may be again."""
+
+
 class NumericalError(PruneError):
     """A computation has no trustworthy result (NaN, Inf, a matrix that stays singular)."""
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, UnreadableError
 from llmprune.runtime.foreign import JSON_BYTES, check_inside, open_regular, parse_json, read_json, reading, reason
 
 INDEX = "model.safetensors.index.json"
@@ -61,7 +61,9 @@ class SafetensorsFolder(Mapping[str, Tensor]):
                 tensor: Tensor = file.get_tensor(name)
                 return tensor.clone()
         except (SafetensorError, OSError) as error:
-            raise InputError(f"tensor {name!r} of {entry.file} cannot be read: {error}", _DOWNLOAD_AGAIN) from error
+            raise UnreadableError(
+                f"tensor {name!r} of {entry.file} cannot be read: {error}", _DOWNLOAD_AGAIN
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

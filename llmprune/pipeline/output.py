@@ -13,7 +13,7 @@ from llmprune.reporting.html_report import PAGE
 from llmprune.reporting.model_card import SPEED
 from llmprune.reporting.report import FILE, PruneReport
 from llmprune.runtime.files import is_occupied
-from llmprune.runtime.foreign import user_path
+from llmprune.runtime.foreign import reason, user_path
 from llmprune.runtime.ownership import check_ours, regular_files
 from llmprune.runtime.redact import base_name
 
@@ -39,17 +39,18 @@ def output_folder(job: Job, sparsity: Sparsity) -> Path:
     Raises:
         InputError: it cannot be made, or what is there is not to be replaced.
     """
-    if job.out is None:
+    out = job.out
+    if out is None:
         model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
         out = Path(f"{model or 'model'}-{job.label}-{_spelled(sparsity.name)}")
-    else:
-        out = user_path(job.out)
     try:
         # A link stays a link: its target is replaced.
-        out = Path(os.path.realpath(out.expanduser()))
-        workdir_of(out).exists()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--out {str(out)[:80]!r} is no usable path: {error}", "choose another --out") from error
+        out = Path(os.path.realpath(user_path(out)))
+        user_path(workdir_of(out))
+    except (InputError, OSError, ValueError) as error:
+        raise InputError(
+            f"--out {str(out)[:80]!r} is no usable path: {reason(error)}", "choose another --out"
+        ) from error
     if os.path.ismount(out):
         raise InputError(f"{out} is a mount point, which cannot be renamed", f"use --out {out / 'model'}")
     if out.exists() and not out.is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmprune.errors import InputError, PruneError, complete
+from llmprune.errors import InputError, PruneError, UnreadableError, complete
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.output import exists_already, output_folder
 from llmprune.pipeline.state import FORMAT, RESUME_HINT, STATE, VERSION, RunState, WorkerState, read_state
@@ -74,7 +74,10 @@ def _main(run: RunContext, progress: Progress) -> Iterator[RunState]:
 
 @contextmanager
 def _kept(run: RunContext, state: RunState, progress: Progress) -> Iterator[None]:
-    """Keep the finished blocks of a run that fails; without any, the working directory goes."""
+    """Keep the finished blocks of a run that fails.
+
+    The working directory goes if there are none, or if they are of a job that turned out to be impossible.
+    """
     try:
         yield
     except BaseException as error:
@@ -82,7 +85,8 @@ def _kept(run: RunContext, state: RunState, progress: Progress) -> Iterator[None
             # It was renamed.
             with complete(run.out):
                 raise
-        if state.blocks:
+        impossible = isinstance(error, InputError) and not isinstance(error, UnreadableError)
+        if state.blocks and (state.resumed or not impossible):
             progress.warn(
                 f"{state.blocks} of {len(run.skeleton.blocks)} blocks are finished and kept in {run.workdir}; "
                 "the same command goes on from there, --restart starts over"
@@ -91,8 +95,7 @@ def _kept(run: RunContext, state: RunState, progress: Progress) -> Iterator[None
             remove(run.workdir)
         if isinstance(error, OSError):
             raise PruneError(f"cannot write {run.workdir}: {error.strerror or error}", RESUME_HINT) from error
-        if isinstance(error, InputError) and state.blocks > state.resumed:
-            # What was good enough to begin with has changed meanwhile.
+        if isinstance(error, UnreadableError) and state.blocks:
             raise PruneError(error.message, error.hint) from error
         raise
 
@@ -106,7 +109,11 @@ def _check_free(run: RunContext) -> None:
 
 def _publish(run: RunContext) -> None:
     """Rename the finished model to the output folder; what that replaces waits in the working directory meanwhile."""
-    _check_free(run)
+    try:
+        _check_free(run)
+    except InputError as error:
+        # It was free when the run began.
+        raise PruneError(error.message, error.hint) from error
     try:
         if run.out.exists():
             os.replace(run.out, run.workdir / REPLACED)
