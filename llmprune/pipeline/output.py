@@ -13,7 +13,6 @@ from llmprune.reporting.html_report import PAGE
 from llmprune.reporting.model_card import SPEED
 from llmprune.reporting.report import FILE, PruneReport
 from llmprune.runtime.files import is_occupied
-from llmprune.runtime.foreign import user_path
 from llmprune.runtime.ownership import check_ours, regular_files
 from llmprune.runtime.redact import base_name
 
@@ -43,12 +42,12 @@ def output_folder(job: Job, sparsity: Sparsity) -> Path:
         model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
         out = Path(f"{model or 'model'}-{job.label}-{_spelled(sparsity.name)}")
     else:
-        out = user_path(job.out)
+        out = job.out
     try:
         # A link stays a link: its target is replaced.
         out = Path(os.path.realpath(out.expanduser()))
         workdir_of(out).exists()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"--out {str(out)[:80]!r} is no usable path: {error}", "choose another --out") from error
     if os.path.ismount(out):
         raise InputError(f"{out} is a mount point, which cannot be renamed", f"use --out {out / 'model'}")
