@@ -118,24 +118,32 @@ LEFT_OUT = {
 """What of a model folder does not come along, and why; nor does a folder in it that holds weights."""
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> list[Path]:
     """Copy the regular files of a model folder that are no weights: tokenizer, templates, processors, code, licence.
 
-    Links are followed inside the folder, and into the Hugging Face cache's own files; all others are left out.
+    Links are followed inside the folder, and into the Hugging Face cache's own files.
+
+    Returns:
+        The other links, pipes and devices, which are left out.
     """
+    others: list[Path] = []
     for path in sorted(source.iterdir()):
-        if _left_out(path, source):
+        if any(fnmatchcase(path.name, glob) for globs in LEFT_OUT.values() for glob in globs):
             continue
-        if path.is_file():
+        if _leaves(path, source):
+            others.append(path)
+        elif path.is_file():
+            target.mkdir(exist_ok=True)
             shutil.copyfile(path, target / path.name)
         elif path.is_dir() and not any(_is_weight(inner) for inner in path.rglob("*")):
-            (target / path.name).mkdir(exist_ok=True)
-            copy_companions(path, target / path.name)
+            others += copy_companions(path, target / path.name)
+        elif not path.is_dir():
+            others.append(path)
+    return others
 
 
-def _left_out(path: Path, folder: Path) -> bool:
-    if any(fnmatchcase(path.name, glob) for globs in LEFT_OUT.values() for glob in globs):
-        return True
+def _leaves(path: Path, folder: Path) -> bool:
+    """Whether a path is a link out of its folder, or to a folder, which may be any other."""
     try:
         check_inside(path, folder)
     except InputError:

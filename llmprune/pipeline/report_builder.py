@@ -255,7 +255,10 @@ def explosion(run: RunContext, dense: Perplexity, pruned: Perplexity) -> str:
 
 def write_companions(run: RunContext, report: PruneReport) -> None:
     """Everything in the folder besides the weights."""
-    copy_companions(run.source.folder, run.unfinished)
+    report.warnings += [
+        f"left out: {path.relative_to(run.source.folder)} is a link that leaves the model folder, or no regular file"
+        for path in copy_companions(run.source.folder, run.unfinished)
+    ]
     config = read_json(run.source.folder / "config.json")
     for leftover in ("quantization_config", "compression_config", "sparsity_config"):
         config.pop(leftover, None)

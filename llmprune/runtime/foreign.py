@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,15 @@ TEXT_BYTES = 256 * 2**20
 """The largest file that a library may be given to parse, such as a tokenizer."""
 CHAT_TEMPLATES = "additional_chat_templates"
 """The only folder inside a model folder that is read."""
+READ = {
+    "*config.json": JSON_BYTES, "*.index.json": JSON_BYTES, "*.safetensors": 2**63,
+    **dict.fromkeys(
+        ("*.json", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.vocab", "*.spm", "*.bpe", "vocab.txt", "merges.txt",
+         "spiece.*", "README.md"),
+        TEXT_BYTES,
+    ),
+}  # fmt: skip
+"""The files of a model folder that are read, and their largest size; all others are at most copied."""
 _KINDS = {
     stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder",
@@ -121,18 +131,15 @@ def check_folder(folder: Path) -> None:
         InputError: a pipe, a device, a link that leaves the folder, or a file too large to parse.
     """
     with reading(f"{folder} cannot be read", "name a folder of files that you may read"):
-        listed = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        listed = sorted(folder.iterdir())
         listed += sorted((folder / CHAT_TEMPLATES).iterdir()) if (folder / CHAT_TEMPLATES).is_dir() else []
     for path in listed:
-        check_inside(path, folder)
-        if path.is_dir():
+        most = next((most for glob, most in READ.items() if fnmatchcase(path.name, glob)), None)
+        if most is None:
             continue
-        most = JSON_BYTES if path.match("*config.json") else TEXT_BYTES if path.suffix in _PARSED else None
+        check_inside(path, folder)
         with reading(f"{path} cannot be read", "replace it by a regular file, or take it out of the folder"):
             check_regular(path.stat(), most)
-
-
-_PARSED = {".json", ".md", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm"}
 
 
 def check_inside(path: Path, folder: Path) -> None:
