@@ -212,11 +212,8 @@ def test_a_folder_without_a_report_is_packed_by_a_named_pattern(plain: Path, tmp
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("action", [pack, unpack])
-def test_what_links_lead_to_is_not_copied(
-    action: Callable[..., object], plain: Path, single: Path, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(plain if action is pack else single, tmp_path / "copy"))
+def test_what_links_lead_to_is_not_unpacked(single: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(single, tmp_path / "copy"))
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "key.txt").write_text("SECRET=1")
     (folder / "key.txt").symlink_to(tmp_path / "secrets" / "key.txt")
@@ -228,15 +225,34 @@ def test_what_links_lead_to_is_not_copied(
     told: list[str] = []
     progress = Progress()
     progress.warn = told.append  # type: ignore[method-assign]
-    action(folder, tmp_path / "out", progress=progress)
+    unpack(folder, tmp_path / "out", progress=progress)
     assert not {"key.txt", "secrets", "inside.json", "pipe"} & set(os.listdir(tmp_path / "out"))
     assert (tmp_path / "out" / "deep" / "notes.txt").read_text() == "mine"
     assert told == [
         f"left out: {name} is a link or no regular file" for name in ("inside.json", "key.txt", "pipe", "secrets")
     ]
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "notes.txt"])
+def test_what_links_lead_to_is_not_packed(plain: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "copy"))
+    (folder / "inside.json").symlink_to("config.json")
+    assert not Path(pack(folder, tmp_path / "out").out, "inside.json").exists()
+    (folder / name).symlink_to(tmp_path / "key.txt")
+    (tmp_path / "key.txt").write_text("SECRET=1")
+    with pytest.raises(InputError, match=f"{name} is a link that leaves its folder"):
+        pack(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("action", [pack, unpack])
+def test_weights_behind_a_link_are_refused(
+    action: Callable[[Path, Path], object], plain: Path, single: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(plain if action is pack else single, tmp_path / "copy"))
     weights = next(folder.glob("*.safetensors"))
-    weights.rename(tmp_path / "weights")
-    weights.symlink_to(tmp_path / "weights")
+    weights.rename(folder / "weights")
+    weights.symlink_to("weights")
     with pytest.raises(InputError, match=f"{weights.name} is a link"):
         action(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists()

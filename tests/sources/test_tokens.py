@@ -155,7 +155,7 @@ def frozen(tmp_path: Path) -> Path:
 def test_a_token_file_gives_back_what_went_in(frozen: Path) -> None:
     batch = load_tokens(frozen, None, None, 48)
     assert torch.equal(batch.tokens, torch.arange(48).view(6, 8))
-    assert batch.provenance.source == f"{frozen} (words)"
+    assert batch.provenance.source == f"{frozen.name} (words)"
     assert batch.provenance.seed == 3
     assert batch.provenance.sha256 == token_batch(batch.tokens, "", None).provenance.sha256
 
