@@ -240,9 +240,7 @@ def test_what_links_lead_to_is_not_packed(plain: Path, tmp_path: Path, name: str
     assert not Path(pack(folder, tmp_path / "out").out, "inside.json").exists()
     (folder / name).symlink_to(tmp_path / "key.txt")
     (tmp_path / "key.txt").write_text("SECRET=1")
-    with pytest.raises(InputError, match=f"{name} is a link that leaves its folder"):
-        pack(folder, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+    assert not Path(pack(folder, tmp_path / "other").out, name).exists()
 
 
 @pytest.mark.parametrize("action", [pack, unpack])

@@ -48,7 +48,9 @@ CASES = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident size is read from /proc")
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_the_peak_of_memory_is_estimated_within_a_fifth(model: Path, tmp_path: Path, options: dict[str, object]) -> None:
+def test_the_peak_of_memory_is_estimated_within_a_fifth(
+    model: Path, tmp_path: Path, options: dict[str, object]
+) -> None:
     calib = token_file(tmp_path / "tokens.safetensors", random_tokens(128, 48))
     common = {"model": str(model), "sparsity": "2:4", "calib": str(calib), "out": str(tmp_path / "out")}
     common |= {"device": "cpu", "threads": 1, "samples": 16, "evaluate": False}
