@@ -9,8 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from llmprune.job import Job
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
@@ -171,8 +169,3 @@ RANK = "rank-"
 def rank_folder(workdir: Path, rank: int) -> Path:
     """The folder in which a process stores its hidden states."""
     return workdir / f"{RANK}{rank}" if rank else workdir
-
-
-def own_windows(windows: Tensor, group: ProcessGroup, rank: int | None = None) -> Tensor:
-    """The windows of a process, by default this one's."""
-    return windows[group.rank if rank is None else rank :: group.world_size]

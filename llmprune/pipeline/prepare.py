@@ -65,7 +65,7 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> Run
     procedure = resolve(job, group)
     sparsity, recipe, solver = procedure.sparsity, procedure.recipe, procedure.solver
     cache = user_path(job.cache_dir or default_cache())
-    out = user_path(output_folder(job, sparsity))
+    out = output_folder(job, sparsity)
     device = pick_device(job.device)
     set_threads(job.threads)
     source = open_source(

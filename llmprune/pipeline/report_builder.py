@@ -16,7 +16,7 @@ from llmprune.job import knobs
 from llmprune.knobs import flag_of
 from llmprune.model.selection import Plan
 from llmprune.model.writer import copy_companions
-from llmprune.pipeline.context import RunContext, own_windows
+from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.timing import Clock
 from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.problem import LayerSolution
@@ -32,6 +32,7 @@ from llmprune.runtime.memory import peak_memory, resident_memory
 from llmprune.runtime.ownership import regular_files
 from llmprune.runtime.redact import base_name, redacted_command
 from llmprune.sources.tokens import TokenBatch
+from llmprune.streaming.batch_shards import BatchSharding
 from llmprune.streaming.block import Block
 from llmprune.streaming.perplexity import Perplexity
 from llmprune.streaming.schedule import Group
@@ -284,5 +285,7 @@ def processes(run: RunContext, windows: Tensor) -> dict[str, Any]:
     """World size, and tokens and solved rows of every process; empty for a single process."""
     if run.group.is_single:
         return {}
-    tokens = [own_windows(windows, run.group, rank).numel() for rank in range(run.group.world_size)]
-    return {"world_size": run.group.world_size, "tokens": tokens, "rows": list(run.procedure.sharding.rows)}
+    size = run.group.world_size
+    own = [BatchSharding(len(windows), 1, rank, size).own for rank in range(size)]
+    tokens = [windows[one].numel() for one in own]
+    return {"world_size": size, "tokens": tokens, "rows": list(run.procedure.sharding.rows)}

@@ -13,7 +13,7 @@ from llmprune.pruning.methods import Method
 from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.permutation import choose, saliency
-from llmprune.pruning.problem import GroupProblem, GroupSolution, InputStats, LayerSolution, Status, masked
+from llmprune.pruning.problem import GroupProblem, GroupSolution, InputStats, LayerSolution, Status, unchanged
 from llmprune.pruning.recipe import Recipe
 
 
@@ -54,7 +54,7 @@ class LayerSolver:
             pattern: the sparsity pattern of the weights; None leaves them as they are.
         """
         if pattern is None:
-            return GroupSolution([masked(layer.weight, layer.weight != 0) for layer in problem.layers])
+            return unchanged(problem)
         dense = self.recipe.targets == "dense"
         wanted = dense_targets(problem, group=self.sharding.group) if dense else DenseTarget(problem)
         goal = with_ridge(wanted.problem, self.recipe.ridge)

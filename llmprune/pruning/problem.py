@@ -129,6 +129,11 @@ class GroupSolution:
     order: Tensor | None = None
 
 
+def unchanged(problem: GroupProblem) -> GroupSolution:
+    """The solution that keeps every weight `(out, in)`, with existing zeros as its mask."""
+    return GroupSolution([masked(layer.weight, layer.weight != 0) for layer in problem.layers])
+
+
 def masked(weight: Tensor, mask: Tensor, status: Status = Status.OK) -> LayerSolution:
     """The solution that keeps `weight` on `mask` (and never revives a zero), with +0 elsewhere."""
     mask = mask & (weight != 0)

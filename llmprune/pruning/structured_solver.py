@@ -22,7 +22,7 @@ from llmprune.pruning.problem import (
     LayerSolution,
     Status,
     UnitRemoval,
-    masked,
+    unchanged,
 )
 from llmprune.pruning.recipe import Recipe
 
@@ -74,15 +74,11 @@ class StructuredSolver:
         return GroupSolution(self.sharding.agreed(found.layers), self.sharding.agreed_order(found.order))
 
     def _pruned(self, problem: GroupProblem, pattern: SparsityPattern | None) -> GroupSolution:
-        if self.inner is None:
-            return GroupSolution([masked(layer.weight, layer.weight != 0) for layer in problem.layers])
-        return self.inner.solve(problem, pattern)
+        return unchanged(problem) if self.inner is None else self.inner.solve(problem, pattern)
 
     def solve_once(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """The solutions of the method of the weights alone, without the stages around it."""
-        if self.inner is None:
-            return self._pruned(problem, pattern).layers
-        return self.inner.solve_once(problem, pattern)
+        return unchanged(problem).layers if self.inner is None else self.inner.solve_once(problem, pattern)
 
     def _removed(self, problem: GroupProblem, removal: UnitRemoval) -> tuple[LayerSolution, Tensor]:
         """The solution, zero in the removed inputs, and the kept inputs, `(k,)`, int64, rising."""
