@@ -16,9 +16,11 @@ from llmprune.reporting.words import (
     duration,
     error_text,
     evaluation_text,
+    parameters_text,
     perplexity_text,
     pruned_text,
     recipe_text,
+    removes_only,
     size,
 )
 
@@ -116,9 +118,8 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
     rows = _perplexity_rows(report.evaluation) if report.evaluation is not None else []
     rows += [
         ("sparsity", report.sparsity["meaning"]),
-        ("reached", pruned_text(report)),
-        *[("gives", text) for text in report.sparsity["removed"]],
-        ("coverage", coverage_text(report.coverage)),
+        *_removed_rows(report.sparsity, report.model),
+        *([] if removes_only(report.sparsity) else [("reached", pruned_text(report)), _coverage_row(report.coverage)]),
         ("method", f"{recipe_text(report.recipe)}, mean relative layer error {error_text(report)}"),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
         ("calibration", calibration_text(report.calibration)),
@@ -129,6 +130,15 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         ("load with", f'AutoModelForCausalLM.from_pretrained("{report.out}")'),
     ]
     return rows
+
+
+def _removed_rows(sparsity: dict[str, Any], model: dict[str, Any]) -> list[tuple[str, str]]:
+    removed = [("gives", text) for text in sparsity["removed"]]
+    return [*removed, ("parameters", parameters_text(model))] if removed else []
+
+
+def _coverage_row(coverage: dict[str, Any]) -> tuple[str, str]:
+    return "coverage", coverage_text(coverage)
 
 
 def _shared(report: PruneReport) -> str:
@@ -147,9 +157,9 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("model", f"{model['name']}: {model['class']}, {model['parameters'] / 1e6:.1f} M parameters"),
         ("blocks", f"{model['blocks']}, with {len(facts['layers'])} layers to prune"),
         ("sparsity", facts["sparsity"]["meaning"]),
-        *[("gives", text) for text in facts["sparsity"]["removed"]],
+        *_removed_rows(facts["sparsity"], model),
         ("method", recipe_text(facts["recipe"])),
-        ("coverage", coverage_text(facts["coverage"])),
+        *([] if removes_only(facts["sparsity"]) else [_coverage_row(facts["coverage"])]),
         ("calibration", calibration_text(facts["calibration"])),
         ("estimate", f"about {duration(cost['seconds'])}, {size(cost['memory'])} of memory above the libraries' own"),
         ("efforts", ", ".join(f"{name} {duration(seconds)}" for name, seconds in facts["efforts"].items())),

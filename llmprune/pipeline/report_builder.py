@@ -155,11 +155,12 @@ def initial_report(run: RunContext) -> PruneReport:
             "type": config.model_type,
             "class": type(run.skeleton.model).__name__,
             "parameters": plan.parameters,
+            "parameters_left": plan.parameters - run.structure.removed_parameters(run.skeleton),
             "blocks": len(run.skeleton.blocks),
         },
         sparsity={
             "pattern": run.sparsity.name,
-            "meaning": run.sparsity.describe(run.recipe.allocate != "uniform"),
+            "meaning": run.sparsity.describe(run.recipe.allocate != "uniform", run.structure.ratios),
             "scope": run.sparsity.scope,
             "fraction": float(run.pattern.sparsity) if run.pattern else 0.0,
             "note": run.sparsity.speed_note(),

@@ -7,6 +7,7 @@ model smaller, then sparse.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -41,9 +42,15 @@ class Removal:
         """Canonical spelling."""
         return f"{self.kind}:{percent(self.ratio).replace(' ', '')}"
 
-    def describe(self) -> str:
-        """What is removed, in words."""
-        return f"{percent(self.ratio)} of the {WORDS[self.kind]} removed"
+    def describe(self, done: Fraction | None = None) -> str:
+        """What is removed, in words.
+
+        Args:
+            done: the ratio that is removed, where the model does not allow the one that was asked for.
+        """
+        removed = percent(self.ratio if done is None else Fraction(round(done * 1000), 1000))
+        asked = percent(self.ratio)
+        return f"{removed} of the {WORDS[self.kind]} removed" + ("" if removed == asked else f" ({asked} asked for)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +75,14 @@ class Sparsity:
         """Where the count is exact: `group`, `row`, `layer`, or `model` where nothing but removal is asked for."""
         return "model" if self.pattern is None else self.pattern.scope
 
-    def describe(self, nonuniform: bool = False) -> str:
+    def describe(self, nonuniform: bool = False, done: Mapping[Kind, Fraction] | None = None) -> str:
         """One phrase that leaves no doubt what is pruned.
 
         Args:
             nonuniform: whether every block has a ratio of its own.
+            done: the ratios that the model allows to remove, where they are known.
         """
-        removed = " and ".join(removal.describe() for removal in self.removals)
+        removed = " and ".join(removal.describe((done or {}).get(removal.kind)) for removal in self.removals)
         pattern = self.pattern.describe() if self.pattern is not None else ""
         if self.pattern is not None and nonuniform:
             pattern = f"{percent(self.pattern.sparsity)} unstructured on average, every block with a ratio of its own"

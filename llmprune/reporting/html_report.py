@@ -16,9 +16,11 @@ from llmprune.reporting.words import (
     duration,
     escape,
     evaluation_text,
+    parameters_text,
     perplexity_text,
     pruned_text,
     recipe_text,
+    removes_only,
     size,
 )
 from llmprune.runtime.files import replacing, write_json, write_text
@@ -142,8 +144,7 @@ def facts(report: PruneReport) -> str:
     seconds = report.seconds.get("total")
     found = [
         ("mean layer error", f"{report.mean_error:.4f}", "relative, squared"),
-        ("pruned", *pruned_text(report).split(" ", 1)),
-        ("in the blocks", f"{report.coverage['fraction']:.1%}", "of the parameters lie in these layers"),
+        *_amounts(report),
         ("time", duration(seconds) if seconds else "-", f"{duration(report.seconds.get('prune', 0))} of it pruning"),
         ("memory", size(report.peak_memory) if report.peak_memory else "-", "peak"),
     ]
@@ -154,6 +155,21 @@ def facts(report: PruneReport) -> str:
         ]
     tiles = [f"<div><dt>{a}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in found]
     return f'<dl class="facts">{"".join(tiles)}</dl>'
+
+
+def _amounts(report: PruneReport) -> list[tuple[str, str, str]]:
+    """Tiles that say how much was removed, and how much of what is left is zero."""
+    kept, _, fewer = parameters_text(report.model).partition(" parameters ")
+    share, _, where = pruned_text(report).partition(" ")
+    removed = [
+        ("parameters", kept, fewer),
+        ("size", f"{size(report.size['dense'])} -> {size(report.size['pruned'])}", "of the weights"),
+    ]
+    zeros = [
+        ("pruned", share, where),
+        ("in the blocks", f"{report.coverage['fraction']:.1%}", "of the parameters lie in these layers"),
+    ]
+    return (removed if report.sparsity["removed"] else []) + ([] if removes_only(report.sparsity) else zeros)
 
 
 def by_kind(layers: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
@@ -280,7 +296,7 @@ def _provenance(report: PruneReport) -> list[str]:
         ("recipe", recipe_text(report.recipe)),
         ("machine", ", ".join(f"{key} {value}" for key, value in report.machine.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in report.versions.items())),
-        ("coverage", coverage_text(report.coverage)),
+        *([] if removes_only(report.sparsity) else [("coverage", coverage_text(report.coverage))]),
     ]
     command = f"<pre>{escape(report.command)}</pre>" if report.command else ""
     return ["<h2>How it was made</h2>", command, table(["", ""], rows)]

@@ -14,8 +14,10 @@ from llmprune.reporting.words import (
     error_text,
     evaluation_text,
     markdown,
+    parameters_text,
     perplexity_text,
     recipe_text,
+    removes_only,
     size,
 )
 from llmprune.runtime.foreign import read_json, read_text, reading
@@ -194,13 +196,15 @@ def _dataset(source: str) -> dict[str, Any]:
 
 def _facts(report: PruneReport) -> list[tuple[str, str]]:
     calibration, coverage, machine = report.calibration, report.coverage, report.machine
+    pattern = f"{report.sparsity['pattern']}, in {coverage['fraction']:.1%} of the block parameters"
     facts = []
     if (evaluation := report.evaluation) is not None:
         text = evaluation_text(evaluation)
         facts += [(f"perplexity, {key} ({text})", perplexity_text(evaluation[key])) for key in ("dense", "pruned")]
     facts += [
-        ("pattern", f"{report.sparsity['pattern']}, in {coverage['fraction']:.1%} of the block parameters"),
         *[("removed", text) for text in report.sparsity["removed"]],
+        *([("parameters", parameters_text(report.model))] if report.sparsity["removed"] else []),
+        *([] if removes_only(report.sparsity) else [("pattern", pattern)]),
         ("mean relative layer error", error_text(report)),
         ("size of the weights", f"{size(report.size['pruned'])} (dense {size(report.size['dense'])})"),
         ("calibration", calibration_text(calibration)),

@@ -156,6 +156,8 @@ class PruneReport:
         """A table for notebooks: the main figures, removals and warnings."""
         rows = {"sparsity": self.sparsity["meaning"], "method": words.recipe_text(self.recipe)}
         rows |= {f"removed {number}": text for number, text in enumerate(self.sparsity["removed"], 1)}
+        if self.sparsity["removed"]:
+            rows["parameters"] = words.parameters_text(self.model)
         for key in ("dense", "pruned") if self.evaluation else ():
             rows[f"perplexity, {key}"] = words.perplexity_text(self.evaluation[key])  # type: ignore[index]
         rows["mean relative layer error"] = words.error_text(self)

@@ -37,6 +37,11 @@ def size(count: float) -> str:
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
+def count(number: int) -> str:
+    """A number of parameters: `134,500,000` -> `134.5 M`."""
+    return f"{number:,}" if number < 1e6 else f"{number / 1e6:,.1f} M"
+
+
 def perplexity_text(perplexity: Mapping[str, float]) -> str:
     """Perplexity ± standard error."""
     return f"{perplexity['value']:.2f} ± {perplexity['error']:.2f}"
@@ -70,10 +75,23 @@ def coverage_text(coverage: Mapping[str, Any]) -> str:
     return text + (f"; left dense: {', '.join(dense)}" if dense else "")
 
 
+def removes_only(sparsity: Mapping[str, Any]) -> bool:
+    """Whether channels or heads are removed, and no weights are pruned by a pattern."""
+    return bool(sparsity["removed"]) and not sparsity["fraction"]
+
+
+def parameters_text(model: Mapping[str, Any]) -> str:
+    """The parameters of the whole model, before and after a removal."""
+    before = model["parameters"]
+    after = model.get("parameters_left", before)
+    return f"{count(before)} -> {count(after)} parameters ({1 - after / max(before, 1):.1%} fewer)"
+
+
 class Figures(Protocol):
     """The figures of a report that are put into words."""
 
     recipe: dict[str, Any]
+    sparsity: dict[str, Any]
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -97,8 +115,9 @@ class Figures(Protocol):
 
 
 def pruned_text(report: Figures) -> str:
-    """The ratio of pruned weights in the pruned layers."""
-    return f"{report.pruned_ratio:.2%} of {report.weights / 1e6:.1f} M weights in {len(report.layers)} layers"
+    """The ratio of pruned weights in the pruned layers, those that are removed among them."""
+    how = " are removed or zero" if report.sparsity["removed"] else ""
+    return f"{report.pruned_ratio:.2%} of {count(report.weights)} weights in {len(report.layers)} layers{how}"
 
 
 def error_text(report: Figures) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,6 +57,12 @@ class Cut:
         return self.coupling, kept.nonzero().flatten(), f"{self.block}."
 
 
+def removed_ratio(cuts: Sequence[Cut]) -> Fraction:
+    """Ratio of the units that the cuts remove to all units of these layers."""
+    removed = sum(cut.count * cut.units.shape[0] for cut in cuts)
+    return Fraction(removed, sum(cut.units.shape[0] * cut.units.shape[1] for cut in cuts))
+
+
 @dataclass(frozen=True, slots=True)
 class Structure:
     """The architecture after the removal of channels and heads.
@@ -64,22 +72,29 @@ class Structure:
         changes: settings of the config with new values.
         config: of the smaller model.
         summary: for every removal, the request and what is done.
+        ratios: of the channels and heads that are removed, over all blocks.
     """
 
     cuts: tuple[Cut, ...]
     changes: dict[str, int]
     config: PreTrainedConfig
     summary: tuple[str, ...]
+    ratios: Mapping[Kind, Fraction]
 
     def saved(self, skeleton: Skeleton) -> int:
         """Bytes that the written tensors lose."""
+        return sum(n * skeleton.checkpoint.stored_dtype(name).itemsize for name, n in self._removed(skeleton))
+
+    def removed_parameters(self, skeleton: Skeleton) -> int:
+        """Number of parameters that the model loses."""
+        return sum(n for _, n in self._removed(skeleton))
+
+    def _removed(self, skeleton: Skeleton) -> Iterator[tuple[str, int]]:
+        """Name of every tensor that gets smaller, and how many values it loses."""
         tensors = dict(skeleton.model.state_dict())
-        shapes = shapes_after([cut.example for cut in self.cuts], tensors)
-        return sum(
-            (tensors[name].numel() - math.prod(shape)) * skeleton.checkpoint.stored_dtype(name).itemsize
-            for name, shape in shapes.items()
-            if shape != tuple(tensors[name].shape)
-        )
+        for name, shape in shapes_after([cut.example for cut in self.cuts], tensors).items():
+            if shape != tuple(tensors[name].shape):
+                yield name, tensors[name].numel() - math.prod(shape)
 
     @property
     def by_name(self) -> dict[str, Cut]:
@@ -98,7 +113,7 @@ class Structure:
 
 def unchanged(skeleton: Skeleton) -> Structure:
     """The structure of a model that loses neither channels nor heads."""
-    return Structure((), {}, skeleton.config, ())
+    return Structure((), {}, skeleton.config, (), {})
 
 
 def scale_of(block: nn.Module, coupling: Coupling) -> Tensor:

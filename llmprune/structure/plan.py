@@ -13,7 +13,7 @@ from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.sparsity import WORDS, Kind, Removal
 from llmprune.structure.config_search import changed_config, channel_settings, find_settings, head_settings
 from llmprune.structure.coupling import Coupling
-from llmprune.structure.cut import Cut, Structure
+from llmprune.structure.cut import Cut, Structure, removed_ratio
 from llmprune.structure.heads import check_share, head_options, head_text, head_units
 from llmprune.structure.slicing import shapes_after
 
@@ -61,6 +61,7 @@ def plan_structure(
     cuts: list[Cut] = []
     changes: dict[str, int] = {}
     summary = []
+    ratios = {}
     for removal in removals:
         if removal.kind == "channels":
             found, new, text = planner.channels(removal, round_to)
@@ -68,13 +69,14 @@ def plan_structure(
             found, new, text = planner.heads(removal)
         cuts, changes = cuts + found, changes | new
         summary.append(text)
+        ratios[removal.kind] = removed_ratio(found)
     config = changed_config(skeleton.config, changes)
     _, reason = planner.settings(iter([changes]), cuts)
     if reason:
         raise InputError(
             f"the config cannot express both removals at once: {reason}", "remove only channels, or only heads"
         )
-    return Structure(tuple(cuts), changes, config, tuple(summary))
+    return Structure(tuple(cuts), changes, config, tuple(summary), ratios)
 
 
 class _Planner:

@@ -28,6 +28,7 @@ from variants import source_of
 from llmprune import InputError, PruneReport, prune
 from llmprune.cli.terminal import summary
 from llmprune.export.verify import verify_folder
+from llmprune.reporting.words import parameters_text
 
 
 def pruned(work: Path, sparsity: str, name: str = "llama", **options: Any) -> tuple[Path, Path, PruneReport]:
@@ -58,7 +59,10 @@ def test_the_written_folder_is_a_stock_model_of_the_new_size(name: str, tmp_path
     assert report.sparsity["config"].items() <= config.items()
     model, tokens = reload(out), random_tokens(3, seed=3)
     assert torch.equal(streamed_logits(skeleton_of(out), tokens), whole_logits(model, tokens))
-    assert model.num_parameters() < reload(source).num_parameters()
+    assert model.num_parameters() == report.model["parameters_left"] < report.model["parameters"]
+    assert report.model["parameters"] == reload(source).num_parameters()
+    assert parameters_text(report.model) in summary(report)
+    assert "coverage" not in summary(report)  # of the layers that lose inputs: it would say nothing of what is gone
     assert verify_folder(out).violations == 0
     assert all(layer.error <= layer.stats["error_uncompensated"] + 1e-9 for layer in report.layers if layer.pruned)
     generated = model.generate(tokens[:1, :6], max_new_tokens=5, do_sample=False, use_cache=True, pad_token_id=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 
 from llmprune import InputError
@@ -23,6 +25,14 @@ def test_what_goes_is_read_and_said(text: str, name: str, meaning: str) -> None:
     assert goal.name == name
     assert goal.describe().startswith(meaning)
     assert parse_sparsity(goal.name) == goal
+
+
+def test_what_the_model_allows_is_said_before_what_was_asked_for() -> None:
+    asked = parse_sparsity("channels:25%+heads:25%+2:4")
+    done = {"channels": Fraction(44, 172), "heads": Fraction(1, 4)}
+    assert asked.describe(done=done).startswith(
+        "25.6 % of the MLP channels removed (25 % asked for) and 25 % of the attention heads removed, then 2:4"
+    )
 
 
 @pytest.mark.parametrize("text", ["channels", "channels:x", "channels:-5%", "heads:2:4", "channels:25%+", ""])
