@@ -91,7 +91,7 @@ class Block:
         return self.forward(self.batches[0], isolated=True)
 
     def forward(self, batch: Batch, dense: bool = False, isolated: bool = False) -> Tensor:
-        """The block's output `(batch, length, hidden)`.
+        """The block's output, as it returns it.
 
         Args:
             batch: what enters.

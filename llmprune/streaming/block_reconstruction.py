@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +134,11 @@ class BlockLoss:
         """The mean over the tokens of a batch; with other values in place of the parameters, if given."""
         skeleton, call = self.block.skeleton, batch.calls[self.block.index]
         values = {name: value.to(skeleton.compute) for name, value in (values or self.values).items()}
-        arguments = (batch.entered().to(skeleton.device), *call.args)
-        output = hidden_of(functional_call(self.block.module, values, arguments, call.kwargs))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.block.module, values, args, kwargs)
+
+        output = batch.axes.stored(hidden_of(call.run(forward, batch.entered().to(skeleton.device))))
         target = _dense(batch).to(skeleton.device)
         missed = ((output.float() - target).square() * self.weights).sum(-1)
         energy = (target.square() * self.weights).sum(-1)

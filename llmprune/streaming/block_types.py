@@ -121,7 +121,7 @@ class BlockTypes:
             module, name = self.skeleton.blocks[first], self.skeleton.block_name(first)
             run = partial(run_isolated, self.short.calls[first])
             layers = find_layers(module, name, self.skeleton.config)
-            hidden = self.short.hidden.to(self.skeleton.device)
+            hidden = self.short.entered().to(self.skeleton.device)
             try:
                 self._couplings[first] = find_couplings(module, run, hidden, layers)
             except OpaqueBlockError as error:
@@ -134,7 +134,7 @@ class BlockTypes:
         if self.short is None:
             return {}
         if first not in self._norm_scales:
-            module, hidden = self.skeleton.blocks[first], self.short.hidden.to(self.skeleton.device)
+            module, hidden = self.skeleton.blocks[first], self.short.entered().to(self.skeleton.device)
             layers = find_layers(module, self.skeleton.block_name(first), self.skeleton.config)
             with self.skeleton.loaded(self.skeleton.block_parameters(first)):
                 run = partial(run_isolated, self.short.calls[first], module, hidden)

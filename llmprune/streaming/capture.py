@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,16 @@ from llmprune.model.skeleton import Skeleton
 from llmprune.runtime.foreign import reason
 from llmprune.runtime.oom import out_of_memory
 from llmprune.streaming.activations import Activations
-from llmprune.streaming.batch import Batch, Call, StopForward, own_state
+from llmprune.streaming.batch import Axes, Batch, Call, Carried, StopForward, own_state
 from llmprune.streaming.batch_shards import Shard, whole_batches
 
 
+PROBE = 8
+"""Tokens that are enough to see how blocks take and return hidden states."""
+
+
 @contextmanager
-def _forwards_replaced(blocks: nn.ModuleList, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+def forwards_replaced(blocks: nn.ModuleList, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Replace the forward of every block within; the modules stay, because models read their attributes."""
     for index, block in enumerate(blocks):
         block.forward = make(index)
@@ -41,13 +45,17 @@ class Wrap:
 
     Args:
         rest: the entries of a tuple behind the hidden states; None where blocks return a bare tensor.
+        axes: of the hidden states.
     """
 
     rest: tuple[Any, ...] | None
+    axes: Axes = field(default_factory=Axes)
 
     def __call__(self, hidden: Tensor) -> Any:
-        """The return value."""
-        return hidden if self.rest is None else (hidden, *self.rest)
+        """The return value; tensors behind the hidden states are new objects every time, so that each can be told."""
+        if self.rest is None:
+            return hidden
+        return (hidden, *(value.detach() if isinstance(value, Tensor) else value for value in self.rest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +104,14 @@ def capture_block_inputs(
             hidden, calls = _record(skeleton, windows, wrap)
             known = [batch.calls for batch in batches if batch.tokens.shape == windows.shape][:1]
             for earlier in known:
-                calls = [old if old.same(new) else new for old, new in zip(earlier, calls, strict=True)]
+                calls = [new.sharing(old) for old, new in zip(earlier, calls, strict=True)]
             for stream in filter(None, streams):
-                stream.append(hidden)
-            batches.append(Batch(windows, calls, own_state(calls), len(batches), streams, shard))
+                stream.append(wrap.axes.stored(hidden))
+            batches.append(Batch(windows, calls, own_state(calls), len(batches), streams, shard, wrap.axes))
     return BlockInputs(batches, wrap)
 
 
-def _run(skeleton: Skeleton, tokens: Tensor) -> Any:
+def run_model(skeleton: Skeleton, tokens: Tensor) -> Any:
     """What the model returns, or None where its replaced blocks end the forward.
 
     Raises:
@@ -127,6 +135,7 @@ def _run(skeleton: Skeleton, tokens: Tensor) -> Any:
 def _record(skeleton: Skeleton, tokens: Tensor, wrap: Wrap) -> tuple[Tensor, list[Call]]:
     calls: list[Call] = []
     seen: list[Tensor] = []
+    returned: list[tuple[Any, ...]] = []
     last = len(skeleton.blocks) - 1
 
     def recorder(index: int) -> Callable[..., Any]:
@@ -136,37 +145,92 @@ def _record(skeleton: Skeleton, tokens: Tensor, wrap: Wrap) -> tuple[Tensor, lis
             calls.append(call)
             if index == last:
                 raise StopForward
-            return wrap(hidden)
+            output = wrap(hidden)
+            returned.append(output[1:] if wrap.rest else ())
+            return output
 
         return record
 
-    with _forwards_replaced(skeleton.blocks, recorder):
-        _run(skeleton, tokens)
+    with forwards_replaced(skeleton.blocks, recorder):
+        run_model(skeleton, tokens)
     if len(calls) != len(skeleton.blocks) or any(hidden.data_ptr() != seen[0].data_ptr() for hidden in seen):
         raise InputError(
             f"{type(skeleton.model).__name__} does not call its {len(skeleton.blocks)} blocks one after the other",
             "only models whose blocks form a plain chain can be streamed",
         )
-    return seen[0].detach().clone().cpu(), calls
+    return seen[0].detach().clone().cpu(), _linked(calls, returned)
+
+
+def _linked(calls: list[Call], returned: Sequence[tuple[Any, ...]]) -> list[Call]:
+    """The calls, with `Carried` where an argument is the very object that an earlier block returned."""
+    keys = {
+        id(value): (block, entry)
+        for block, rest in enumerate(returned)
+        for entry, value in enumerate(rest)
+        if isinstance(value, Tensor)
+    }
+    linked = [
+        call.changed(lambda value: Carried(keys[id(value)], value) if id(value) in keys else value) for call in calls
+    ]
+    taken = sorted({key for call in linked for key in call.taken})
+    values: dict[tuple[int, int], Any] = {}
+    return [
+        replace(call, index=at, kept=tuple(entry for block, entry in taken if block == at), returned=values)
+        for at, call in enumerate(linked)
+    ]
 
 
 def _probe_output(skeleton: Skeleton, sample: Tensor) -> Wrap:
-    """The return convention of the blocks, found by running the first one on one sequence."""
-    outputs: list[Any] = []
-    first = skeleton.blocks[0]
-    forward = first.forward
+    """How the blocks take and return hidden states, found by running the first one on one sequence."""
+    output = _at_first_block(skeleton, sample, lambda forward, args, kwargs: forward(*args, **kwargs))
+    if not isinstance(output, Tensor) and (type(output) not in {tuple, list} or not isinstance(output[0], Tensor)):
+        raise InputError(
+            f"the blocks of {type(skeleton.model).__name__} return {type(output).__name__}, not hidden states",
+            "only models whose blocks take and return hidden states can be streamed",
+        )
+    return Wrap(None if isinstance(output, Tensor) else tuple(output[1:]), _probe_axes(skeleton, sample))
+
+
+def _probe_axes(skeleton: Skeleton, sample: Tensor) -> Axes:
+    """The dimensions of windows and tokens: those that change with their numbers.
+
+    Raises:
+        InputError: the hidden states have no such dimensions.
+    """
+    one = sample[:1, :PROBE]
+    two = one.repeat(2, 2)[:, : max(one.shape[1] - 1, 2)]
+    shapes = [
+        _at_first_block(skeleton, tokens, lambda _, args, kwargs: Call.split(args, kwargs)[0].shape)
+        for tokens in (one, two)
+    ]
+    pairs = list(enumerate(zip(*shapes, strict=True))) if len(shapes[0]) == len(shapes[1]) else []
+    found = [
+        [axis for axis, sizes in pairs if sizes == wanted] for wanted in zip(one.shape, two.shape, strict=True)
+    ]
+    if [len(axes) for axes in found] != [1, 1]:
+        raise InputError(
+            f"the blocks of {type(skeleton.model).__name__} take hidden states of shapes {tuple(shapes[0])} and "
+            f"{tuple(shapes[1])} for tokens of shapes {tuple(one.shape)} and {tuple(two.shape)}",
+            "only models whose blocks take one hidden state for every token can be streamed",
+        )
+    return Axes(found[0][0], found[1][0])
+
+
+def _at_first_block(skeleton: Skeleton, sample: Tensor, take: Callable[..., Any]) -> Any:
+    """What `take(forward, args, kwargs)` makes of the first block's call; the model's forward ends there."""
+    found: list[Any] = []
+    forward = skeleton.blocks[0].forward
 
     def stop_after_first(index: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            outputs.append(forward(*args, **kwargs))
+            found.append(take(forward, args, kwargs))
             raise StopForward
 
         return run
 
-    with skeleton.loaded(skeleton.block_parameters(0)), _forwards_replaced(skeleton.blocks, stop_after_first):
-        _run(skeleton, sample)
-    output = outputs[0]
-    return Wrap(None if isinstance(output, Tensor) else tuple(output[1:]))
+    with skeleton.loaded(skeleton.block_parameters(0)), forwards_replaced(skeleton.blocks, stop_after_first):
+        run_model(skeleton, sample)
+    return found[0]
 
 
 @torch.no_grad()
@@ -176,10 +240,11 @@ def logits(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Wrap) -> Te
     Args:
         skeleton: the model.
         tokens: `(batch, length)`.
-        hidden: the last block's output, `(batch, length, hidden)`.
+        hidden: the last block's output, `(batch, length, ...)`.
         wrap: the blocks' return convention.
     """
-    with _forwards_replaced(skeleton.blocks, lambda _: lambda *args, **kwargs: wrap(hidden)):
-        result = _run(skeleton, tokens).logits
+    native = wrap.axes.native(hidden)
+    with forwards_replaced(skeleton.blocks, lambda _: lambda *args, **kwargs: wrap(native)):
+        result = run_model(skeleton, tokens).logits
     assert isinstance(result, Tensor)
     return result

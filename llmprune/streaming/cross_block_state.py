@@ -1,8 +1,9 @@
-"""Cross-block state: mappings among the arguments of blocks that they write into for later blocks (shared KV)."""
+"""Cross-block state: mappings that blocks write into for later blocks (shared KV), and what they return for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from llmprune.errors import PruneError
 from llmprune.runtime.files import sha256, sync
-from llmprune.streaming.batch import Call
+from llmprune.streaming.batch import Axes, Call, Carried
 from llmprune.streaming.capture import BlockInputs, Wrap
 
 PLAIN = (bool, int, float, str, type(None))
@@ -24,17 +25,15 @@ class CannotBeSavedError(TypeError):
 
 
 def mappings_of(calls: Iterable[Call]) -> list[MutableMapping[Any, Any]]:
-    """The mappings among the arguments of blocks, each once, in order."""
-    values = [
-        value for call in calls for value in (*call.args, *call.kwargs.values()) if isinstance(value, MutableMapping)
-    ]
+    """The mappings among the arguments of blocks and with what they returned, each once, in order."""
+    values = [value for call in calls for value in (*call.values, call.returned) if isinstance(value, MutableMapping)]
     return list({id(value): value for value in values}.values())
 
 
 def _check(calls: Iterable[Call]) -> None:
     for call in calls:
-        for value in (*call.args, *call.kwargs.values()):
-            if not isinstance(value, MutableMapping) and not _fixed(value):
+        for value in call.values:
+            if not isinstance(value, MutableMapping | Carried) and not _fixed(value):
                 raise CannotBeSavedError(f"a block is called with {type(value).__name__}")
 
 
@@ -80,7 +79,8 @@ class CrossBlockState:
         except SafetensorError as error:
             raise OSError(str(error)) from error
         sync(path)
-        return {"file": path.name, "sha256": sha256(path), "contents": contents, "rest": rest}
+        axes = list(astuple(self._wrap.axes))
+        return {"file": path.name, "sha256": sha256(path), "contents": contents, "rest": rest, "axes": axes}
 
     def load(self, index: int, folder: Path, saved: dict[str, Any]) -> None:
         """Bring back what `save` wrote.
@@ -106,7 +106,7 @@ class CrossBlockState:
 
 def saved_wrap(folder: Path, saved: dict[str, Any]) -> Wrap:
     """The return convention of the blocks, as `CrossBlockState.save` wrote it."""
-    return Wrap(_unpacked(saved["rest"], load_file(folder / saved["file"])))
+    return Wrap(_unpacked(saved["rest"], load_file(folder / saved["file"])), Axes(*saved["axes"]))
 
 
 def _untouched(value: MutableMapping[Any, Any], fresh: dict[Any, Any]) -> bool:

@@ -109,7 +109,9 @@ class BlockStream:
             skeleton, own, self.sharding.batch_size, self._pruned, self._dense, wrap, self.sharding.shards()
         )
         analysed = self.observe.permute or "norm_scale" in self.observe.needs
-        short = short_batch(skeleton, own, self.inputs.wrap) if analysed else None
+        # What stands for returned tensors must be as short as the batch.
+        known = self.inputs.wrap if not any(isinstance(v, Tensor) for v in self.inputs.wrap.rest or ()) else None
+        short = short_batch(skeleton, own, known) if analysed else None
         self.types = BlockTypes(skeleton, self.observe.chosen, short)
         self._state = CrossBlockState(self.inputs)
         self.uncalled: list[str] = []
@@ -128,7 +130,7 @@ class BlockStream:
                 block.finish()
             self.done = index + 1
             for batch in self.inputs.batches:
-                batch.calls[index] = batch.dense_calls[index] = RELEASED
+                batch.release(index)
             for stream in self._streams:
                 stream.turn()
             trim_heap()
