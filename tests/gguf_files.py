@@ -21,7 +21,13 @@ METADATA: dict[str, Any] = {
 }
 
 
-def write_gguf(path: Path, without: str = "", poison: str = "", changes: Mapping[str, int] | None = None) -> Path:
+def write_gguf(
+    path: Path,
+    without: str = "",
+    poison: str = "",
+    changes: Mapping[str, int] | None = None,
+    rope: Mapping[str, Any] | None = None,
+) -> Path:
     """A tiny random Llama in Q8_0 with a tokenizer.
 
     Args:
@@ -29,7 +35,9 @@ def write_gguf(path: Path, without: str = "", poison: str = "", changes: Mapping
         without: a tensor that is left out.
         poison: a tensor that gets a NaN.
         changes: of `METADATA`.
+        rope: settings and tensors (by names that begin with `rope_`) of the rotary positions.
     """
+    rope = {"freq_base": 10_000.0, **(rope or {})}
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += [f"▁word{number}" for number in range(VOCABULARY - len(tokens))]
     writer = GGUFWriter(path, "llama")
@@ -38,7 +46,13 @@ def write_gguf(path: Path, without: str = "", poison: str = "", changes: Mapping
             f"llama.{key}", value
         )
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
+    for key, value in rope.items():
+        if key.startswith("rope_"):
+            writer.add_tensor(key, value)
+        elif isinstance(value, str):
+            writer.add_string(f"llama.rope.{key}", value)
+        else:
+            writer.add_float32(f"llama.rope.{key}", value)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([-float(number) for number in range(VOCABULARY)])

@@ -17,12 +17,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from llmprune.errors import InputError, PruneError, first_line
 from llmprune.export.pack import check_regular, warn_of_left_out
+from llmprune.model.companions import copy_json
 from llmprune.model.reader import PACKED
 from llmprune.progress import Progress
 from llmprune.reporting.model_card import card_for
 from llmprune.reporting.report import PruneReport
 from llmprune.runtime.ownership import regular_files
-from llmprune.runtime.redact import without_secrets
+from llmprune.runtime.redact import without_origins, without_secrets
 from llmprune.sources.network import HUB_SECONDS, check_token, hub_reachable, is_unreachable, start_probe, within
 
 CARD = "README.md"
@@ -212,7 +213,10 @@ def _send(stage: Path, where: Destination, message: str) -> str:
 
 @contextmanager
 def _staged(folder: Path, report: PruneReport, repo: str, progress: Progress) -> Iterator[Path]:
-    """The folder as it is uploaded: links to its regular files, hidden ones left out, and a card for the repository."""
+    """The folder as it is uploaded: links to its regular files, hidden ones left out, and a card for the repository.
+
+    Settings that a later training wrote name no place on this machine.
+    """
     regular, others = regular_files(folder)
     warn_of_left_out(others, folder, progress)
     with tempfile.TemporaryDirectory(prefix="llmprune-push-") as name:
@@ -221,7 +225,10 @@ def _staged(folder: Path, report: PruneReport, repo: str, progress: Progress) ->
             local = path.relative_to(folder)
             if not any(part.startswith(".") for part in local.parts):
                 (stage / local).parent.mkdir(parents=True, exist_ok=True)
-                (stage / local).symlink_to(path.resolve())
+                if local.name.endswith("config.json"):
+                    copy_json(path, stage / local, without_origins)
+                else:
+                    (stage / local).symlink_to(path.resolve())
         (stage / CARD).unlink(missing_ok=True)
         (stage / CARD).write_text(card_for(folder, report, repo), encoding="utf-8")
         yield stage

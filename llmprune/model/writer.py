@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmprune.errors import InputError, PruneError
+from llmprune.errors import PruneError
 from llmprune.model.reader import INDEX, SINGLE
 from llmprune.runtime.files import replacing, sha256, write_json
-from llmprune.runtime.foreign import check_inside
 from llmprune.runtime.ownership import delete
 
 SHARD_BYTES = 2 * 2**30
@@ -102,54 +99,3 @@ class ShardWriter:
         for path in self.folder.iterdir():
             if path.name not in {shard.file for shard in self.shards}:
                 delete(path)
-
-
-LEFT_OUT = {
-    "written anew": ("config.json", "README.md", "prune_report.json", "prune_report.html", "speed.json"),
-    "weights, also in other formats": (
-        "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5",
-        "*.msgpack", "*.npz", "*.npy", "*.tflite", "*.ot", "*.pkl", "*.pickle", "*.mlmodel", "*.nemo",
-    ),
-    "names weights that are not there": ("*.index.json",),
-    "a state of training": ("trainer_state.json", "scaler.*", "scheduler.*", "events.out.tfevents.*"),
-    "hidden": (".*",),
-    "made by Python": ("__pycache__",),
-}  # fmt: skip
-"""What of a model folder does not come along, and why; nor does a folder in it that holds weights."""
-
-
-def copy_companions(source: Path, target: Path) -> list[Path]:
-    """Copy the regular files of a model folder that are no weights: tokenizer, templates, processors, code, licence.
-
-    Links are followed inside the folder, and into the Hugging Face cache's own files.
-
-    Returns:
-        The other links, pipes and devices, which are left out.
-    """
-    others: list[Path] = []
-    for path in sorted(source.iterdir()):
-        if any(fnmatchcase(path.name, glob) for globs in LEFT_OUT.values() for glob in globs):
-            continue
-        if _leaves(path, source):
-            others.append(path)
-        elif path.is_file():
-            target.mkdir(exist_ok=True)
-            shutil.copyfile(path, target / path.name)
-        elif path.is_dir() and not any(_is_weight(inner) for inner in path.rglob("*")):
-            others += copy_companions(path, target / path.name)
-        elif not path.is_dir():
-            others.append(path)
-    return others
-
-
-def _leaves(path: Path, folder: Path) -> bool:
-    """Whether a path is a link out of its folder, or to a folder, which may be any other."""
-    try:
-        check_inside(path, folder)
-    except InputError:
-        return True
-    return path.is_symlink() and path.is_dir()
-
-
-def _is_weight(path: Path) -> bool:
-    return any(fnmatchcase(path.name, glob) for glob in LEFT_OUT["weights, also in other formats"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from llmprune.job import knobs
 from llmprune.knobs import flag_of
+from llmprune.model.companions import copy_companions, copy_json
 from llmprune.model.selection import Plan
-from llmprune.model.writer import copy_companions
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.timing import Clock
 from llmprune.pruning.pattern import SparsityPattern
@@ -26,11 +27,10 @@ from llmprune.reporting.html_report import PAGE, write_report
 from llmprune.reporting.model_card import FILE as CARD
 from llmprune.reporting.model_card import model_card
 from llmprune.reporting.report import FILE, BlockReport, LayerReport, PruneReport
-from llmprune.runtime.files import write_json, write_text
-from llmprune.runtime.foreign import read_json
+from llmprune.runtime.files import write_text
 from llmprune.runtime.memory import peak_memory, resident_memory
 from llmprune.runtime.ownership import regular_files
-from llmprune.runtime.redact import base_name, redacted_command
+from llmprune.runtime.redact import base_name, redacted_command, without_origins
 from llmprune.sources.tokens import TokenBatch
 from llmprune.streaming.batch_shards import BatchSharding
 from llmprune.streaming.block import Block
@@ -261,17 +261,7 @@ def write_companions(run: RunContext, report: PruneReport) -> None:
         f"left out: {path.relative_to(run.source.folder)} is a link that leaves the model folder, or no regular file"
         for path in copy_companions(run.source.folder, run.unfinished)
     ]
-    config = read_json(run.source.folder / "config.json")
-    for leftover in ("quantization_config", "compression_config", "sparsity_config"):
-        config.pop(leftover, None)
-    if run.structure.changes:
-        # A config may say a number under another name, which must not contradict it.
-        aliases = {old for old, new in run.config.attribute_map.items() if new in run.structure.changes}
-        config = {key: value for key, value in config.items() if key not in aliases} | run.structure.changes
-    if run.job.dtype:
-        config.pop("torch_dtype", None)
-        config["dtype"] = run.job.dtype
-    write_json(run.unfinished / "config.json", config)
+    copy_json(run.source.folder / "config.json", run.unfinished / "config.json", partial(pruned_config, run))
     report.size = {
         "dense": run.skeleton.checkpoint.folder.nbytes,
         "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
@@ -280,6 +270,22 @@ def write_companions(run: RunContext, report: PruneReport) -> None:
     written, _ = regular_files(run.unfinished)
     report.files = sorted({FILE, PAGE, *(path.relative_to(run.unfinished).as_posix() for path in written)})
     write_report(report, run.unfinished)
+
+
+def pruned_config(run: RunContext, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's config with the sizes and the dtype of the pruned model; all else stays."""
+    config: dict[str, Any] = without_origins(source)
+    for leftover in ("quantization_config", "compression_config", "sparsity_config"):
+        config.pop(leftover, None)
+    if run.structure.changes:
+        # A config may say a number under another name, which must not contradict it.
+        aliases = {old for old, new in run.config.attribute_map.items() if new in run.structure.changes}
+        config = {key: value for key, value in config.items() if key not in aliases} | run.structure.changes
+    if run.job.dtype:
+        # Older readers know the older name only.
+        names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+        config |= dict.fromkeys(names, run.job.dtype)
+    return config
 
 
 def processes(run: RunContext, windows: Tensor) -> dict[str, Any]:

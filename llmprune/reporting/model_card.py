@@ -21,7 +21,7 @@ from llmprune.reporting.words import (
     size,
 )
 from llmprune.runtime.foreign import read_json, read_text, reading
-from llmprune.runtime.redact import without_paths
+from llmprune.runtime.redact import HUB_ID
 from llmprune.sources.texts import DATASETS
 
 FILE, SPEED = "README.md", "speed.json"
@@ -138,12 +138,13 @@ def _metadata(report: PruneReport, source: Path, name: str) -> str:
 
 
 def _base(report: PruneReport, inherited: dict[str, Any]) -> Any:
-    """The dense model on the Hub; the base of its own card where it is a folder; None where that is unknown."""
+    """The dense model on the Hub; those of its own card where it is a folder; None where that is unknown."""
     if report.model["revision"]:
         return report.model["name"]
     base = inherited.get("base_model")
     # Trainers write where the model lay.
-    return None if isinstance(base, str) and without_paths(base) != base else base
+    named = [one for one in (base if isinstance(base, list) else [base]) if HUB_ID.fullmatch(str(one or ""))]
+    return named if named[1:] else next(iter(named), None)
 
 
 def _origin(report: PruneReport, source: Path) -> str:

@@ -6,12 +6,20 @@ import re
 import shlex
 from collections.abc import Collection
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 START = r"(?:file:/+|~?/(?!/)|[A-Za-z]:[\\/])"
 WHOLE = re.compile(rf"{START}[^,=;'\"\n]+")
 """A text that is a path and nothing else; it may hold blanks."""
 PART = re.compile(rf"(?<![\w./\\]){START}[^\s,=;'\"]+")
 """A path within a text."""
+HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+"""A name on the Hub."""
+ORIGINS = frozenset({
+    "_name_or_path", "name_or_path", "_model_name_or_path", "base_model_name_or_path", "special_tokens_map_file",
+    "tokenizer_file", "vocab_file", "merges_file",
+})  # fmt: skip
+"""Settings that say from where a model or its tokenizer was loaded."""
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 """A token of the Hub."""
 LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
@@ -28,6 +36,18 @@ def base_name(path: str) -> str:
 def without_paths(text: str) -> str:
     """A text with the last part of every absolute path in its place."""
     return base_name(text) if WHOLE.fullmatch(text) else PART.sub(lambda found: base_name(found[0]), text)
+
+
+def without_origins(settings: Any) -> Any:
+    """JSON values, in which the settings of `ORIGINS`, at any depth, name nothing but a base name or a Hub id."""
+    if isinstance(settings, dict):
+        return {key: (_named if key in ORIGINS else without_origins)(value) for key, value in settings.items()}
+    return [without_origins(item) for item in settings] if isinstance(settings, list) else settings
+
+
+def _named(value: Any) -> Any:
+    # The folder that `..` means is none of the reader's business either.
+    return PureWindowsPath(value).name.strip(".~") if isinstance(value, str) and not HUB_ID.fullmatch(value) else value
 
 
 def redacted_command(command: str, flags: Collection[str]) -> str:

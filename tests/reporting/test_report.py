@@ -223,6 +223,18 @@ def test_the_base_of_a_hub_model_is_that_model(report: PruneReport, tiny: Path) 
 
 
 @pytest.mark.parametrize(
+    ("base", "named"),
+    [("org/name", "org/name"), (["org/a", "/home/ada/b", "org/c"], ["org/a", "org/c"]), (["../b", "org/c"], "org/c"),
+     ("../models/b", None), (r"C:\models\b", None), (["/home/ada/b"], None)],
+)  # fmt: skip
+def test_a_base_that_is_no_name_on_the_hub_is_not_repeated(
+    report: PruneReport, tmp_path: Path, base: object, named: object
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\nbase_model: {json.dumps(base)}\n---\n")
+    assert ModelCard(model_card(report, tmp_path)).data.base_model == named
+
+
+@pytest.mark.parametrize(
     "card",
     [
         None,

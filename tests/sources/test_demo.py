@@ -149,7 +149,8 @@ def test_the_text_is_prose_and_every_year_gives_its_own() -> None:
 def test_the_demo_is_a_plain_float32_llama_with_tied_embeddings(demo: Path) -> None:
     config = json.loads((demo / "config.json").read_text())
     assert config["model_type"] == "llama"
-    assert not {"quantization_config", "compression_config", "sparsity_config", "_name_or_path"} & config.keys()
+    assert not {"quantization_config", "compression_config", "sparsity_config"} & config.keys()
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100_000
     assert config["tie_word_embeddings"] is True
     assert config["dtype"] == "float32"
     with safe_open(demo / "model.safetensors", framework="pt") as file:

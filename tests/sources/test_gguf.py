@@ -6,7 +6,9 @@ import random
 import struct
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from gguf_files import BLOCKS, shapes, write_gguf
 
@@ -72,6 +74,30 @@ def test_sizes_beyond_what_is_there_are_refused(key: str, value: int, tmp_path: 
 @pytest.mark.parametrize("value", [0, 1, 3])
 def test_other_sizes_are_refused_too(key: str, value: int, tmp_path: Path) -> None:
     refused(write_gguf(tmp_path / "x.gguf", changes={key: value}), r"x\.gguf")
+
+
+FACTORS = np.full(8, 3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, r"scaling\.type linear"),
+        ({"scaling.type": "yarn"}, r"scaling\.type yarn"),
+        ({"scaling.factor": 8.0}, r"scaling\.factor 8\.0"),
+        ({"scale_linear": 2.0}, r"scale_linear 2\.0"),
+        ({"rope_freqs.weight": FACTORS}, r"rope_freqs\.weight"),
+        ({"rope_factors_long.weight": FACTORS}, r"rope_factors_long\.weight"),
+    ],
+)
+def test_scaled_positions_are_refused_for_transformers_reads_none(
+    rope: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    refused(write_gguf(tmp_path / "x.gguf", rope=rope), rf"scales rotary positions \({says}\)")
+
+
+def test_settings_that_scale_nothing_are_taken(tmp_path: Path) -> None:
+    check_gguf(write_gguf(tmp_path / "x.gguf", rope={"scaling.type": "none", "scaling.factor": 1.0}))
 
 
 def test_counts_that_cannot_be_are_refused_at_once(whole: Path, tmp_path: Path) -> None:
