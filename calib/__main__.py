@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.cli.shell import Parser, run_command, silence_libraries
+from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive, seed, window
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def freeze(options: argparse.Namespace) -> int:
         raise InputError(f"cannot write {options.out}: {error.strerror}", "choose another --out") from error
     facts = batch.provenance
     if options.json:
-        print(json.dumps(asdict(facts), indent=2))
+        say(json.dumps(asdict(facts), indent=2))
     else:
-        print(f"{options.out}: {facts.samples} x {facts.seq_len} tokens of {facts.source}, sha256 {facts.sha256}")
+        say(f"{options.out}: {facts.samples} x {facts.seq_len} tokens of {facts.source}, sha256 {facts.sha256}")
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import sweep
-from llmprune.cli.shell import Parser, run_command
+from llmprune.cli.shell import Parser, run_command, say
 from llmprune.errors import InputError
 from llmprune.reporting import charts as chart
 from llmprune.reporting.html_report import by_kind, page, table
@@ -157,7 +157,7 @@ def compare(options: argparse.Namespace) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         DRAWERS[options.out.suffix](runs, options.out)
     rows = [{"run": run.name, **run.facts} for run in runs]
-    print(json.dumps(rows, indent=2) if options.json else markdown(rows))
+    say(json.dumps(rows, indent=2) if options.json else markdown(rows))
     return 0
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import record
-from llmprune.cli.shell import Parser, run_command, silence_libraries
+from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError, PruneError
 
@@ -127,9 +127,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def say(message: str) -> None:
+def report(message: str) -> None:
     """Progress, on stderr, so that stdout stays the result."""
-    print(message, file=sys.stderr, flush=True)
+    say(message, sys.stderr)
 
 
 # Processes
@@ -188,7 +188,7 @@ def token_file(options: argparse.Namespace, work: Path) -> Path:
     given: Path = options.calib
     if given.suffix == ".safetensors":
         return given
-    say(f"tokens: {options.samples} windows of {options.seq_len} from {given}")
+    report(f"tokens: {options.samples} windows of {options.seq_len} from {given}")
     out = work / "tokens.safetensors"
     command = [sys.executable, "-m", "calib", given, "--model", options.model, "--out", out]
     command += ["--samples", options.samples, "--seq-len", options.seq_len, "--seed", options.seed]
@@ -223,7 +223,7 @@ def peer_python(peer: Peer, given: Path | None) -> Path:
     if given is None and not ready.exists():
         folder.mkdir(parents=True, exist_ok=True)
         log, hint = folder / "install.log", "make the environment yourself and name its Python with --peer-python"
-        say(f"installing {' '.join(peer.packages)} into {folder} (once)")
+        report(f"installing {' '.join(peer.packages)} into {folder} (once)")
         execute([sys.executable, "-m", "venv", folder], 1, log, hint)
         execute([python, "-m", "pip", "install", *peer.packages], 1, log, hint)
         ready.touch()
@@ -260,10 +260,10 @@ def take_turns(tools: dict[str, Callable[[], Run]], repeats: int) -> list[Run]:
     runs = []
     for repeat in range(repeats):
         for name, tool in tools.items():
-            say(f"{name}: run {repeat + 1} of {repeats}")
+            report(f"{name}: run {repeat + 1} of {repeats}")
             done = tool()
             busy = f"others kept {number(done.process.cores_elsewhere)} cores busy meanwhile"
-            say(f"{name}: {done.whole:.1f} s whole, {done.solve:.1f} s of them in solves; {busy}")
+            report(f"{name}: {done.whole:.1f} s whole, {done.solve:.1f} s of them in solves; {busy}")
             runs.append(done)
     return runs
 
@@ -324,7 +324,7 @@ def evaluate(
     if len(windows) < 2:
         hint = "give a longer text or a smaller --eval-context; two windows are the least"
         raise InputError(f"{options.eval} has {len(windows)} windows of {options.eval_context} tokens", hint)
-    say(f"evaluating on {len(windows)} windows of {options.eval_context}")
+    report(f"evaluating on {len(windows)} windows of {options.eval_context}")
     quality = {name: asdict(judge.quality(judge.load_model(path), windows, wanted)) for name, path in folders.items()}
     floor = judge.floor(judge.load_model(options.model), tokens["samples"], tokens["seq_len"])
     return {"floor": floor, "quality": quality}
@@ -397,7 +397,7 @@ def compare(options: argparse.Namespace, given: Sequence[str]) -> int:
         work = (options.work or Path(scratch)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         result = record.write(options.out, stamp, study(options, work))
-    print(json.dumps(result, indent=2) if options.json else table(result))
+    say(json.dumps(result, indent=2) if options.json else table(result))
     return 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.models import find_model
-from llmprune.cli.shell import Parser, run_command, silence_libraries
+from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive, window
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def run(options: argparse.Namespace) -> int:
     silence_libraries(options.debug)
     results = rows(options)
     if options.json:
-        print(json.dumps({"model": options.model, "dense": options.dense, "results": results}, indent=2))
+        say(json.dumps({"model": options.model, "dense": options.dense, "results": results}, indent=2))
         return 0
     for found in results:
         errors = {"value": "error"}
@@ -184,7 +184,7 @@ def run(options: argparse.Namespace) -> int:
             for title, key in FIGURES
             if key in found
         ]
-        print(f"{found['text']} ({found['windows']} x {found['context']}): {', '.join(figures)}")
+        say(f"{found['text']} ({found['windows']} x {found['context']}): {', '.join(figures)}")
     return 0
 
 

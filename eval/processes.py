@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import record
-from llmprune.cli.shell import Parser, run_command, silence_libraries
+from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive
 from llmprune.runtime.ownership import scratch_folder
 
@@ -76,7 +76,7 @@ def run_processes(options: argparse.Namespace, given: Sequence[str]) -> int:
     load = os.getloadavg()[0]
     turns = [{str(size): run_with(size, options) for size in options.sizes} for _ in range(options.repeats)]
     found = {"load": [load, os.getloadavg()[0]], "cpus": os.cpu_count(), "turns": turns}
-    print(table(record.write(options.out, stamp, found)))
+    say(table(record.write(options.out, stamp, found)))
     return 0
 
 

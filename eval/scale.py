@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import record
-from llmprune.cli.shell import Parser, run_command, silence_libraries
+from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive, size
 from llmprune.pruning.methods import METHODS
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT
@@ -279,7 +279,7 @@ def run_scale(options: argparse.Namespace, given: Sequence[str]) -> int:
         result = record.write(options.out, stamp, measure(options))
     finally:
         shutil.rmtree(options.work)
-    print(json.dumps({key: result[key] for key in ("runs", "block", "full", "larger_full") if key in result}, indent=2))
+    say(json.dumps({key: result[key] for key in ("runs", "block", "full", "larger_full") if key in result}, indent=2))
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval import record
 from eval.models import find_model
-from llmprune.cli.shell import Parser, run_command, silence_libraries
+from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError
 
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
             for row in compare(problem, pattern)
         ]
     result = record.write(options.out, stamp, {"tokens_sha256": digest, "solved": solved})
-    print(json.dumps(result, indent=2) if options.json else table(result))
+    say(json.dumps(result, indent=2) if options.json else table(result))
     return 0
 
 

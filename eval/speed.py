@@ -23,7 +23,7 @@ from typing import Any
 
 from eval import record
 from eval.models import find_model
-from llmprune.cli.shell import Parser, run_command
+from llmprune.cli.shell import Parser, run_command, say
 from llmprune.cli.values import positive
 from llmprune.errors import PruneError
 
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     stamp = record.stamp(["python", "-m", "eval.speed", *given], options.out)
     options.dense, options.pruned = (find_model(name).folder for name in (options.dense, options.pruned))
     figures = record.write(options.out, stamp, compare(options))
-    print(json.dumps(figures, indent=2) if options.json else text(figures))
+    say(json.dumps(figures, indent=2) if options.json else text(figures))
     return 0
 
 
@@ -233,7 +233,7 @@ def serve(task: dict[str, Any]) -> None:
             answer = (
                 timed(model, prompt, task["new"]) if line.strip() == "turn" else measured(model, prompt, task["sparse"])
             )
-        print(json.dumps(answer), flush=True)
+        say(json.dumps(answer))
 
 
 def timed(model: Any, prompt: Any, new: int) -> dict[str, float]:

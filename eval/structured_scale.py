@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import record
-from llmprune.cli.shell import Parser, run_command, silence_libraries
+from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive
 from llmprune.pruning.criteria import CRITERIA
 
@@ -100,10 +100,10 @@ def run_scale(options: argparse.Namespace, given: Sequence[str]) -> int:
             if any(settings.items() <= cell.items() for cell in cells):
                 continue
             cells.append({**settings, "commit": stamp.commit, **_apart(options.threads, settings)})
-            sys.stderr.write(f"{cells[-1]}\n")
+            say(f"{cells[-1]}", sys.stderr)
             _write(options, stamp, cells)
     result = _write(options, stamp, cells)
-    print(json.dumps(result, indent=2) if options.json else table(result))
+    say(json.dumps(result, indent=2) if options.json else table(result))
     return 0
 
 
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--worker"]:
-        print(json.dumps(solve(**json.loads(arguments[1]))))
+        say(json.dumps(solve(**json.loads(arguments[1]))))
         return 0
     return run_command(build_parser(), lambda options: run_scale(options, arguments), arguments)
 

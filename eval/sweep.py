@@ -42,7 +42,7 @@ from typing import Any
 from eval import record
 from eval.perplexity import measure
 from eval.plot import draw
-from llmprune.cli.shell import Parser, run_command, silence_libraries
+from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.errors import InputError
 from llmprune.pruning.recipe import EFFORTS
 from llmprune.reporting.schema import upgraded
@@ -218,17 +218,17 @@ def run(options: argparse.Namespace) -> int:
     done = [settings for settings, _ in found]
     for settings in cells(grid):
         if settings not in done:
-            sys.stderr.write(f"running {settings}\n")
+            say(f"running {settings}", sys.stderr)
             stamp, result = run_cell({**grid.get("fixed", {}), **settings}, also, out)
             record.append(out, stamp, {"settings": settings, **result})
     results, dense = recorded(grid, out)
-    print(json.dumps([result for _, result in results], indent=2) if options.json else table(results, dense))
+    say(json.dumps([result for _, result in results], indent=2) if options.json else table(results, dense))
     picture = out.with_suffix(".png")
     try:
         draw(results, dense, picture)
-        sys.stderr.write(f"drew {picture}\n")
+        say(f"drew {picture}", sys.stderr)
     except ImportError:
-        sys.stderr.write("no plot: matplotlib is not installed (pip install matplotlib)\n")
+        say("no plot: matplotlib is not installed (pip install matplotlib)", sys.stderr)
     return 0
 
 

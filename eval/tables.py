@@ -13,7 +13,7 @@ import sys
 import tomllib
 
 from eval import peers, processes, record, scale, solvers, speed, structured_scale, sweep, zero_shot
-from llmprune.cli.shell import Parser
+from llmprune.cli.shell import Parser, say
 
 MAKERS = {
     "larger": scale.table,
@@ -64,7 +64,7 @@ def main() -> int:
     Parser(prog="python -m eval.tables", description=__doc__, allow_abbrev=False).parse_args()
     for path in (record.ROOT / name for name in record.PAGES):
         path.write_text(rewrite(path.read_text(encoding="utf-8")), encoding="utf-8")
-        sys.stderr.write(f"rewrote {path.relative_to(record.ROOT)}\n")
+        say(f"rewrote {path.relative_to(record.ROOT)}", sys.stderr)
     return 0
 
 

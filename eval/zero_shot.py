@@ -22,7 +22,7 @@ from typing import Any
 
 from eval import record
 from eval.models import find_model
-from llmprune.cli.shell import Parser, run_command, silence_libraries
+from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive
 
 ANSWER = "\nAnswer:"
@@ -291,7 +291,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
         result = score_files(options, model, [Path(file) for file in files]) if files else {}
         results[Path(model).name] = result | (ask_harness(options, model, others) if others else {})
     found = record.write(options.out, stamp, {"limit": options.limit, "results": results})
-    print(json.dumps(found, indent=2) if options.json else table(found))
+    say(json.dumps(found, indent=2) if options.json else table(found))
     return 0
 
 

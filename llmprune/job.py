@@ -206,7 +206,7 @@ class Job(Stages):
     only: tuple[str, ...] = knob(
         (),
         "sparsity",
-        "prune only layers whose name matches",
+        "prune only layers whose name matches, likewise",
         TEXT,
         metavar="GLOB",
         repeatable=True,
@@ -215,7 +215,8 @@ class Job(Stages):
     skip: tuple[str, ...] = knob(
         (),
         "sparsity",
-        "leave layers dense whose name matches, such as '*.down_proj'",
+        "leave layers dense whose name matches: down_proj, '*.0.mlp.*' or 're:.*down_proj'; what is no linear layer "
+        "of a block, such as lm_head, always stays dense",
         TEXT,
         metavar="GLOB",
         repeatable=True,

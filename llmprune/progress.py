@@ -1,4 +1,7 @@
-"""Progress of a run: the command line draws it, a notebook or a test may ignore it."""
+"""Progress of a run: the command line draws it, a notebook or a test may ignore it.
+
+Texts may hold names from files: who draws them shows them through `errors.printable`.
+"""
 
 from __future__ import annotations
 

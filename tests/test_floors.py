@@ -118,6 +118,21 @@ def test_only_the_command_line_speaks(module: str) -> None:
     assert not libraries(module) & {"logging", "tqdm", "argparse"}
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) in SPEAKS])
+def test_the_command_line_prints_in_one_place_which_escapes(module: str) -> None:
+    """Beside it are the bars of tqdm, which write above themselves."""
+    assert not uses(module, "print", "input")
+    writers = {"cli.shell": {"say"}, "cli.terminal": {"TerminalProgress"}, "cli.notebook": {"ProgressBars"}}
+    found = {
+        top.name
+        for top in TREES[module].body
+        if isinstance(top, ast.FunctionDef | ast.ClassDef)
+        for node in ast.walk(top)
+        if isinstance(node, ast.Attribute) and node.attr in {"write", "writelines"}
+    }
+    assert found == writers.get(module, set())
+
+
 @pytest.mark.parametrize("module", sorted(set(MODULES) - READS))
 def test_files_of_others_are_read_through_the_gate(module: str) -> None:
     """`runtime.foreign` knows pipes and devices, bounds sizes, and says what is wrong in our words."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.cli.guesses import ANSWERS, answer
-from llmprune.cli.shell import Parser
+from llmprune.cli.shell import Parser, say
 from llmprune.cli.values import positive
 from llmprune.job import GROUPS, Job, knobs
 from llmprune.knobs import REQUIRED, Knob
@@ -25,6 +25,7 @@ exit codes:
   130  interrupted; --out is as it was, or complete where the message says so
 After 1 and 130, finished blocks are kept: the same command goes on from there.
 """
+AS_IT_WAS = "interrupted; the output folder is as it was"
 EXAMPLES = """\
 examples:
   llmprune --model demo --sparsity 2:4 --samples 32 --seq-len 512
@@ -47,7 +48,7 @@ class Version(argparse.Action):
     """Looks the version up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print(f"llmprune {version()}")
+        say(f"llmprune {version()}")
         parser.exit()
 
 
@@ -76,7 +77,7 @@ def build_parser(job: type[Job] = Job) -> Parser:
         allow_abbrev=False,
         add_help=False,
     )
-    parser.knobs, parser.answers, parser.stray = knobs(job), ANSWERS, answer
+    parser.knobs, parser.answers, parser.stray, parser.stopped = knobs(job), ANSWERS, answer, AS_IT_WAS
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for each in parser.knobs:
         add_knob(groups[each.group], each)
@@ -170,6 +171,7 @@ def pack_parser() -> Parser:
     parser = _command(
         "pack", "Write a compact copy of a pruned folder: of N:M layers the kept values and their positions."
     )
+    parser.stopped = AS_IT_WAS
     _add_layers(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR-packed)")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
@@ -179,6 +181,7 @@ def pack_parser() -> Parser:
 def unpack_parser() -> Parser:
     """Flags of `llmprune unpack`."""
     parser = _command("unpack", "Write the plain folder that was packed, byte for byte.", "a packed folder")
+    parser.stopped = AS_IT_WAS
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR without -packed)")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     return parser

@@ -21,7 +21,7 @@ from llmprune.cli.flags import (
     unpack_parser,
     verify_parser,
 )
-from llmprune.cli.shell import INTERRUPTED, is_worker, run_command, silence_libraries
+from llmprune.cli.shell import INTERRUPTED, is_worker, run_command, say, silence_libraries
 from llmprune.errors import InputError, Interrupted, complete, printable
 from llmprune.progress import Progress
 from llmprune.runtime.foreign import reading, user_path
@@ -89,12 +89,12 @@ def run_prune(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return 0
     with nullcontext() if options.dry_run else complete(facts["out"]):
         if not options.quiet:
-            words.write(text)
+            say(text, words)
         if options.json:
-            print(json.dumps(facts, indent=2), flush=True)
+            say(json.dumps(facts, indent=2))
         if where and not options.dry_run:
             address = send(Path(facts["out"]), where, progress, quiet=options.quiet)
-            words.write(f"pushed to    {printable(address)}\n")
+            say(f"pushed to    {printable(address)}", words)
     return 0
 
 
@@ -161,9 +161,9 @@ def run_push(options: argparse.Namespace) -> int:
     check_destination(where, check_folder(options.dir).model["name"])
     address = send(options.dir, where, TerminalProgress(quiet=options.quiet), options.quiet)
     if options.json:
-        print(json.dumps({"repo": where.repo, "revision": where.revision or "main", "commit": address}, indent=2))
+        say(json.dumps({"repo": where.repo, "revision": where.revision or "main", "commit": address}, indent=2))
     elif not options.quiet:
-        print(f"pushed to    {printable(address)}")
+        say(f"pushed to    {printable(address)}")
     return 0
 
 
@@ -175,9 +175,9 @@ def run_verify(options: argparse.Namespace) -> int:
     selection = LayerSelection(options.sparsity, options.scope, tuple(options.only), tuple(options.skip))
     result = verify_folder(options.dir, selection, options.trust_remote_code)
     if options.json:
-        print(json.dumps(result.to_json(), indent=2))
+        say(json.dumps(result.to_json(), indent=2))
     else:
-        print(textwrap.dedent(result.text()).strip())
+        say(textwrap.dedent(result.text()).strip())
     return 1 if result.violations else 0
 
 
@@ -196,7 +196,7 @@ def run_pack(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
         progress=terminal.TerminalProgress(),
     )
-    print(json.dumps(report.to_json(), indent=2) if options.json else report.text())
+    say(json.dumps(report.to_json(), indent=2) if options.json else report.text())
     return 0
 
 
@@ -207,7 +207,7 @@ def run_unpack(options: argparse.Namespace) -> int:
     from llmprune.export.pack import unpack
 
     out = unpack(options.dir, options.out, progress=terminal.TerminalProgress())
-    print(json.dumps({"out": str(out)}, indent=2) if options.json else f"saved to {printable(out)}")
+    say(json.dumps({"out": str(out)}, indent=2) if options.json else f"saved to {printable(out)}")
     return 0
 
 
@@ -226,5 +226,5 @@ def run_report(options: argparse.Namespace) -> int:
     with reading(f"the report in {options.dir} cannot be drawn", "prune again, or name another folder"):
         report_page(report)
     write_report(report, options.dir)
-    print(f"saved to {printable(options.dir / PAGE)}")
+    say(f"saved to {printable(options.dir / PAGE)}")
     return 0

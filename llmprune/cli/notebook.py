@@ -35,7 +35,7 @@ class ProgressBars(Progress):
     def step(self, amount: float = 1, text: str = "") -> None:
         if self._bar is not None:
             if text:
-                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.set_postfix_str(printable(text), refresh=False)
             self._bar.update(amount)
 
     def finish(self) -> None:

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from llmprune.errors import PruneError, printable
 from llmprune.knobs import Knob, flag_of, nearest, spellings
@@ -28,11 +28,13 @@ class Parser(argparse.ArgumentParser):
         knobs: whose earlier names are taken, and whose names elsewhere are answered.
         answers: flags that are answered, and the hints.
         stray: the hint for a word where a flag is expected, given the word and the rest; None if words are taken.
+        stopped: what is said of an interruption.
     """
 
     knobs: Sequence[Knob] = ()
     answers: Mapping[str, str] = MappingProxyType({})
     stray: Callable[[str, Sequence[str]], str] | None = None
+    stopped = "interrupted"
 
     def present(self, arguments: Sequence[str]) -> list[str]:
         """The command line with all flags under their present names; ends the process at one that is unknown."""
@@ -87,6 +89,17 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a text line by line, on stdout if nothing else is said; nothing else prints.
+
+    What a terminal would obey is escaped; who puts a foreign string into a text escapes its line ends before.
+    """
+    stream = stream or sys.stdout
+    for line in text.split("\n"):
+        stream.write(f"{printable(line)}\n")
+    stream.flush()
+
+
 def _is_flag(word: str) -> bool:
     """Whether argparse would take a word for a flag."""
     return word.startswith("-") and word != "-" and " " not in word and not re.fullmatch(r"-\d+|-\d*\.\d+", word)
@@ -116,25 +129,25 @@ def run_command(parser: Parser, command: Callable[[argparse.Namespace], int], ar
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        return guarded(lambda: command(options), options.debug)
+        return guarded(lambda: command(options), options.debug, parser.stopped)
     except KeyboardInterrupt:
         # It can arrive while the first handler is being entered or left.
-        return print_interrupted()
+        return print_interrupted(parser.stopped)
 
 
-def print_interrupted() -> int:
+def print_interrupted(text: str) -> int:
     """The one line of an interruption, and its exit code."""
-    sys.stderr.write("\ninterrupted; the output folder is as it was\n")
+    say(f"\n{text}", sys.stderr)
     return INTERRUPTED
 
 
-def guarded(work: Callable[[], int], debug: bool) -> int:
+def guarded(work: Callable[[], int], debug: bool, stopped: str = Parser.stopped) -> int:
     """The exit code of `work`; an exception is printed in two lines."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return work()
     except KeyboardInterrupt:
-        return print_interrupted()
+        return print_interrupted(stopped)
     except PruneError as error:
         if debug:
             print_traceback()
@@ -163,20 +176,19 @@ def _interrupt(*_: object) -> NoReturn:
 
 def _warn(text: str) -> None:
     if not is_worker():
-        sys.stderr.write(f"warning: {printable(text)}\n")
+        say(f"warning: {printable(text)}", sys.stderr)
 
 
 def print_error(message: str, hint: str) -> None:
     """The two lines of an error."""
-    sys.stderr.write(f"error: {printable(without_secrets(message))}\n")
+    say(f"error: {printable(without_secrets(message))}", sys.stderr)
     if hint:
-        sys.stderr.write(f"hint: {printable(without_secrets(hint))}\n")
+        say(f"hint: {printable(without_secrets(hint))}", sys.stderr)
 
 
 def print_traceback() -> None:
     """The traceback of the exception at hand, without secrets that a server's answer may repeat."""
-    for line in without_secrets(traceback.format_exc()).rstrip().split("\n"):
-        sys.stderr.write(f"{printable(line)}\n")
+    say(without_secrets(traceback.format_exc()).rstrip(), sys.stderr)
 
 
 def silence_libraries(debug: bool) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from llmprune.cli.shell import say
 from llmprune.errors import printable
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport
@@ -74,7 +75,7 @@ class TerminalProgress(Progress):
         self._done += amount
         if self._bar is not None:
             if text:
-                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.set_postfix_str(printable(text), refresh=False)
             self._bar.update(amount)
         elif not self.quiet and (text or time.monotonic() - self._said > PLAIN_SECONDS):
             self._said = time.monotonic()
@@ -98,13 +99,12 @@ class TerminalProgress(Progress):
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+            say(text, sys.stderr)
 
 
 def summary(report: PruneReport) -> str:
     """The table at the end of a run."""
-    return "\n".join(["", *_table(_result_rows(report)), printable(report.sparsity["note"])]) + "\n"
+    return "\n".join(["", *_table(_result_rows(report)), printable(report.sparsity["note"])])
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
@@ -166,4 +166,4 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("size", f"{size(facts['size']['pruned'])} (dense {size(facts['size']['dense'])})"),
         ("would save", facts["out"]),
     ]
-    return "\n".join(["", *_table(rows), "dry run: nothing was written\n"])
+    return "\n".join(["", *_table(rows), "dry run: nothing was written"])

@@ -94,7 +94,7 @@ def pack(
         folder: what `prune` wrote, or any model folder together with `sparsity`.
         out: folder to make; None for the name of `folder` with `-packed` behind it.
         sparsity: the pattern; None for that of the folder's report.
-        only, skip: globs over layer names.
+        only, skip: patterns of layer names, see `llmprune.model.selection.matches`.
         trust_remote_code: whether code that comes with the model may run.
         progress: notified of the steps.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import first_line
+from llmprune.errors import first_line, printable
 from llmprune.pruning.pattern import NM
 
 PATTERN = NM(2, 4)
@@ -40,7 +40,7 @@ class Acceleration:
             f"left {len(names)}: {reason} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
             for reason, names in reasons.items()
         ]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 @torch.no_grad()

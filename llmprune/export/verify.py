@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.errors import InputError, printable
-from llmprune.model.blocks import LayerRef, select
+from llmprune.model.blocks import LayerRef
 from llmprune.model.reader import SafetensorsFolder
-from llmprune.model.selection import make_plan
+from llmprune.model.selection import make_plan, select
 from llmprune.model.skeleton import Skeleton
 from llmprune.progress import Progress
 from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern
@@ -131,7 +131,7 @@ class LayerSelection:
     Args:
         sparsity: the pattern; None for those of the folder's report.
         scope: of an unstructured pattern; None for that of the report, else `layer`.
-        only, skip: globs over layer names.
+        only, skip: patterns of layer names.
     """
 
     sparsity: str | None = None
@@ -170,18 +170,19 @@ def open_pruned(
     if not folder.is_dir():
         raise InputError(f"there is no folder {str(folder)!r}", "name a model folder")
     sparsity, scope, only, skip = selection.sparsity, selection.scope, selection.only, selection.skip
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
     patterns: dict[str, SparsityPattern] = {}
     if sparsity is None:
         report = PruneReport.read(folder)
         sparsity, scope = report.sparsity["pattern"], scope or report.sparsity["scope"]
         patterns = patterns_of(report, scope)
-        names = tuple(layer.name for layer in report.layers if layer.name in patterns or not patterns)
-        only = tuple(name for name in names if not select(name, only, skip))
-        if not only:
+        known = [layer.name for layer in report.layers if layer.name in patterns or not patterns]
+        names = tuple(name for name in known if not select(name, only, skip))
+        if not names:
             raise InputError(
-                f"the report names {len(names)} layers, and none is left to check", "loosen --only and --skip"
+                f"the report names {len(known)} layers, and none is left to check", "loosen --only and --skip"
             )
+        only = skip = ()
     goal = parse_sparsity(sparsity, scope or "layer")
     source = open_source(
         str(folder), revision=None, cache=default_cache(), trust_remote_code=trust_remote_code, progress=Progress()
@@ -190,6 +191,5 @@ def open_pruned(
     skeleton = Skeleton(source.config, SafetensorsFolder(folder), trust_remote_code=trust_remote_code)
     if goal.pattern is None:
         return skeleton, goal, []
-    # A report names layers exactly; one that the model lacks is an error, as a glob that matches nothing is.
-    plan = make_plan(skeleton, goal.pattern, only, () if names else skip)
+    plan = make_plan(skeleton, goal.pattern, only, skip, names)
     return skeleton, goal, [(ref, patterns.get(ref.name, goal.pattern)) for ref in plan.layers]

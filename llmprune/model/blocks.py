@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -117,13 +116,6 @@ def _kind(owner: nn.Module, parameter: nn.Parameter) -> str:
     if type(owner).__name__.startswith("Conv"):
         return "convolution"
     return "fused experts" if parameter.dim() == 3 else "not a linear layer"
-
-
-def select(name: str, only: tuple[str, ...], skip: tuple[str, ...]) -> str:
-    """Why the globs exclude the layer `name`, or ''."""
-    if only and not any(fnmatchcase(name, glob) for glob in only):
-        return "not in --only"
-    return "--skip" if any(fnmatchcase(name, glob) for glob in skip) else ""
 
 
 def weight_of(module: nn.Module, transposed: bool) -> Tensor:

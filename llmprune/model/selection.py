@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from llmprune.errors import InputError
-from llmprune.model.blocks import LayerRef, Skipped, find_layers, find_other_weights, select
+from llmprune.model.blocks import LayerRef, Skipped, find_layers, find_other_weights
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.pattern import SparsityPattern
+
+REGEX = "re:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,7 @@ class Plan:
         block_parameters: number of parameters in all blocks.
         parameters: number of parameters of the model, tied ones once.
         out_bytes: size of the folder to be written.
+        notes: on patterns of names that change nothing.
     """
 
     layers: tuple[LayerRef, ...]
@@ -28,6 +33,7 @@ class Plan:
     block_parameters: int
     parameters: int
     out_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -68,20 +74,62 @@ class Plan:
         return total
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether the name of a layer matches a pattern.
+
+    Args:
+        name: such as `model.layers.0.mlp.down_proj`.
+        pattern: a glob over the whole name; a plain name, which is the layer's last part (`down_proj`,
+            `mlp.down_proj`); or `re:` and a regular expression, which begins where the name does.
+
+    Raises:
+        InputError: it is no regular expression.
+    """
+    if pattern.startswith(REGEX):
+        try:
+            return re.match(pattern.removeprefix(REGEX), name) is not None
+        except re.error as error:
+            raise InputError(
+                f"{pattern!r} is no regular expression: {error}", "behind re: stands one, as of Python's re"
+            ) from error
+    if any(letter in pattern for letter in "*?["):
+        return fnmatchcase(name, pattern)
+    return f".{name}".endswith(f".{pattern}")
+
+
+def select(name: str, only: Sequence[str], skip: Sequence[str]) -> str:
+    """Why the patterns of names exclude the layer `name`, or ''."""
+    if only and not any(matches(name, pattern) for pattern in only):
+        return "not in --only"
+    return "--skip" if any(matches(name, pattern) for pattern in skip) else ""
+
+
 def make_plan(
-    skeleton: Skeleton, pattern: SparsityPattern | None, only: tuple[str, ...], skip: tuple[str, ...]
+    skeleton: Skeleton,
+    pattern: SparsityPattern | None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    names: Collection[str] | None = None,
 ) -> Plan:
     """Select the layers to prune, and check that the pattern (if there is one) divides every one.
 
+    Args:
+        skeleton: the model.
+        pattern: of the weights.
+        only, skip: patterns of names, see `matches`.
+        names: of the layers, exactly; None for all.
+
     Raises:
-        InputError: a glob that matches nothing, a width that the pattern does not divide, nothing left to prune.
+        InputError: a name that there is not, a width that the pattern does not divide, nothing left to prune.
     """
     found = [
         layer
         for index, block in enumerate(skeleton.blocks)
         for layer in find_layers(block, skeleton.block_name(index), skeleton.config)
     ]
-    _check_globs(found, only, skip)
+    notes = _check_patterns(skeleton, found, only, skip)
+    if names is not None:
+        found = _named(found, names)
     layers: list[LayerRef] = []
     skipped: list[Skipped] = []
     for layer in found:
@@ -109,6 +157,7 @@ def make_plan(
         sum(parameter.numel() for parameter in skeleton.blocks.parameters()),
         sum(parameters),
         skeleton.checkpoint.out_bytes(),
+        notes,
     )
 
 
@@ -120,11 +169,29 @@ def _storage_obstacle(skeleton: Skeleton, weight: str) -> str:
     return "shared between blocks" if len(shared) > 1 else ""
 
 
-def _check_globs(layers: list[LayerRef], only: tuple[str, ...], skip: tuple[str, ...]) -> None:
-    for flag, globs in (("--only", only), ("--skip", skip)):
-        for glob in globs:
-            if all(select(layer.name, (glob,), ()) for layer in layers):
-                example = layers[0].name if layers else "none"
-                raise InputError(
-                    f"{flag} {glob!r} matches none of {len(layers)} layers", f"a layer is called {example!r}"
-                )
+def _named(layers: list[LayerRef], names: Collection[str]) -> list[LayerRef]:
+    wanted = set(names)
+    found = [layer for layer in layers if layer.name in wanted]
+    if missing := sorted(wanted - {layer.name for layer in found}):
+        raise InputError(f"none of {len(layers)} layers is called {missing[0]!r}", _example(layers))
+    return found
+
+
+def _check_patterns(
+    skeleton: Skeleton, layers: list[LayerRef], only: Sequence[str], skip: Sequence[str]
+) -> tuple[str, ...]:
+    """Refuse patterns that match nothing; notes on those of `skip` that match only what is dense anyway."""
+    notes = []
+    for flag, patterns in (("--only", only), ("--skip", skip)):
+        for pattern in patterns:
+            if any(matches(layer.name, pattern) for layer in layers):
+                continue
+            dense = next((name for name, _ in skeleton.model.named_modules() if name and matches(name, pattern)), "")
+            if not dense or flag == "--only":
+                raise InputError(f"{flag} {pattern!r} matches none of {len(layers)} layers", _example(layers))
+            notes.append(f"--skip {pattern!r} changes nothing: {dense!r} is no linear layer of a block and stays dense")
+    return tuple(notes)
+
+
+def _example(layers: list[LayerRef]) -> str:
+    return f"a layer is called {layers[0].name if layers else 'none'!r}; only linear layers of the blocks are pruned"

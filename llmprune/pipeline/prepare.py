@@ -83,6 +83,8 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> Run
         trust_remote_code=job.trust_remote_code,
     )
     plan = make_plan(skeleton, sparsity.pattern, job.only, job.skip)
+    for text in plan.notes:
+        progress.note(text)
     any_tokens = torch.arange(64)[None] % source.config.get_text_config().vocab_size
     structure = unchanged(skeleton)
     if sparsity.removals:

@@ -164,6 +164,15 @@ def test_globs_that_match_nothing_show_a_name_that_exists(refused: Callable[...,
     refused(*flags, "--skip", "*", says="no layer left")
 
 
+def test_names_as_in_other_tools_recipes_are_taken(run: Callable[..., Outcome], flags: list[str]) -> None:
+    result = run(*flags, "--dry-run", "--json", "--skip", "lm_head", "--skip", "re:.*down_proj", "--skip", "up_proj")
+    assert result.code == 0
+    assert "--skip 'lm_head' changes nothing: 'lm_head' is no linear layer of a block" in result.err
+    assert {layer["name"].rpartition(".")[2] for layer in json.loads(result.out)["layers"]} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"),
+    }
+
+
 def test_help_lists_every_flag_and_method_without_importing_torch() -> None:
     script = "import sys; from llmprune.cli.main import main; code = main(['--help'])\n"
     script += "print({'torch', 'numpy', 'transformers'} & set(sys.modules), file=sys.stderr); sys.exit(code)"

@@ -161,6 +161,24 @@ def test_an_error_that_another_process_has_printed_is_not_printed_again(capsys: 
     assert capsys.readouterr().err == "error: this is wrong\nhint: do that\n"
 
 
+def test_an_interruption_says_of_the_output_only_what_is_so(capsys: pytest.CaptureFixture[str]) -> None:
+    from eval import speed
+    from llmprune.cli import flags
+
+    def stop(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    folders = ["some", "other"]
+    for parser, words, said in (
+        (build_parser(), ["--model", "demo", "--sparsity", "2:4"], "interrupted; the output folder is as it was"),
+        (flags.pack_parser(), folders[:1], "interrupted; the output folder is as it was"),
+        (flags.verify_parser(), folders[:1], "interrupted"),
+        (speed.build_parser(), folders, "interrupted"),
+    ):
+        assert run_command(parser, stop, words) == 130
+        assert capsys.readouterr().err == f"\n{said}\n"
+
+
 def test_a_parser_without_knobs_takes_words(capsys: pytest.CaptureFixture[str]) -> None:
     from llmprune.cli.flags import verify_parser
 

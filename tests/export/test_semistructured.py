@@ -53,6 +53,14 @@ def test_on_a_cpu_nothing_is_switched_and_it_says_why() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_names_of_layers_are_shown_escaped() -> None:
+    model = nn.Module()
+    model.add_module("a\x1b[2J\nswitched 9", nn.Linear(4, 4))
+    said = str(accelerate(model)).split("\n")
+    assert len(said) == 2
+    assert all(line.isprintable() for line in said)
+
+
 @pytest.mark.parametrize(
     ("capability", "can"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 0), True)]
 )
