@@ -1,8 +1,8 @@
-"""`python -m eval.tables`: rewrite the tables of README.md, docs/results.md and eval/LOG.md from eval/results.
+"""`python -m eval.tables`: rewrite the tables of the README, the pages and eval/LOG.md from eval/results.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a JSON-lines file of `eval.sweep`, or a JSON
 file of `eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed`, `eval.solvers` or
-`eval.structured_scale`. Figures are never typed.
+`eval.structured_scale` or `eval.zeros`. Figures are never typed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import sys
 import tomllib
 
-from eval import peers, processes, record, scale, solvers, speed, structured_scale, sweep, zero_shot
+from eval import peers, processes, record, scale, solvers, speed, structured_scale, sweep, zero_shot, zeros
 from llmprune.cli.shell import Parser, say
 
 MAKERS = {
@@ -23,6 +23,7 @@ MAKERS = {
     "cells": structured_scale.table,
     "promised": speed.table,
     "solved": solvers.table,
+    "schemes": zeros.table,
 }
 """Who makes the table of a result, by a key that only such results have."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from eval import record
 from llmprune import PruneReport
-from llmprune.cli.shell import Parser, run_command, silence_libraries
+from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.pruning.pattern import parse_pattern
 
 GGUF = ("Q8_0", "Q5_0", "Q4_0", "Q5_1", "Q4_1")
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Count, write and print."""
     silence_libraries(options.debug)
     stamp = record.stamp(["python", "-m", "eval.zeros", *given], options.out)
-    print(json.dumps(record.write(options.out, stamp, count(options.folder)), indent=2))
+    say(json.dumps(record.write(options.out, stamp, count(options.folder)), indent=2))
     return 0
 
 
@@ -77,6 +77,17 @@ def count(folder: Path) -> dict[str, Any]:
         "versions": versions,
         "schemes": results,
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    rows = [
+        f"| {name} | {found['zeros_kept']:.2%} | {found['layers_holding']} of {result['layers']} |"
+        for name, found in result["schemes"].items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    head = f"| scheme | zeros kept | layers that hold {result['pattern']} |\n|---|--:|--:|"
+    return "\n".join([head, *rows, "", f"Of {result['zeros'] / 1e6:.1f} M zeros; {versions}."])
 
 
 def weights(folder: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:

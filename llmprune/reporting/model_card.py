@@ -54,7 +54,9 @@ with torch.no_grad():
         weight.mul_(masks[name])
 ```
 
-Quantise after pruning, and count the zeros: symmetric rounding to nearest keeps them, a zero point or GPTQ does not."""
+Quantise after pruning, and count the zeros. Rounding to nearest on values with an exact zero keeps them (symmetric int8
+and int4, nf4, Q8_0, Q6_K, Q5_0, Q4_0); a minimum or a zero point (Q4_K, Q4_1, asymmetric int4) loses them; GPTQ fills
+some in."""
 
 
 def model_card(report: PruneReport, source: Path) -> str:
