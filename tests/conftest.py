@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes that share the cores slow each other down more than twofold if each has a thread on all of them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = 100
 

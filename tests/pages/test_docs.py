@@ -51,7 +51,7 @@ def test_what_the_readme_says_of_a_peer_was_recorded() -> None:
 def test_the_first_commands_of_the_readme_do_everything() -> None:
     main, tests = re.findall(r"^pip install .*$", README, re.MULTILINE)[:2]
     assert main.startswith("pip install -c constraints.txt -e . && python -m llmprune --model demo --sparsity 2:4")
-    assert tests == 'pip install -c constraints.txt -e ".[test]" && pytest'
+    assert tests == 'pip install -c constraints.txt -e ".[test]" && pytest -n auto'
     build_parser().parse_args(shlex.split(main.partition("llmprune ")[2]))
 
 
