@@ -22,7 +22,6 @@ from llmprune.streaming.activations import Activations
 from llmprune.streaming.batch import Axes, Batch, Call, Carried, StopForward, own_state
 from llmprune.streaming.batch_shards import Shard, whole_batches
 
-
 PROBE = 8
 """Tokens that are enough to see how blocks take and return hidden states."""
 
@@ -204,9 +203,7 @@ def _probe_axes(skeleton: Skeleton, sample: Tensor) -> Axes:
         for tokens in (one, two)
     ]
     pairs = list(enumerate(zip(*shapes, strict=True))) if len(shapes[0]) == len(shapes[1]) else []
-    found = [
-        [axis for axis, sizes in pairs if sizes == wanted] for wanted in zip(one.shape, two.shape, strict=True)
-    ]
+    found = [[axis for axis, sizes in pairs if sizes == wanted] for wanted in zip(one.shape, two.shape, strict=True)]
     if [len(axes) for axes in found] != [1, 1]:
         raise InputError(
             f"the blocks of {type(skeleton.model).__name__} take hidden states of shapes {tuple(shapes[0])} and "
