@@ -21,6 +21,7 @@ from llmprune.pipeline.steps import (
     calibration_batch_size,
     calibration_windows,
     check_weights,
+    compare_with_whole,
     errors_of,
     evaluate,
     generated_tokens,
@@ -67,6 +68,8 @@ def _prune(job: Job, group: ProcessGroup, progress: Progress) -> PruneReport:
             if main:
                 with clock("prepare"):
                     state.check_compatible({WEIGHTS: check_weights(run, progress)})
+                    if not state.streams:
+                        compare_with_whole(run, progress)
                 builder.report.fingerprint = dict(state.fingerprint)
             with clock("self_calibration") if run.generated_windows else nullcontext():
                 generated = generated_tokens(run, progress)
@@ -132,4 +135,4 @@ def prune_blocks(
         progress.step(1, f"error {builder.mean_block_error():.4f}")
     progress.finish()
     state.finish()
-    builder.finish_blocks(stream.immovable, stream.uncalled)
+    builder.finish_blocks(stream.immovable, stream.dense)

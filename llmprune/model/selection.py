@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -50,10 +50,12 @@ class Plan:
         """Ratio of the weights in layers to prune to all block parameters."""
         return self.covered / max(self.block_parameters, 1)
 
-    def without(self, names: Collection[str], reason: str) -> Plan:
-        """The plan with some of the layers kept dense."""
-        skipped = tuple(Skipped(layer.name, layer.weights, reason) for layer in self.layers if layer.name in names)
-        kept = tuple(layer for layer in self.layers if layer.name not in names)
+    def without(self, dense: Mapping[str, str]) -> Plan:
+        """The plan with some of the layers kept dense, by full name, and why."""
+        skipped = tuple(
+            Skipped(layer.name, layer.weights, dense[layer.name]) for layer in self.layers if layer.name in dense
+        )
+        kept = tuple(layer for layer in self.layers if layer.name not in dense)
         return replace(self, layers=kept, skipped=self.skipped + skipped)
 
     def smaller(self, sliced: frozenset[str] | None, saved: int) -> Plan:
@@ -64,7 +66,8 @@ class Plan:
             saved: bytes that the model loses.
         """
         left = [] if sliced is None else [layer.name for layer in self.layers if layer.name not in sliced]
-        return replace(self.without(left, "no channels or heads to lose"), out_bytes=self.out_bytes - saved)
+        dense = dict.fromkeys(left, "no channels or heads to lose")
+        return replace(self.without(dense), out_bytes=self.out_bytes - saved)
 
     def skipped_by_reason(self) -> dict[str, int]:
         """Number of weights that are kept dense, by reason."""

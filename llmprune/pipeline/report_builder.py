@@ -94,15 +94,15 @@ class ReportBuilder:
         self._first = len(self.report.layers)
         return sum(errors) / max(len(errors), 1)
 
-    def finish_blocks(self, immovable: Sequence[str], uncalled: Sequence[str]) -> None:
+    def finish_blocks(self, immovable: Sequence[str], dense: Mapping[str, str]) -> None:
         """The last block is done.
 
         Args:
             immovable: why channels of some blocks could not be permuted.
-            uncalled: full names of layers whose weight is used without a call.
+            dense: layers that stayed dense though they were chosen, by full name, and why.
         """
         self.report.warnings += [*immovable, *skipped_steps(self.report)]
-        self.report.coverage = coverage(self.run.plan.without(uncalled, "weight used without a call"))
+        self.report.coverage = coverage(self.run.plan.without(dense))
 
     def add_evaluation(self, dense: Perplexity | None, pruned: Perplexity | None) -> None:
         """Add the perplexities, and warnings about them."""

@@ -27,6 +27,7 @@ from llmprune.sources.generated import generate, generation_batch_size, sample_p
 from llmprune.sources.tokens import TokenBatch, load_tokens, save_tokens, token_batch
 from llmprune.streaming.block import Block
 from llmprune.streaming.block_reconstruction import Peers, batch_tokens, reconstruct_block
+from llmprune.streaming.check_stream import check_stream
 from llmprune.streaming.perplexity import Perplexity, perplexity
 from llmprune.streaming.schedule import Group
 from llmprune.streaming.stream import BATCH_TOKENS, BlockStream, Observe, Resources
@@ -44,6 +45,14 @@ def check_weights(run: RunContext, progress: Progress) -> str:
     digest = run.skeleton.checkpoint.check_finite(progress.step)
     progress.finish()
     return digest
+
+
+def compare_with_whole(run: RunContext, progress: Progress) -> None:
+    """Check that one short window comes out of the stream as it does out of the whole model."""
+    progress.start("checking the stream", len(run.skeleton.blocks))
+    tokens, scores = run.data.calibration.tokens, run.data.evaluation is not None
+    check_stream(run.skeleton, tokens, scores, progress.step)
+    progress.finish()
 
 
 def generated_tokens(run: RunContext, progress: Progress) -> TokenBatch | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -150,9 +150,14 @@ class Block:
         self._orders.clear()
         return self.skeleton.checkpoint.export(self.skeleton.block_parameters(self.index), self.changed)
 
-    def movable(self, coupling: Coupling) -> bool:
-        """Whether all that a permutation moves can be written, and no layer that must stay as it is takes part."""
-        left = {layer.local for layer in self.linear} - self.layers.keys()
+    def movable(self, coupling: Coupling, dense: Collection[str]) -> bool:
+        """Whether all that a permutation moves can be written, and no layer that must stay as it is takes part.
+
+        Args:
+            coupling: of the layer whose inputs would be permuted.
+            dense: layers that stay dense though they were chosen.
+        """
+        left = {layer.local for layer in self.linear if layer.local in dense or layer.local not in self.layers}
         return not left & {producer.local for producer in coupling.producers} and all(
             self.writable(local) for local in coupling.permuted_parameters(self.module)
         )

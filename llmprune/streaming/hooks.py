@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from llmprune.model.hooks import before, hooked, inputs_of
 from llmprune.streaming.batch import hidden_of
+from llmprune.streaming.routers import RouterWatch, routers
 
+SAME = 1e-2
+"""Relative difference of a layer's output that may be rounding, in half precision too."""
 BLOCK = ""
 """The residual add of a layer whose output is added last: the block's own output."""
 
@@ -119,13 +125,12 @@ class CallOrder:
 
     Args:
         groups: local names in call order, layers with the very same input tensor together.
-        uncalled: layers that are never called although the module that holds them is: their weight is used in some
-            other way, so neither their inputs nor the moment of their use can be seen.
+        dense: layers that stay dense, and why, see `_obstacles`.
         nbytes: bytes of all groups' inputs for one batch.
     """
 
     groups: list[list[str]]
-    uncalled: list[str]
+    dense: dict[str, str]
     nbytes: int
 
 
@@ -133,49 +138,97 @@ class CallOrder:
 def call_order(module: nn.Module, layers: Collection[str], run: Callable[[], Tensor]) -> CallOrder:
     """The call order of the layers of a block, from one forward.
 
-    A layer inside a module that this batch does not reach (an expert without tokens) forms a group of its own, where
-    its definition stands.
+    A layer inside one of several modules of which this batch does not reach all (an expert without tokens) forms a
+    group of its own, where its definition stands.
 
     Args:
         module: the block.
         layers: local names of the layers to be pruned, in definition order.
         run: lets a batch pass through it.
     """
-    inputs: list[Tensor] = []
-    groups: list[list[str]] = []
-    called: set[str] = set()
+    calls: Counter[str] = Counter()
+    inputs: dict[str, Tensor] = {}
+    other: set[str] = set()
+    watch = RouterWatch()
 
-    def note(local: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if local in called:
-            return
-        called.add(local)
-        if local not in layers:
-            return
-        tensor = inputs_of(args, kwargs)
-        for known, members in zip(inputs, groups, strict=True):
-            if same_memory(known, tensor):
-                members.append(local)
-                return
-        inputs.append(tensor)
-        groups.append([local])
+    def note(local: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[local] += 1
+        if local in layers:
+            inputs.setdefault(local, inputs_of(args, kwargs))
 
-    handles = (
-        part.register_forward_pre_hook(lambda _, args, kwargs, local=local: note(local, args, kwargs), with_kwargs=True)
-        for local, part in module.named_modules()
-    )
-    with hooked(handles):
+    def check(local: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = inputs_of(args, kwargs)
+        watch.follow(local, given.shape[-1], output)
+        if not _is_plain(layer, given, output):
+            other.add(local)
+
+    def handles() -> Iterator[RemovableHandle]:
+        for local, part in module.named_modules():
+            yield part.register_forward_pre_hook(partial(note, local), with_kwargs=True)
+        for local in layers:
+            yield module.get_submodule(local).register_forward_hook(partial(check, local), with_kwargs=True)
+
+    with hooked(handles()), watch:
         run()
-    nbytes = sum(tensor.nbytes for tensor in inputs)
-    uncalled, previous = [], -1
-    for local in layers:
-        if local in called:
+    dense = _obstacles(module, layers, calls) | dict.fromkeys(other, "another product than of weight and input")
+    dense |= dict.fromkeys(routers(module, watch, layers), "router")
+    groups = _grouped({local: tensor for local, tensor in inputs.items() if local not in dense})
+    nbytes = sum(inputs[members[0]].nbytes for members in groups)
+    previous = -1
+    for local in (local for local in layers if local not in dense):
+        if local in inputs:
             previous = next(number for number, members in enumerate(groups) if local in members)
-        elif local.rpartition(".")[0] in called:
-            uncalled.append(local)
         else:
             previous += 1
             groups.insert(previous, [local])
-    return CallOrder(groups, uncalled, nbytes)
+    return CallOrder(groups, dense, nbytes)
+
+
+def _grouped(inputs: Mapping[str, Tensor]) -> list[list[str]]:
+    """Layers in call order, those with the very same input together."""
+    groups: list[list[str]] = []
+    for local, tensor in inputs.items():
+        known = (members for members in groups if same_memory(inputs[members[0]], tensor))
+        if (members := next(known, None)) is None:
+            groups.append([local])
+        else:
+            members.append(local)
+    return groups
+
+
+def _obstacles(module: nn.Module, layers: Collection[str], calls: Counter[str]) -> dict[str, str]:
+    """Layers whose inputs, or the moment of their use, cannot be seen, and why.
+
+    A layer that is not called although the module that holds it is; one in a module that never runs (attention to an
+    encoder that is not there), but not in one of several alike (an expert without tokens); one that is called twice.
+    """
+    found = {}
+    for local in layers:
+        if calls[local] > 1:
+            found[local] = "called more than once in a block"
+        elif not calls[local] and calls[local.rpartition(".")[0]]:
+            found[local] = "weight used without a call"
+        elif not calls[local] and not _is_one_of_many(module, local):
+            found[local] = "never called"
+    return found
+
+
+def _is_one_of_many(module: nn.Module, local: str) -> bool:
+    """Whether a layer is inside one of several modules of one class in a list."""
+    parts = local.split(".")
+    holders = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    lists = [list(holder.children()) for holder in holders if isinstance(holder, nn.ModuleList | nn.ModuleDict)]
+    return any(len(items) > 1 and len({type(item) for item in items}) == 1 for items in lists)
+
+
+def _is_plain(layer: nn.Module, given: Tensor, output: Any) -> bool:
+    """Whether a layer computes `x Wᵀ + b`; a subclass may do anything else with its weight."""
+    if type(layer).forward in {nn.Linear.forward, Conv1D.forward}:
+        return True
+    if not isinstance(layer, nn.Linear) or not isinstance(output, Tensor):
+        return False
+    plain = functional.linear(given, layer.weight, layer.bias)
+    return output.shape == plain.shape and float((output - plain).norm()) <= SAME * float(plain.norm())
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.model.hooks import hooked, inputs_of
-from llmprune.streaming.hooks import BLOCK
-
-SAME = 1e-2
+from llmprune.streaming.hooks import BLOCK, SAME
 
 
 @torch.no_grad()
@@ -111,4 +109,4 @@ def _rms(values: Tensor) -> float:
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
-    return float((a.float() - b.float().view_as(a)).norm()) <= SAME * float(b.float().norm())
+    return float((a.float() - b.float().reshape(a.shape)).norm()) <= SAME * float(b.float().norm())

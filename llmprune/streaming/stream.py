@@ -91,7 +91,7 @@ class BlockStream:
     Attributes:
         sharding: the batches of all processes.
         inputs: the batches of this process.
-        uncalled: layers whose weight is used without a call.
+        dense: layers that stay dense though they were chosen, by full name, and why.
         done: number of finished blocks.
     """
 
@@ -114,7 +114,7 @@ class BlockStream:
         short = short_batch(skeleton, own, known) if analysed else None
         self.types = BlockTypes(skeleton, self.observe.chosen, short)
         self._state = CrossBlockState(self.inputs)
-        self.uncalled: list[str] = []
+        self.dense: dict[str, str] = {}
         self.done = 0
         if saved:
             self._load(saved)
@@ -138,7 +138,7 @@ class BlockStream:
     def groups(self, block: Block) -> GroupSchedule:
         """The groups of a block in call order, to be solved one after the other."""
         analysis = self._analysis(block)
-        self.uncalled += [block.layers[local].name for local in analysis.order.uncalled]
+        self.dense |= {block.layers[local].name: why for local, why in analysis.order.dense.items()}
         # A paused forward holds the groups' inputs and about as much again: residual, gates, attention.
         forwards = len(self.inputs.batches) * len(self._streams)
         limit = BLOCK_MEMORY if self.resources.block_memory is None else self.resources.block_memory
@@ -165,7 +165,7 @@ class BlockStream:
             "cross_block_state": self._state.save(self.done + 1, folder),
             "hidden": [stream.save() for stream in self._streams],
             "block_types": self.types.save(),
-            "uncalled": self.uncalled,
+            "dense": self.dense,
         }
 
     def _saves(self) -> Path:
@@ -195,7 +195,9 @@ class BlockStream:
             order,
             self.types.residual_adds(index, block.trial) if residual else {},
             self.types.norm_scales(index) if "norm_scale" in observe.needs else {},
-            {c.consumer: c for c in self.types.couplings(index) if block.movable(c)} if observe.permute else {},
+            {c.consumer: c for c in self.types.couplings(index) if block.movable(c, order.dense)}
+            if observe.permute
+            else {},
             {name.removeprefix(prefix): cut for name, cut in observe.removed.items() if name.startswith(prefix)},
         )
 
@@ -211,7 +213,7 @@ class BlockStream:
         )
 
     def _load(self, saved: dict[str, Any]) -> None:
-        self.done, self.uncalled = saved["done"], list(saved["uncalled"])
+        self.done, self.dense = saved["done"], dict(saved["dense"])
         for stream, hidden in zip(self._streams, saved["hidden"], strict=True):
             stream.load(hidden, self.done, [len(batch.tokens) for batch in self.inputs.batches])
         self._state.load(self.done, self._saves(), saved["cross_block_state"])
