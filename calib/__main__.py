@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive, seed, window
+from llmprune.job import BOS, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
 
 if TYPE_CHECKING:
     from llmprune.cli.terminal import TerminalProgress
@@ -34,6 +35,7 @@ def build_parser() -> Parser:
     parser.add_argument("--samples", type=positive, metavar="N", help=f"windows {own}; 128 for a text)")
     parser.add_argument("--seq-len", type=window, metavar="N", help=f"tokens per window {own}; 512 for a text)")
     parser.add_argument("--seed", type=seed, metavar="N", help=f"order and choice of windows {own}; 0 for a text)")
+    parser.add_argument("--bos", choices=BOS, help=f"whether windows begin with BOS {own}; auto for a text)")
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="demo data (default: ~/.cache/llmprune)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", action="store_true", help="the provenance as JSON on stdout")
@@ -75,18 +77,19 @@ def make(
     from calib.build import build
     from calib.recipe import known_recipes, read_recipe
     from llmprune.sources.models import load_tokenizer
+    from llmprune.sources.texts import Reader
     from llmprune.sources.tokens import calibration_tokens
 
     named = options.recipe in known_recipes() and not Path(options.recipe).exists()
-    settings = {name: getattr(options, name) for name in ("samples", "seq_len", "seed")}
+    settings = {name: getattr(options, name) for name in ("samples", "seq_len", "seed", "bos")}
     if named or options.recipe.endswith(".toml"):
         recipe = read_recipe(options.recipe, **settings)
         tokenizer = load_tokenizer(source, options.trust_remote_code)
         return build(recipe, tokenizer, cache, progress), asdict(recipe)
-    defaults = {"samples": 128, "seq_len": 512, "seed": 0}
+    defaults = {"samples": DEFAULT_SAMPLES, "seq_len": DEFAULT_SEQ_LEN, "seed": 0, "bos": BOS[0]}
     chosen = {name: defaults[name] if value is None else value for name, value in settings.items()}
-    tokenizer = load_tokenizer(source, options.trust_remote_code)
-    return calibration_tokens(options.recipe, tokenizer, **chosen, cache=cache, progress=progress), {}
+    reader = Reader(load_tokenizer(source, options.trust_remote_code), cache, progress, chosen.pop("bos"))
+    return calibration_tokens(options.recipe, reader, **chosen), {}
 
 
 def main(argv: list[str] | None = None) -> int:

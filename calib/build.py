@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from calib.documents import documents
 from calib.recipe import Part, Recipe
 from llmprune.errors import InputError
 from llmprune.progress import Progress
-from llmprune.sources.texts import read_text
-from llmprune.sources.tokens import OVERLAP_RUN, TokenBatch, run_hashes, token_batch
+from llmprune.sources.bos import window_beginning
+from llmprune.sources.texts import Reader, text_pieces
+from llmprune.sources.tokenize import separable, token_ids
+from llmprune.sources.tokens import OVERLAP_RUN, TokenBatch, begun, run_hashes, token_batch
 
 AVOIDED_TOKENS = 400_000
 
@@ -34,18 +37,23 @@ def build(recipe: Recipe, tokenizer: Any, cache: Path, progress: Progress) -> To
     Raises:
         InputError: a source that cannot be read, or is too small.
     """
-    known = KnownRuns([_ids(text, tokenizer, cache, progress) for text in recipe.avoid])
+    reader = Reader(tokenizer, cache, progress, recipe.bos)
+    begin = window_beginning(tokenizer, recipe.bos)
+    if recipe.seq_len <= len(begin):
+        raise InputError(f"a window of {recipe.seq_len} tokens holds no text behind BOS", "use a larger seq_len")
+    known = KnownRuns([_ids(text, reader) for text in recipe.avoid])
     chosen: list[list[int]] = []
     names = []
     progress.start("windows", recipe.samples)
     for part, count in zip(recipe.parts, shares([part.weight for part in recipe.parts], recipe.samples), strict=True):
-        chosen += _windows_of(part, count, recipe, tokenizer, known, progress)
+        chosen += _windows_of(part, count, replace(recipe, seq_len=recipe.seq_len - len(begin)), reader, known)
         names.append(f"{count} of {part.name}")
     progress.finish()
     if known.refused:
         progress.note(f"{known.refused} windows share {OVERLAP_RUN} tokens in a row with {', '.join(recipe.avoid)}")
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(recipe.seed))
-    return token_batch(torch.tensor(chosen)[order], f"{recipe.name}: {', '.join(names)}", recipe.seed)
+    windows = begun(torch.tensor(chosen)[order], begin)
+    return token_batch(windows, f"{recipe.name}: {', '.join(names)}", recipe.seed, len(begin))
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:
@@ -58,12 +66,11 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def _windows_of(
-    part: Part, count: int, recipe: Recipe, tokenizer: Any, known: KnownRuns, progress: Progress
-) -> list[list[int]]:
-    ids = documents(part, tokenizer, recipe.seed, progress)
+def _windows_of(part: Part, count: int, recipe: Recipe, reader: Reader, known: KnownRuns) -> list[list[int]]:
+    """So many windows of `recipe.seq_len` tokens of text."""
+    ids = documents(part, reader.tokenizer, recipe.seed, reader.progress)
     if recipe.windows == "packed":
-        found = packed(ids, recipe.seq_len, None if part.messages else tokenizer.eos_token_id)
+        found = packed(ids, recipe.seq_len, None if part.messages else reader.tokenizer.eos_token_id)
     else:
         found = sampled(ids, recipe.seq_len, recipe.seed)
     fit = (window for window in found if not known.hold(window))
@@ -74,7 +81,7 @@ def _windows_of(
     taken = []
     for window in islice(fit, count):
         taken.append(window)
-        progress.step()
+        reader.progress.step()
     if len(taken) < count:
         lost = f" ({known.refused} share text with {', '.join(recipe.avoid)})" if known.refused else ""
         raise InputError(
@@ -130,7 +137,6 @@ def _hashes(tokens: Tensor) -> np.ndarray[Any, np.dtype[np.uint64]]:
     return run_hashes(tokens, OVERLAP_RUN)
 
 
-def _ids(source: str, tokenizer: Any, cache: Path, progress: Progress) -> list[int]:
-    text = read_text(source, "evaluation", AVOIDED_TOKENS, 0, cache, progress)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def _ids(source: str, reader: Reader) -> list[int]:
+    pieces = separable(text_pieces(source, "evaluation", reader, AVOIDED_TOKENS, 0), reader.tokenizer)
+    return [token for piece in pieces for token in token_ids(piece, reader.tokenizer)]

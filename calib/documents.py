@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,12 +11,14 @@ from typing import Any
 from calib.recipe import Part
 from llmprune.errors import InputError
 from llmprune.progress import Progress
+from llmprune.sources.conversations import conversation
+from llmprune.sources.files import Row, is_structured, read_file, read_rows
 from llmprune.sources.network import is_unreachable
-from llmprune.sources.texts import read_file
+from llmprune.sources.texts import files_of
+from llmprune.sources.tokenize import token_ids
 
 RETRIES = 5
 BUFFER = 10_000
-Row = dict[str, Any]
 
 
 def documents(part: Part, tokenizer: Any, seed: int, progress: Progress) -> Iterator[list[int]]:
@@ -37,7 +38,7 @@ def documents(part: Part, tokenizer: Any, seed: int, progress: Progress) -> Iter
         rows = iter([{part.column: "\n\n".join(str(_cell(row, part.column, part)) for row in rows)}])
     for row in rows:
         text = _chat(row, part, tokenizer) if part.messages else str(_cell(row, part.column, part))
-        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        yield token_ids(text, tokenizer)
 
 
 def _cell(row: Row, column: str, part: Part) -> Any:
@@ -52,32 +53,22 @@ def _chat(row: Row, part: Part, tokenizer: Any) -> str:
         raise InputError(
             f"{part.name} holds conversations, but the model has no chat template", "leave this source out"
         )
-    text: str = tokenizer.apply_chat_template(_cell(row, part.messages, part), tokenize=False)
-    return text
+    return conversation(_cell(row, part.messages, part), part.name, tokenizer)
 
 
 def _local_rows(part: Part, seed: int) -> Iterator[Row]:
     path = Path(part.path).expanduser()
-    files = sorted(file for kind in ("*.txt", "*.jsonl") for file in path.rglob(kind)) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"folder {part.path} holds no .txt and no .jsonl file", "put text into it, or name a file")
-    rows = [row for file in files for row in _rows_of(file, part)]
+    rows = [row for file in (files_of(path) if path.is_dir() else [path]) for row in _rows_of(file, part)]
     if not part.join:
         random.Random(seed).shuffle(rows)  # noqa: S311
     return iter(rows)
 
 
 def _rows_of(file: Path, part: Part) -> list[Row]:
+    if is_structured(file):
+        return list(read_rows(file))
     text = read_file(file)
-    if file.suffix != ".jsonl":
-        return [{part.column: piece} for piece in (text.split(part.separator) if part.separator else [text])]
-    try:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON line by line: {error}", "one JSON object a line") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{file} has lines that are no JSON objects", "one JSON object a line")
-    return rows
+    return [{part.column: piece} for piece in (text.split(part.separator) if part.separator else [text])]
 
 
 def _hub_rows(part: Part, seed: int, progress: Progress) -> Iterator[Row]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmprune.errors import InputError
+from llmprune.job import BOS
 from llmprune.runtime.redact import base_name
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -18,7 +19,7 @@ class Part:
     """A source of documents: `path` on this machine, or `repo` on the Hugging Face Hub.
 
     Args:
-        path: text file (one document), `.jsonl` file (a document a line), or a folder of such files.
+        path: text file (one document), file of rows such as `.jsonl` (a document a row), or a folder of such files.
         separator: what stands between the documents of a text file; '' where the file is one document.
         repo, config, split, revision: a data set on the Hub.
         join: whether the rows are lines of one text (WikiText), to be read in order and joined by blank lines.
@@ -61,6 +62,7 @@ class Recipe:
         samples: number of windows.
         seq_len: tokens per window.
         seed: of the order of documents and the choice of windows.
+        bos: whether windows begin with BOS: `auto` (as the tokenizer begins a text), `yes`, `no`.
         avoid: evaluation texts (see `llmprune --eval`); no window shares a run of 32 tokens with them.
     """
 
@@ -70,6 +72,7 @@ class Recipe:
     samples: int = 128
     seq_len: int = 2048
     seed: int = 0
+    bos: str = "auto"
     avoid: tuple[str, ...] = ()
 
 
@@ -107,6 +110,8 @@ def read_recipe(name: str, **changes: Any) -> Recipe:
             f"seed = {recipe.seed} cannot be",
             'windows is "packed" or "sampled", samples at least 1, seq_len at least 2, seed at least 0',
         )
+    if recipe.bos not in BOS:
+        raise InputError(f"{path}: bos = {recipe.bos!r} cannot be", f"choose from {', '.join(BOS)}")
     return recipe
 
 

@@ -191,7 +191,8 @@ def token_file(options: argparse.Namespace, work: Path) -> Path:
     report(f"tokens: {options.samples} windows of {options.seq_len} from {given}")
     out = work / "tokens.safetensors"
     command = [sys.executable, "-m", "calib", given, "--model", options.model, "--out", out]
-    command += ["--samples", options.samples, "--seq-len", options.seq_len, "--seed", options.seed]
+    # As the peers calibrate, and as `judge` measures.
+    command += ["--samples", options.samples, "--seq-len", options.seq_len, "--seed", options.seed, "--bos", "no"]
     execute(command, options.threads, work / "calib.log", "give --calib a frozen token file instead")
     return out
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from eval.models import find_model
 from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive, window
+from llmprune.job import BOS
+from llmprune.reporting.words import bos_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +38,9 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--context", type=window, nargs="+", default=[1024], metavar="N", help="tokens per window (default: 1024)"
     )
+    parser.add_argument(
+        "--bos", nargs="+", choices=BOS, default=[BOS[0]], help="whether windows begin with BOS (default: auto)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, auto (default: cpu)")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -55,32 +60,42 @@ def open_model(name: str, device: str = "cpu") -> tuple[Skeleton, Any]:
 
 
 def measure(
-    model: str, texts: list[str], windows: int, context: int, dense: str | None = None, device: str = "cpu"
+    model: str,
+    texts: list[str],
+    windows: int,
+    context: int,
+    dense: str | None = None,
+    device: str = "cpu",
+    bos: str = "auto",
 ) -> dict[str, dict[str, Any]]:
     """The perplexity of a model on each text, with its standard error; with a dense model also `distance` from it."""
     from llmprune.progress import Progress
     from llmprune.sources.demo import default_cache
+    from llmprune.sources.texts import Reader
     from llmprune.sources.tokens import evaluation_tokens
     from llmprune.streaming.perplexity import perplexity
 
     skeleton, tokenizer = open_model(model, device)
     reference = open_model(dense, device)[0] if dense else None
+    reader = Reader(tokenizer, default_cache(), Progress(), bos)
     result = {}
     for text in texts:
-        batch = evaluation_tokens(
-            text, tokenizer, windows=windows, context=context, cache=default_cache(), progress=Progress()
-        )
-        found = distance(skeleton, reference, batch.tokens) if reference else asdict(perplexity(skeleton, batch.tokens))
-        result[Path(text).name] = {**found, "sha256": batch.provenance.sha256}
+        batch = evaluation_tokens(text, reader, windows=windows, context=context)
+        if reference:
+            found = distance(skeleton, reference, batch.tokens, batch.bos_tokens)
+        else:
+            found = asdict(perplexity(skeleton, batch.tokens, bos_tokens=batch.bos_tokens))
+        result[Path(text).name] = {**found, "bos_tokens": batch.bos_tokens, "sha256": batch.provenance.sha256}
     return result
 
 
-def distance(model: Skeleton, dense: Skeleton, tokens: Tensor) -> dict[str, Any]:
+def distance(model: Skeleton, dense: Skeleton, tokens: Tensor, bos_tokens: int = 0) -> dict[str, Any]:
     """Perplexities of both, the divergence `KL(dense ‖ model)` in nats per token, and the agreement of the top tokens.
 
     Args:
         model, dense: with the same vocabulary.
         tokens: `(windows, context)`, int64.
+        bos_tokens: tokens that every window begins with before its text; they are not predicted.
 
     Raises:
         InputError: the vocabularies differ.
@@ -101,8 +116,8 @@ def distance(model: Skeleton, dense: Skeleton, tokens: Tensor) -> dict[str, Any]
     with torch.no_grad(), model.loaded(model.outside()), dense.loaded(dense.outside()):
         for pair in zip(*(stream.inputs.batches for stream in streams), strict=True):
             for found, skeleton, stream, batch in zip(losses, (model, dense), streams, pair, strict=True):
-                found.append(window_losses(skeleton, batch.tokens, batch.hidden, stream.inputs.wrap))
-            gaps.append(window_gaps((model, dense), streams, pair))
+                found.append(window_losses(skeleton, batch.tokens, batch.hidden, stream.inputs.wrap, bos_tokens))
+            gaps.append(window_gaps((model, dense), streams, pair, bos_tokens))
     context = tokens.shape[1]
     mine, theirs = (from_losses(torch.cat(found), context) for found in losses)
     kl, top1 = torch.cat(gaps).unbind(1)
@@ -130,18 +145,21 @@ def run_through(skeleton: Skeleton, tokens: Tensor) -> BlockStream:
     return stream
 
 
-def window_gaps(models: tuple[Skeleton, Skeleton], streams: list[BlockStream], pair: tuple[Any, Any]) -> Tensor:
+def window_gaps(
+    models: tuple[Skeleton, Skeleton], streams: list[BlockStream], pair: tuple[Any, Any], bos_tokens: int
+) -> Tensor:
     """Mean divergence and agreement of every window, `(batch, 2)`; logits are formed for a few positions at a time."""
     import torch
 
     from llmprune.streaming.capture import logits
-    from llmprune.streaming.perplexity import CHUNK_ELEMENTS
+    from llmprune.streaming.perplexity import CHUNK_ELEMENTS, first_predicted
 
     tokens = pair[0].tokens
     batch, context = tokens.shape
+    first = first_predicted(bos_tokens) - 1
     chunk = max(1, CHUNK_ELEMENTS // (2 * batch * models[0].config.get_text_config().vocab_size))
     total = torch.zeros(batch, 2, dtype=torch.float64)
-    for start in range(0, context - 1, chunk):
+    for start in range(first, context - 1, chunk):
         part = slice(start, min(start + chunk, context - 1))
         p, q = (
             logits(skeleton, tokens[:, part], one.hidden[:, part].to(skeleton.device), stream.inputs.wrap)
@@ -151,7 +169,7 @@ def window_gaps(models: tuple[Skeleton, Skeleton], streams: list[BlockStream], p
         )
         total[:, 0] += (q.exp() * (q - p)).sum(-1).sum(1, dtype=torch.float64).cpu()
         total[:, 1] += (p.argmax(-1) == q.argmax(-1)).sum(1).cpu()
-    return total / (context - 1)
+    return total / (context - 1 - first)
 
 
 def standard_error(values: Tensor) -> float:
@@ -160,12 +178,13 @@ def standard_error(values: Tensor) -> float:
 
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One result for every context and text."""
+    """One result for every context, beginning and text."""
     return [
         {"text": text, **found}
         for context in options.context
+        for bos in options.bos
         for text, found in measure(
-            options.model, options.text, options.windows, context, options.dense, options.device
+            options.model, options.text, options.windows, context, options.dense, options.device, bos
         ).items()
     ]
 
@@ -184,7 +203,7 @@ def run(options: argparse.Namespace) -> int:
             for title, key in FIGURES
             if key in found
         ]
-        say(f"{found['text']} ({found['windows']} x {found['context']}): {', '.join(figures)}")
+        say(f"{found['text']} ({found['windows']} x {found['context']}{bos_text(found)}): {', '.join(figures)}")
     return 0
 
 

@@ -57,6 +57,7 @@ def gather(options: argparse.Namespace) -> tuple[list[GroupProblem], str]:
     from llmprune.pruning.statistics import RunningGram
     from llmprune.sources.demo import default_cache
     from llmprune.sources.models import load_tokenizer
+    from llmprune.sources.texts import Reader
     from llmprune.sources.tokens import calibration_tokens
 
     source = find_model(options.model)
@@ -64,8 +65,9 @@ def gather(options: argparse.Namespace) -> tuple[list[GroupProblem], str]:
         source.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     ).eval()
     sizes = {"samples": options.samples, "seq_len": options.seq_len, "seed": options.seed}
-    tokenizer = load_tokenizer(source, False)
-    batch = calibration_tokens(options.calib, tokenizer, cache=default_cache(), progress=Progress(), **sizes)
+    batch = calibration_tokens(
+        options.calib, Reader(load_tokenizer(source, False), default_cache(), Progress()), **sizes
+    )
     prefixes = tuple(f"model.layers.{block}." for block in options.blocks)
     layers = {
         name: module

@@ -19,6 +19,7 @@ With a table
     texts = ["wikitext2", "notes.txt"]
     windows = 12
     context = 1024
+    bos = ["yes", "no"]  # each text with both kinds of windows; left out: as the tokenizer begins a text
 
 every cell's model is measured on these texts too, and the dense model once, in a line with the key `dense`. At the end
 a Markdown table is printed and a picture drawn: perplexity over the last setting, a line for each combination of the
@@ -46,6 +47,7 @@ from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.errors import InputError
 from llmprune.pruning.recipe import EFFORTS
 from llmprune.reporting.schema import upgraded
+from llmprune.reporting.words import bos_text
 
 Cells = list[tuple[dict[str, Any], dict[str, Any]]]
 
@@ -132,7 +134,7 @@ def run_cell(settings: dict[str, Any], also: dict[str, Any], out: Path) -> tuple
         if done.returncode:
             raise InputError(f"{' '.join(command)} failed: {done.stderr.strip()}", "see above")
         report = json.loads(done.stdout)
-        texts = measure(f"{folder}/out", **also) if also else {}
+        texts = measured(f"{folder}/out", also) if also else {}
     errors = {layer["name"]: round(layer["error"], 6) for layer in report.pop("layers")}
     for key in ("out", "command"):
         report.pop(key)
@@ -143,8 +145,20 @@ def run_cell(settings: dict[str, Any], also: dict[str, Any], out: Path) -> tuple
 def measure_dense(model: str, also: dict[str, Any], out: Path) -> None:
     """Add the dense model on the texts of `[also]` to the results."""
     sizes = ["--windows", str(also["windows"]), "--context", str(also["context"])]
+    sizes += ["--bos", *also["bos"]] if "bos" in also else []
     stamp = record.stamp(["python", "-m", "eval.perplexity", model, "--text", *also["texts"], *sizes], out)
-    record.append(out, stamp, {"dense": measure(model, **also)})
+    record.append(out, stamp, {"dense": measured(model, also)})
+
+
+def measured(model: str, also: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The perplexities of a model on the texts of `[also]`, by the text, and how windows begin where that is named."""
+    if "bos" not in also:
+        return measure(model, **also)
+    return {
+        text + bos_text(found): found
+        for bos in also["bos"]
+        for text, found in measure(model, **{**also, "bos": bos}).items()
+    }
 
 
 def recovered_fraction(text: str, settings: dict[str, Any], cells: Cells, dense: dict[str, Any]) -> float | None:

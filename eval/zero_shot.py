@@ -79,7 +79,7 @@ def read_task(path: Path, limit: int | None) -> list[dict[str, Any]]:
         InputError: no such file, or lines that are no questions.
     """
     from llmprune.errors import InputError
-    from llmprune.sources.texts import read_file
+    from llmprune.sources.files import read_file
 
     try:
         questions = [json.loads(line) for line in read_file(path).splitlines() if line.strip()][:limit]

@@ -46,6 +46,7 @@ GROUPS = {
     "machine": "machine",
 }
 """The groups of settings, in the order in which they are listed, and their titles."""
+BOS = ("auto", "yes", "no")
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
 """Calibration windows, their tokens, and tokens of an evaluation window."""
 ACTIVATION_MEMORY = 2 * 2**30
@@ -167,6 +168,14 @@ class Job(Stages):
         unit="tokens",
         default_text=f"{DEFAULT_SEQ_LEN}; those of a token file",
         guesses=("seqlen", "max_seq_length", "max_seq_len", "sequence_length", "context", "block_size"),
+    )
+    bos: str = knob(
+        BOS[0],
+        "data",
+        "whether windows of text begin with BOS: auto, as the model's tokenizer begins a text; yes; no, as in the "
+        "literature; token files are taken as they are",
+        choice(BOS, metavar="WHEN"),
+        guesses=("add_bos", "add_bos_token", "bos_token", "prepend_bos", "add_special_tokens", "no_bos=no"),
     )
     seed: int = knob(
         0, "data", "random choice of windows", SEED, guesses=("random_seed", "manual_seed", "calibration_seed")

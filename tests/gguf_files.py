@@ -27,6 +27,7 @@ def write_gguf(
     poison: str = "",
     changes: Mapping[str, int] | None = None,
     rope: Mapping[str, Any] | None = None,
+    bos: bool | None = None,
 ) -> Path:
     """A tiny random Llama in Q8_0 with a tokenizer.
 
@@ -36,10 +37,9 @@ def write_gguf(
         poison: a tensor that gets a NaN.
         changes: of `METADATA`.
         rope: settings and tensors (by names that begin with `rope_`) of the rotary positions.
+        bos: whether it says that texts begin with BOS; None: it does not say.
     """
     rope = {"freq_base": 10_000.0, **(rope or {})}
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokens += [f"▁word{number}" for number in range(VOCABULARY - len(tokens))]
     writer = GGUFWriter(path, "llama")
     for key, value in {**METADATA, **(changes or {})}.items():
         (writer.add_uint64 if abs(value) >= 2**32 else writer.add_int32 if value < 0 else writer.add_uint32)(
@@ -53,13 +53,7 @@ def write_gguf(
             writer.add_string(f"llama.rope.{key}", value)
         else:
             writer.add_float32(f"llama.rope.{key}", value)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([-float(number) for number in range(VOCABULARY)])
-    writer.add_token_types([2, 3, 3, *([6] * 256), *([1] * (VOCABULARY - 259))])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
+    _add_tokenizer(writer, bos)
     random = np.random.default_rng(0)
     for name, shape in shapes().items():
         values = random.normal(0, 0.2, shape).astype(np.float32)
@@ -79,6 +73,20 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_tokenizer(writer: GGUFWriter, bos: bool | None) -> None:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [f"▁word{number}" for number in range(VOCABULARY - len(tokens))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(number) for number in range(VOCABULARY)])
+    writer.add_token_types([2, 3, 3, *([6] * 256), *([1] * (VOCABULARY - 259))])
+    writer.add_bos_token_id(1)
+    if bos is not None:
+        writer.add_add_bos_token(bos)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
 
 
 def shapes() -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
@@ -109,12 +109,22 @@ def shaken(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def word_tokenizer(words: int) -> PreTrainedTokenizerFast:
-    """One token a word: `w7` is token 7, everything else token 0."""
+def word_tokenizer(words: int, begin: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a word: `w7` is token 7, everything else token 0.
+
+    Args:
+        words: number of tokens.
+        begin: tokens that it puts before a text, the last as its BOS.
+    """
     vocabulary = {"<unk>": 0} | {f"w{number}": number for number in range(1, words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    special = {"unk_token": "<unk>"}
+    if begin:
+        known = [(token, vocabulary[token]) for token in begin]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{' '.join(begin)} $A", special_tokens=known)
+        special["bos_token"] = begin[-1]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def save_tiny(

@@ -61,6 +61,18 @@ class Data:
     evaluation: TokenBatch | None
     overlap: float
 
+    @property
+    def warning(self) -> str:
+        """That only the windows of one kind begin with BOS, or ''."""
+        if self.evaluation is None or self.calibration.bos_tokens == self.evaluation.bos_tokens:
+            return ""
+        names = [batch.provenance.source for batch in (self.calibration, self.evaluation)]
+        with_bos, without = names if self.calibration.bos_tokens else reversed(names)
+        return (
+            f"windows of {with_bos} begin with BOS, those of {without} do not; a token file is taken as it is: make it "
+            "again with the --bos of the run"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RunContext:

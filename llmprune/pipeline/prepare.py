@@ -27,6 +27,7 @@ from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.sources.demo import default_cache
 from llmprune.sources.generated import generation_batch_size
 from llmprune.sources.models import Source, load_tokenizer, open_source
+from llmprune.sources.texts import Reader
 from llmprune.sources.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 from llmprune.streaming.block_reconstruction import LEAST_WINDOWS
 from llmprune.streaming.block_types import all_block_types, all_couplings
@@ -101,8 +102,8 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> Run
         _check_norm_scales(skeleton, plan, any_tokens)
     data = _data(job, source, cache, progress)
     recipe, left_out = without_generation_if_too_large(recipe, job, skeleton, data.calibration.tokens.shape[1])
-    if left_out:
-        progress.warn(left_out)
+    for warning in filter(None, (left_out, data.warning)):
+        progress.warn(warning)
     check_reconstruction(recipe, data.calibration)
     procedure = replace(procedure, recipe=recipe)
     run = RunContext(job, source, procedure, skeleton, plan, structure, data, out, left_out)
@@ -195,30 +196,28 @@ def _data(job: Job, source: Source, cache: Path, progress: Progress) -> Data:
     text = source.config.get_text_config()
     calib = user_path(job.calibration_source)
     frozen = calib.suffix == ".safetensors"
-    tokenizer = None if frozen and not job.evaluate else load_tokenizer(source, job.trust_remote_code)
+    reader = None
+    if not frozen or job.evaluate:
+        reader = Reader(load_tokenizer(source, job.trust_remote_code), cache, progress, job.bos)
     if frozen:
         calibration = load_tokens(calib, job.samples, job.seq_len, text.vocab_size)
     else:
-        assert tokenizer is not None
+        assert reader is not None
         calibration = calibration_tokens(
             job.calibration_source,
-            tokenizer,
+            reader,
             samples=job.samples or DEFAULT_SAMPLES,
             seq_len=job.seq_len or min(DEFAULT_SEQ_LEN, _positions(source)),
             seed=job.seed,
-            cache=cache,
-            progress=progress,
         )
     evaluation = None
     if job.evaluate:
-        assert tokenizer is not None
+        assert reader is not None
         evaluation = evaluation_tokens(
             job.evaluation_source,
-            tokenizer,
+            reader,
             windows=job.eval_windows,
             context=job.eval_context or min(DEFAULT_CONTEXT, _positions(source)),
-            cache=cache,
-            progress=progress,
         )
     for batch in filter(None, (calibration, evaluation)):
         if (largest := int(batch.tokens.max())) >= text.vocab_size:
@@ -226,7 +225,7 @@ def _data(job: Job, source: Source, cache: Path, progress: Progress) -> Data:
                 f"the tokenizer gives id {largest}, the model's vocabulary ends at {text.vocab_size - 1}",
                 "the tokenizer does not belong to this model",
             )
-    overlap = shared_runs(calibration.tokens, evaluation.tokens) if evaluation else 0.0
+    overlap = shared_runs(calibration.text, evaluation.text) if evaluation else 0.0
     return Data(calibration, evaluation, overlap)
 
 

@@ -183,7 +183,7 @@ def initial_report(run: RunContext) -> PruneReport:
             "cpus": os.cpu_count(),
         },
         out=str(run.out),
-        warnings=[run.left_out] if run.left_out else [],
+        warnings=[*filter(None, (run.left_out, run.data.warning))],
     )
 
 

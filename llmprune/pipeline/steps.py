@@ -75,21 +75,22 @@ def generated_tokens(run: RunContext, progress: Progress) -> TokenBatch | None:
         tokens = found.tokens
     tokens = tokens.to(run.group.device)
     run.group.broadcast([tokens])
-    return token_batch(tokens.cpu(), GENERATOR, run.job.seed)
+    return token_batch(tokens.cpu(), GENERATOR, run.job.seed, run.data.calibration.bos_tokens)
 
 
 def _generate(run: RunContext, progress: Progress) -> TokenBatch:
     windows, length, seed = run.generated_windows, run.shape[1], run.job.seed
+    text = run.data.calibration
 
     def attempt(at_once: int) -> Tensor:
         progress.start("generating text", windows)
-        prompts = sample_prompts(run.data.calibration.tokens, windows, seed)
-        text = generate(run.skeleton, prompts, length, seed, at_once, progress.step)
+        prompts = sample_prompts(text.tokens, windows, seed, text.bos_tokens)
+        tokens = generate(run.skeleton, prompts, length, seed, at_once, progress.step)
         progress.finish()
-        return text
+        return tokens
 
     at_once = min(generation_batch_size(run.skeleton, length), windows)
-    return token_batch(with_oom_retry(attempt, at_once, progress), GENERATOR, seed)
+    return token_batch(with_oom_retry(attempt, at_once, progress), GENERATOR, seed, text.bos_tokens)
 
 
 def calibration_windows(run: RunContext, generated: TokenBatch | None) -> Tensor:
@@ -202,13 +203,14 @@ def evaluate(run: RunContext, folder: Path, label: str, progress: Progress) -> P
     if run.data.evaluation is None:
         return None
     skeleton, tokens = skeleton_of(run, folder), run.data.evaluation.tokens
+    bos_tokens = run.data.evaluation.bos_tokens
     windows, length = tokens.shape
 
     def attempt(at_once: int) -> Perplexity:
         progress.start(label, len(skeleton.blocks) + 1)
         with TemporaryDirectory(dir=run.workdir) as spare:
             resources = Resources(at_once * length, None, run.job.activation_memory, Path(spare))
-            result = perplexity(skeleton, tokens, progress.step, resources)
+            result = perplexity(skeleton, tokens, progress.step, resources, bos_tokens)
         progress.finish()
         return result
 

@@ -218,6 +218,7 @@ def fingerprint_of(run: RunContext) -> dict[str, str]:
     """All that the result depends on, except the weights, by the names that the user knows them under."""
     job, device = run.job, run.skeleton.device
     tokens = {"calibration tokens": run.data.calibration, "evaluation tokens": run.data.evaluation}
+    begin = (run.data.evaluation or run.data.calibration).bos_tokens
     facts: dict[str, object] = {
         FORMAT: VERSION,
         "--sparsity": run.sparsity.name,
@@ -232,6 +233,7 @@ def fingerprint_of(run: RunContext) -> dict[str, str]:
         "--device": f"{device.type} ({run.skeleton.compute})",
         "--threads": torch.get_num_threads(),
         "number of processes": run.group.world_size,
+        "--bos": "yes" if begin else "no",
         **{
             name: batch and f"{tuple(batch.tokens.shape)}, sha256 {batch.provenance.sha256[:12]}"
             for name, batch in tokens.items()

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from llmprune.errors import printable
 from llmprune.reporting.report import PruneReport
 from llmprune.reporting.words import (
+    bos_text,
     calibration_text,
     error_text,
     evaluation_text,
@@ -170,8 +171,8 @@ def _results(report: PruneReport) -> list[EvalResult]:
     """The perplexities, pruned and dense, as results of the model index."""
     if (evaluation := report.evaluation) is None:
         return []
-    context = evaluation["seq_len"]
-    names = {"pruned": f"perplexity, context {context}", "dense": f"perplexity of the dense model, context {context}"}
+    windows = f"context {evaluation['seq_len']}{bos_text(evaluation)}"
+    names = {"pruned": f"perplexity, {windows}", "dense": f"perplexity of the dense model, {windows}"}
     return [
         EvalResult(
             task_type="text-generation",

@@ -48,17 +48,26 @@ def perplexity_text(perplexity: Mapping[str, float]) -> str:
 
 
 def evaluation_text(evaluation: Mapping[str, Any]) -> str:
-    """Text, number and length of the evaluation windows."""
+    """Text, number and length of the evaluation windows, and how they begin."""
     source = Path(evaluation["source"]).name
-    return f"{source}, {evaluation['samples']} windows of {evaluation['seq_len']} tokens"
+    return f"{source}, {evaluation['samples']} windows of {evaluation['seq_len']} tokens{bos_text(evaluation)}"
 
 
 def calibration_text(calibration: Mapping[str, Any]) -> str:
-    """Number, length, source and seed of the calibration windows."""
+    """Number, length, source and seed of the calibration windows, and how they begin."""
     seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
     more = calibration.get("self_generated", 0)
     generated = f", and {more} self-generated {'window' if more == 1 else 'windows'}" if more else ""
-    return f"{calibration['samples']} x {calibration['seq_len']} tokens of {calibration['source']}{seed}{generated}"
+    part = f"the first {characters:,} characters of " if (characters := calibration.get("characters")) else ""
+    size = f"{calibration['samples']} x {calibration['seq_len']} tokens"
+    return f"{size} of {part}{calibration['source']}{seed}{generated}{bos_text(calibration)}"
+
+
+def bos_text(windows: Mapping[str, Any]) -> str:
+    """Whether windows begin with BOS; '' where that was not recorded."""
+    if (count := windows.get("bos_tokens")) is None:
+        return ""
+    return f", begun {'with' if count else 'without'} BOS"
 
 
 def recipe_text(settings: Mapping[str, Any]) -> str:

@@ -35,22 +35,25 @@ DO_WITHOUT = "do without self-generated calibration text (--self-calibration 0)"
 LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def sample_prompts(text: Tensor, windows: int, seed: int = 0) -> Tensor:
+def sample_prompts(tokens: Tensor, windows: int, seed: int = 0, bos_tokens: int = 0) -> Tensor:
     """Prompts for generation: `PROMPT_TOKENS` tokens from random places of a text, for each window.
 
     Args:
-        text: calibration windows `(samples, length)`, int64.
+        tokens: calibration windows `(samples, length)`, int64.
         windows: number of prompts.
         seed: of the places.
+        bos_tokens: tokens that every calibration window begins with before its text; every prompt begins with them too.
 
     Returns:
-        `(windows, prompt)`, int64.
+        `(windows, bos_tokens + prompt)`, int64.
     """
+    begin, text = tokens[0, :bos_tokens], tokens[:, bos_tokens:]
     length = text.shape[1]
     prompt = min(PROMPT_TOKENS, max(length // 2, 1))
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(length - prompt + 1, (windows,), generator=generator).tolist()
-    return torch.stack([text[at % len(text), start : start + prompt] for at, start in enumerate(starts)])
+    places = [text[at % len(text), start : start + prompt] for at, start in enumerate(starts)]
+    return torch.stack([torch.cat([begin, place]) for place in places])
 
 
 @torch.no_grad()

@@ -12,11 +12,12 @@ from typing import Any
 from llmprune.errors import InputError
 from llmprune.progress import Progress
 from llmprune.runtime.foreign import reading
+from llmprune.sources.bos import added_tokens
 from llmprune.sources.cache import make_once
 from llmprune.sources.gguf_header import GgufHeader, read_gguf_header
 from llmprune.sources.older_readers import add_older_keys
 
-RULES = 3
+RULES = 4
 """Raised where files that were converted before must be converted anew."""
 
 
@@ -119,6 +120,9 @@ def _convert(file: Path, folder: Path, header: GgufHeader) -> None:
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"the weights of {name!r} in {file.name} hold NaN or Inf", "use an undamaged file")
+    begins = header.values.get("tokenizer.ggml.add_bos_token")
+    if isinstance(begins, bool) and begins != bool(added_tokens(tokenizer)):
+        tokenizer.add_bos_token = begins  # transformers does not read it
     # The weights are plain floats now; what remains of the source's quantisation would only mislead loaders.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmprune.errors import InputError
 from llmprune.progress import Progress
-from llmprune.runtime.foreign import open_regular, reason, user_path
+from llmprune.runtime.foreign import user_path
+from llmprune.sources.conversations import row_text
 from llmprune.sources.demo import CALIBRATION_YEARS, EVALUATION_YEARS, sotu_text
+from llmprune.sources.files import file_pieces, is_structured, read_rows
 from llmprune.sources.network import HUB_SECONDS, check_token, hub_reachable, within
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BETWEEN = "\n\n"
+"""Stands between the files of a folder, and between the rows of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,56 +67,87 @@ DATASETS = {
 }
 
 
-def read_text(source: str, role: str, tokens: int, seed: int, cache: Path, progress: Progress) -> str:
-    """The text of a file, of all `*.txt` files of a folder, or of a data set of the table.
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How texts are found, and become windows of token ids.
+
+    Args:
+        tokenizer: of the model; its chat template makes text of conversations.
+        cache: folder of the demo data.
+        progress: notified of downloads.
+        bos: how windows begin, see `window_beginning`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    cache: Path
+    progress: Progress
+    bos: str = "auto"
+
+
+def text_pieces(source: str, role: str, reader: Reader, tokens: int, seed: int) -> Iterator[str]:
+    """The text of a file, of a folder of files, or of a data set of the table, piece by piece.
 
     Args:
         source: path or short name.
         role: `"calibration"` or `"evaluation"`; data sets have a split for each.
+        reader: tokenizer, cache and progress.
         tokens: about how many tokens are needed; streamed data sets are read no further.
         seed: of the order in which a streamed data set is read for calibration.
-        cache: folder of the demo data.
-        progress: notified of downloads.
 
     Raises:
         InputError: missing, empty or binary file, unknown name.
     """
     path = user_path(source)
     if source == "sotu" and not path.exists():
-        return sotu_text(CALIBRATION_YEARS if role == "calibration" else EVALUATION_YEARS, cache, progress)
+        years = CALIBRATION_YEARS if role == "calibration" else EVALUATION_YEARS
+        return iter([sotu_text(years, reader.cache, reader.progress)])
     if source in DATASETS and not path.exists():
-        return _hub_text(source, role, tokens, seed, progress)
+        return _hub_text(source, role, tokens, seed, reader.progress)
     if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        if not files:
-            raise InputError(f"folder {source} holds no .txt file", "put plain text files into it, or name a file")
-        return "\n\n".join(read_file(file) for file in files)
+        return _joined((_file_text(file, reader.tokenizer) for file in files_of(path)), BETWEEN)
     if not path.exists():
         raise InputError(f"there is no text {source!r}", f"name a text file or folder, or one of {', '.join(DATASETS)}")
-    return read_file(path)
+    return _file_text(path, reader.tokenizer)
 
 
-def read_file(path: Path) -> str:
-    """The text of a plain text file.
+def files_of(folder: Path) -> list[Path]:
+    """The files of a folder, and of those in it, that hold text: `.txt` and `.jsonl`; where there are none, other rows.
 
     Raises:
-        InputError: missing, empty, binary, not UTF-8, or no file at all.
+        InputError: there are none.
     """
-    try:
-        with open_regular(path) as stream:
-            text = stream.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})", "convert it to UTF-8 plain text") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {reason(error)}", "name a readable text file") from error
-    if "\0" in text:
-        raise InputError(f"{path} is a binary file", "name a plain text file")
-    if not text.strip():
-        raise InputError(f"{path} is empty", "name a text file with text in it")
-    return text
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".txt" or is_structured(path))
+    usual = [path for path in found if path.suffix.lower() in (".txt", ".jsonl")]
+    if not found:
+        raise InputError(
+            f"folder {folder} holds no .txt and no .jsonl file", "put plain text files into it, or name a file"
+        )
+    return usual or found
 
 
-def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) -> str:
+def _file_text(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The text of a file; of one that holds rows, those of all rows."""
+    if not is_structured(path):
+        yield from file_pieces(path)
+        return
+    texts = (row_text(row, str(path), tokenizer) for row in read_rows(path))
+    blank = True
+    for piece in _joined(([text] for text in texts if text.strip()), BETWEEN):
+        blank = False
+        yield piece
+    if blank:
+        raise InputError(f"{path} has no text in its rows", "name a file with text in it")
+
+
+def _joined(texts: Iterable[Iterable[str]], between: str) -> Iterator[str]:
+    """The pieces of texts one after another, something between the texts."""
+    for number, text in enumerate(texts):
+        if number:
+            yield between
+        yield from text
+
+
+def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) -> Iterator[str]:
     """Text of a Hub data set, streamed until there is enough of it."""
     entry = DATASETS[name]
     split = entry.calibration if role == "calibration" else entry.evaluation
@@ -125,7 +165,7 @@ def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) 
         stream = load_dataset(entry.repo, entry.config, split=split, streaming=True, **place)
         if role == "calibration" and not entry.ordered:
             stream = stream.shuffle(seed=seed, buffer_size=10_000)
-        return _join((str(row[entry.column]) for row in stream), entry.between, tokens)
+        yield from _joined(_as_many((str(row[entry.column]) for row in stream), tokens), entry.between)
     except InputError:
         raise
     except Exception as error:
@@ -135,12 +175,11 @@ def _hub_text(name: str, role: str, tokens: int, seed: int, progress: Progress) 
         ) from error
 
 
-def _join(documents: Iterable[str], between: str, tokens: int) -> str:
+def _as_many(documents: Iterable[str], tokens: int) -> Iterator[list[str]]:
     """As many documents as hold the tokens, at eight characters a token and some to spare."""
-    parts, size = [], 0
+    size = 0
     for document in documents:
-        parts.append(document)
+        yield [document]
         size += len(document)
         if size > 8 * tokens + 100_000:
             break
-    return between.join(parts)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,17 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmprune.errors import InputError
-from llmprune.progress import Progress
 from llmprune.runtime.files import replacing
 from llmprune.runtime.foreign import open_regular, parse_json, reading
 from llmprune.runtime.redact import base_name, without_paths
-from llmprune.sources.texts import read_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from llmprune.sources.bos import window_beginning
+from llmprune.sources.texts import Reader, text_pieces
+from llmprune.sources.tokenize import separable, token_ids
 
 METADATA = "llmprune_tokens"
 OVERLAP_RUN = 32
+DRAWN_CHARACTERS = 2**22
+"""Calibration windows are drawn from so much of a text, or from as much as holds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class Provenance:
         seq_len: tokens per window.
         seed: of the random choice of windows; None where the first ones are taken.
         sha256: hash of the token ids (int64, little endian, row by row).
+        bos_tokens: tokens that every window begins with before its text: 1 for BOS, 0 for none.
+        characters: of a longer text that windows are drawn from; None for all of it.
     """
 
     source: str
@@ -45,6 +48,8 @@ class Provenance:
     seq_len: int
     seed: int | None
     sha256: str
+    bos_tokens: int = 0
+    characters: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,69 +59,112 @@ class TokenBatch:
     tokens: Tensor
     provenance: Provenance
 
+    @property
+    def bos_tokens(self) -> int:
+        """Tokens that every window begins with before its text."""
+        return self.provenance.bos_tokens
 
-def token_batch(tokens: Tensor, source: str, seed: int | None) -> TokenBatch:
+    @property
+    def text(self) -> Tensor:
+        """The windows without them, `(samples, seq_len - bos_tokens)`."""
+        return self.tokens[:, self.bos_tokens :]
+
+
+def token_batch(
+    tokens: Tensor, source: str, seed: int | None, bos_tokens: int = 0, characters: int | None = None
+) -> TokenBatch:
     """Windows `(samples, seq_len)` with their provenance, hash included."""
     tokens = tokens.to(torch.int64).contiguous()
     digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
-    return TokenBatch(tokens, Provenance(source, len(tokens), tokens.shape[1], seed, digest))
+    return TokenBatch(tokens, Provenance(source, len(tokens), tokens.shape[1], seed, digest, bos_tokens, characters))
 
 
-def calibration_tokens(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    cache: Path,
-    progress: Progress,
-) -> TokenBatch:
-    """`samples` different windows of `seq_len` tokens, drawn at random from a text.
+def calibration_tokens(source: str, reader: Reader, *, samples: int, seq_len: int, seed: int) -> TokenBatch:
+    """Different windows of `seq_len` tokens, drawn at random from a text (of a long one, from its first part).
+
+    Args:
+        source: see `text_pieces`.
+        reader: tokenizer, and how windows begin.
+        samples, seq_len: number of windows, and tokens in each.
+        seed: of the draw.
 
     Raises:
         InputError: no such text, or too little of it.
     """
-    text = read_text(source, "calibration", samples * seq_len, seed, cache, progress)
-    windows = _windows(text, tokenizer, seq_len)
-    if len(windows) < samples:
+    text = text_pieces(source, "calibration", reader, samples * seq_len, seed)
+    found = _windows(text, reader, seq_len, samples, DRAWN_CHARACTERS)
+    if len(found.tokens) < samples:
         raise InputError(
-            f"{source} gives {len(windows)} windows of {seq_len} tokens, but {samples} were asked for (--samples)",
+            f"{source} gives {len(found.tokens)} windows of {seq_len} tokens, but {samples} were asked for (--samples)",
             "use a longer text, fewer --samples or a smaller --seq-len",
         )
-    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
-    return token_batch(windows[chosen], base_name(source), seed)
+    chosen = torch.randperm(len(found.tokens), generator=torch.Generator().manual_seed(seed))[:samples]
+    return token_batch(found.tokens[chosen], base_name(source), seed, found.bos_tokens, found.characters)
 
 
-def evaluation_tokens(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    windows: int,
-    context: int,
-    cache: Path,
-    progress: Progress,
-) -> TokenBatch:
+def evaluation_tokens(source: str, reader: Reader, *, windows: int, context: int) -> TokenBatch:
     """The first `windows` non-overlapping windows of a text tokenised as a whole (as SparseGPT and Wanda do).
+
+    Args:
+        source: see `text_pieces`.
+        reader: tokenizer, and how windows begin.
+        windows, context: number of windows, and tokens in each.
 
     Raises:
         InputError: no such text, or not even one window of it.
     """
-    text = read_text(source, "evaluation", windows * context, 0, cache, progress)
-    found = _windows(text, tokenizer, context)
-    if not len(found):
+    text = text_pieces(source, "evaluation", reader, windows * context, seed=0)
+    found = _windows(text, reader, context, windows, 0)
+    if not len(found.tokens):
         raise InputError(
             f"{source} is shorter than one window of {context} tokens", "use a longer text or a smaller --eval-context"
         )
-    if len(found) < windows:
-        progress.note(f"{source} has only {len(found)} windows of {context} tokens to evaluate on")
-    return token_batch(found[:windows], base_name(source), None)
+    if len(found.tokens) < windows:
+        reader.progress.note(f"{source} has only {len(found.tokens)} windows of {context} tokens to evaluate on")
+    return token_batch(found.tokens[:windows], base_name(source), None, found.bos_tokens)
 
 
-def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    count = len(ids) // length
-    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+class _Windows(NamedTuple):
+    """Consecutive windows of a text `(windows, length)`; how they begin; characters that were read, None for all."""
+
+    tokens: Tensor
+    bos_tokens: int
+    characters: int | None
+
+
+def _windows(text: Iterable[str], reader: Reader, length: int, least: int, characters: int) -> _Windows:
+    """Windows of a text, as many as there are in the characters that are read.
+
+    Args:
+        text: in parts of any size.
+        reader: tokenizer, and how windows begin.
+        length: of a window, its beginning included.
+        least: number of windows for which the text is read on, if it has them.
+        characters: that are read in any case, about.
+
+    Raises:
+        InputError: a window holds no text.
+    """
+    begin = window_beginning(reader.tokenizer, reader.bos)
+    inner = length - len(begin)
+    if inner < 1:
+        raise InputError(f"a window of {length} tokens holds no text behind BOS", "use longer windows")
+    found = [torch.empty(0, dtype=torch.int64)]
+    count = read = 0
+    part = None
+    for piece in separable(text, reader.tokenizer):
+        if count >= least * inner and read >= characters:
+            part = read
+            break
+        found.append(torch.tensor(token_ids(piece, reader.tokenizer), dtype=torch.int64))
+        count, read = count + len(found[-1]), read + len(piece)
+    ids = torch.cat(found)[: count // inner * inner].view(count // inner, inner)
+    return _Windows(begun(ids, begin), len(begin), part)
+
+
+def begun(text: Tensor, begin: Sequence[int]) -> Tensor:
+    """Windows of text `(windows, length)` with the same ids put before each, `(windows, len(begin) + length)`."""
+    return torch.cat([torch.tensor(begin, dtype=text.dtype).expand(len(text), -1), text], dim=1)
 
 
 def save_tokens(batch: TokenBatch, path: Path, recipe: dict[str, Any] | None = None) -> None:
@@ -132,7 +180,7 @@ def save_tokens(batch: TokenBatch, path: Path, recipe: dict[str, Any] | None = N
 
 
 def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary: int) -> TokenBatch:
-    """The windows of a token file, or the first `samples` of them, cut to `seq_len` tokens.
+    """The windows of a token file as they are, or the first `samples` of them, cut to `seq_len` tokens.
 
     Raises:
         InputError: no token file, too few or too short windows, ids beyond the vocabulary.
@@ -146,6 +194,8 @@ def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary
         kept = Provenance(**metadata)
         if not isinstance(kept.source, str) or not isinstance(kept.seed, int | None):
             raise ValueError(f"its source is {kept.source!r}, its seed {kept.seed!r}")
+        if type(kept.bos_tokens) is not int or not isinstance(kept.characters, int | None):
+            raise ValueError(f"its BOS tokens are {kept.bos_tokens!r}, its characters {kept.characters!r}")
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel():
         raise InputError(
             f"{path} holds {tokens.dtype} of shape {tuple(tokens.shape)}, not int64 (samples, seq_len)", "make it again"
@@ -160,6 +210,11 @@ def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary
             "make the token file with this model's tokenizer",
         )
     wanted = (samples or len(tokens), seq_len or tokens.shape[1])
+    if not 0 <= kept.bos_tokens < wanted[1]:
+        raise InputError(
+            f"of {wanted[1]} tokens in each window of {path}, {kept.bos_tokens} are BOS",
+            "use longer windows (--seq-len)",
+        )
     if wanted[0] > len(tokens) or wanted[1] > tokens.shape[1]:
         raise InputError(
             f"{path} holds {tuple(tokens.shape)} tokens, but {wanted} were asked for (--samples, --seq-len)",
@@ -167,7 +222,8 @@ def load_tokens(path: Path, samples: int | None, seq_len: int | None, vocabulary
         )
     # A recipe's source is a text, any other the name of a file, a folder or a data set.
     made_of = without_paths(kept.source) if " " in kept.source else base_name(kept.source)
-    return token_batch(tokens[: wanted[0], : wanted[1]], f"{path.name} ({made_of})", kept.seed)
+    source = f"{path.name} ({made_of})"
+    return token_batch(tokens[: wanted[0], : wanted[1]], source, kept.seed, kept.bos_tokens, kept.characters)
 
 
 def shared_runs(a: Tensor, b: Tensor, length: int = OVERLAP_RUN) -> float:

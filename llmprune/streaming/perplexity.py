@@ -54,27 +54,37 @@ def perplexity(
     tokens: Tensor,
     step: Callable[[], None] = lambda: None,
     resources: Resources | None = None,
+    bos_tokens: int = 0,
 ) -> Perplexity:
     """Perplexity of a model on non-overlapping windows, each predicted on its own (as SparseGPT and Wanda measure it).
+
+    Behind BOS every token of the text is predicted, without it every one but the first.
 
     Args:
         skeleton: the model; one block at a time is in memory.
         tokens: `(windows, context)`, int64.
         step: called after every block and once at the end.
         resources: memory and files of the stream.
+        bos_tokens: tokens that every window begins with before its text; they are given and not predicted.
     """
     stream = BlockStream(skeleton, tokens, resources=resources)
     for _ in stream:
         step()
     with skeleton.loaded(skeleton.outside()):
         losses = [
-            window_losses(skeleton, batch.tokens, batch.hidden, stream.inputs.wrap) for batch in stream.inputs.batches
+            window_losses(skeleton, batch.tokens, batch.hidden, stream.inputs.wrap, bos_tokens)
+            for batch in stream.inputs.batches
         ]
     step()
     return from_losses(torch.cat(losses), tokens.shape[1])
 
 
-def window_losses(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Wrap) -> Tensor:
+def first_predicted(bos_tokens: int) -> int:
+    """The position of the first token of a window that is predicted."""
+    return max(bos_tokens, 1)
+
+
+def window_losses(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Wrap, bos_tokens: int = 0) -> Tensor:
     """Mean next-token cross-entropy of every window, `(batch,)`; logits are formed for a few positions at a time.
 
     Args:
@@ -82,11 +92,13 @@ def window_losses(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Wrap
         tokens: `(batch, context)`.
         hidden: the last block's output, `(batch, context, hidden)`.
         wrap: the blocks' return convention.
+        bos_tokens: tokens that every window begins with before its text; they are not predicted.
     """
     batch, context = tokens.shape
+    first = first_predicted(bos_tokens) - 1
     chunk = max(1, CHUNK_ELEMENTS // (batch * skeleton.config.get_text_config().vocab_size))
     total = torch.zeros(batch, dtype=torch.float64)
-    for start in range(0, context - 1, chunk):
+    for start in range(first, context - 1, chunk):
         stop = min(start + chunk, context - 1)
         scores = logits(skeleton, tokens[:, start:stop], hidden[:, start:stop].to(skeleton.device), wrap).float()
         targets = tokens[:, start + 1 : stop + 1].to(scores.device)
@@ -97,4 +109,4 @@ def window_losses(skeleton: Skeleton, tokens: Tensor, hidden: Tensor, wrap: Wrap
             f"the logits of {type(skeleton.model).__name__} hold NaN or Inf",
             "the last norm or the head overflows on this text; check the checkpoint",
         )
-    return total / (context - 1)
+    return total / (context - 1 - first)

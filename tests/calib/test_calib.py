@@ -22,6 +22,7 @@ from calib.documents import RETRIES, documents, retried
 from calib.recipe import Part, Recipe, known_recipes, read_recipe
 from llmprune.errors import InputError
 from llmprune.progress import Progress
+from llmprune.sources.texts import Reader
 from llmprune.sources.tokens import calibration_tokens, load_tokens
 
 CACHE = Path("unused")
@@ -134,6 +135,33 @@ def test_packed_documents_are_closed_and_conversations_go_through_the_template(t
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         made(Recipe("r", (chat,), samples=1, seq_len=5), tokenizer)
+
+
+@pytest.mark.parametrize("windows", ["packed", "sampled"])
+@pytest.mark.parametrize(("bos", "begin"), [("auto", [97, 98]), ("yes", [97, 98]), ("no", [])])
+def test_windows_begin_as_the_tokenizer_begins_a_text(tmp_path: Path, windows: Any, bos: str, begin: list[int]) -> None:
+    """In place of their last tokens of text; a template's own BOS is left out."""
+    tokenizer: Any = word_tokenizer(100, ["w97", "w98"])
+    tokenizer.eos_token, tokenizer.chat_template = "w99", "w97w98" + CHAT
+    path = write(tmp_path / "a.jsonl", [words(range(1, 13))])
+    batch = build(Recipe("r", (Part(path=path),), windows, samples=1, seq_len=8, bos=bos), tokenizer, CACHE, Progress())
+    (window,) = batch.tokens.tolist()
+    inner = window[len(begin) :]
+    assert (len(window), window[: len(begin)], batch.bos_tokens) == (8, begin, len(begin))
+    assert inner == list(range(inner[0], inner[0] + len(inner)))
+    assert max(inner) <= 12
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"talk": [{"role": "user", "content": "w5 w6 w7 w8 w9"}]}))
+    chat = Part(path=str(tmp_path / "talk.jsonl"), messages="talk")
+    found = build(
+        Recipe("r", (chat,), windows, samples=1, seq_len=6 + len(begin), bos=bos), tokenizer, CACHE, Progress()
+    )
+    assert found.tokens.tolist() == [[*begin, 91, 5, 6, 7, 8, 9]]
+
+
+def test_rows_of_tables_are_documents(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.csv").write_text("id,body\n1,w1 w2\n2,w3\n")
+    part = Part(path=str(tmp_path / "a.csv"), column="body")
+    assert sorted(documents(part, tokenizer, 0, Progress())) == [[1, 2], [3]]
 
 
 def test_what_is_evaluated_on_is_left_out(tmp_path: Path, tokenizer: Any) -> None:
@@ -291,6 +319,7 @@ BAD = {
     f"samples = true\n{GOOD}": "wrong type",
     f"seq_len = 1\n{GOOD}": "cannot be",
     f'windows = "random"\n{GOOD}': "cannot be",
+    f'bos = "maybe"\n{GOOD}': "bos = 'maybe' cannot be",
 }
 
 
@@ -328,8 +357,8 @@ def test_a_recipe_becomes_a_token_file_that_a_run_takes(work: Path, capsys: pyte
 
 def test_a_plain_text_is_cut_as_a_run_would_cut_it(work: Path) -> None:
     assert main(["text.txt", "--model", "tiny", "--out", "t.safetensors", "--samples", "4", "--seq-len", "16"]) == 0
-    settings: dict[str, Any] = {"samples": 4, "seq_len": 16, "seed": 0, "cache": CACHE, "progress": Progress()}
-    expected = calibration_tokens("text.txt", word_tokenizer(96), **settings)
+    reader = Reader(word_tokenizer(96), CACHE, Progress())
+    expected = calibration_tokens("text.txt", reader, samples=4, seq_len=16, seed=0)
     assert torch.equal(load_tokens(work / "t.safetensors", None, None, 96).tokens, expected.tokens)
 
 

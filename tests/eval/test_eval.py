@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import edit_tensor, random_tokens, reload, save_tiny, skeleton_of, whole_logits, word_tokenizer
 
-from eval import perplexity, write_text, zero_shot
+from eval import perplexity, sweep, write_text, zero_shot
 from llmprune.errors import InputError
 
 Json = dict[str, Any]
@@ -32,10 +32,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 # eval.perplexity
 
 
-def test_the_distance_is_what_whole_models_in_double_precision_give(models: tuple[Path, Path]) -> None:
-    tokens = random_tokens(4, 24)
-    found = perplexity.distance(*(skeleton_of(folder) for folder in models), tokens)
-    p, q = (whole_logits(reload(folder), tokens)[:, :-1].double().log_softmax(-1) for folder in models)
+@pytest.mark.parametrize("bos_tokens", [0, 1, 2])
+def test_the_distance_is_what_whole_models_in_double_precision_give(models: tuple[Path, Path], bos_tokens: int) -> None:
+    tokens, first = random_tokens(4, 24), max(bos_tokens, 1)
+    found = perplexity.distance(*(skeleton_of(folder) for folder in models), tokens, bos_tokens)
+    p, q = (whole_logits(reload(folder), tokens)[:, first - 1 : -1].double().log_softmax(-1) for folder in models)
     kl = (q.exp() * (q - p)).sum(-1).mean(1)
     same = (p.argmax(-1) == q.argmax(-1)).double().mean(1)
     assert found["kl"] == pytest.approx(float(kl.mean()), rel=1e-4)
@@ -44,7 +45,7 @@ def test_the_distance_is_what_whole_models_in_double_precision_give(models: tupl
     assert found["top1"] == pytest.approx(float(same.mean()))
     assert found["top1_error"] == pytest.approx(float(same.std()) / 2)
     for key, logs in (("value", p), ("dense", q)):
-        loss = -logs.gather(2, tokens[:, 1:, None]).mean()
+        loss = -logs.gather(2, tokens[:, first:, None]).mean()
         assert found[key] == pytest.approx(math.exp(float(loss)), rel=1e-5)
 
 
@@ -84,6 +85,18 @@ def test_another_vocabulary_is_refused(models: tuple[Path, Path], tmp_path: Path
         perplexity.distance(skeleton_of(models[0]), skeleton_of(other), random_tokens())
 
 
+def test_a_sweep_measures_texts_with_and_without_bos(tmp_path: Path, text: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    word_tokenizer(96, ["w90"]).save_pretrained(folder)
+    also: Json = {"texts": [str(text)], "windows": 2, "context": 16}
+    found = sweep.measured(str(folder), {**also, "bos": ["yes", "no"]})
+    assert list(found) == ["words.txt, begun with BOS", "words.txt, begun without BOS"]
+    for bos, result in zip(("yes", "no"), found.values(), strict=True):
+        assert result == perplexity.measure(str(folder), bos=bos, **also)["words.txt"]
+    assert sweep.measured(str(folder), also) == {"words.txt": found["words.txt, begun with BOS"]}
+    assert found["words.txt, begun with BOS"]["sha256"] != found["words.txt, begun without BOS"]["sha256"]
+
+
 def test_every_text_is_measured_in_every_context(
     models: tuple[Path, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +110,7 @@ def test_every_text_is_measured_in_every_context(
     assert "kl" not in found["results"][0]
     assert perplexity.main([*flags, "--dense", other]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    for word in ("b.txt (2 x 32): perplexity ", "dense ", "KL, nats ", "same top token "):
+    for word in ("b.txt (2 x 32, begun without BOS): perplexity ", "dense ", "KL, nats ", "same top token "):
         assert word in line
 
 

@@ -19,6 +19,7 @@ from llmprune.pruning.linalg import relative_error
 from llmprune.pruning.methods import load_method
 from llmprune.pruning.pattern import NM, SparsityPattern, Unstructured
 from llmprune.pruning.problem import GroupProblem, InputStats, LayerProblem
+from llmprune.sources.texts import Reader
 from llmprune.sources.tokens import calibration_tokens
 
 
@@ -47,9 +48,7 @@ def test_the_error_is_that_of_the_inputs_of_the_whole_model(tiny: Path, text: Pa
     layer = model.get_submodule(row["layer"])
     layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1)))
     sizes = {"samples": 4, "seq_len": 32, "seed": 0}
-    batch = calibration_tokens(
-        str(text), AutoTokenizer.from_pretrained(tiny), cache=tmp_path, progress=Progress(), **sizes
-    )
+    batch = calibration_tokens(str(text), Reader(AutoTokenizer.from_pretrained(tiny), tmp_path, Progress()), **sizes)
     with torch.no_grad():
         model(batch.tokens)
         X = inputs[0].double()

@@ -20,6 +20,7 @@ from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder
 from llmprune.pipeline.state import STATE, read_state
 from llmprune.progress import Progress
 from llmprune.pruning.sparsity import parse_sparsity
+from llmprune.sources.texts import Reader
 from llmprune.sources.tokens import calibration_tokens, load_tokens, save_tokens, token_batch
 
 many = settings(
@@ -147,9 +148,8 @@ def test_any_calibration_text(raw: bytes, tmp_path: Path, tokenizer: Any) -> Non
     path = tmp_path / "text.txt"
     path.write_bytes(raw)
     try:
-        batch = calibration_tokens(
-            str(path), tokenizer, samples=1, seq_len=2, seed=0, cache=tmp_path, progress=Progress()
-        )
+        reader = Reader(tokenizer, tmp_path, Progress())
+        batch = calibration_tokens(str(path), reader, samples=1, seq_len=2, seed=0)
         assert batch.tokens.shape == (1, 2)
     except InputError as error:
         explained(error)

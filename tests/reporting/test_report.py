@@ -180,8 +180,8 @@ def test_the_card_says_what_was_done_and_what_came_of_it(report: PruneReport) ->
     for key in ("dense", "pruned"):
         value = report.evaluation[key]
         assert (
-            f"perplexity, {key} (words.txt, 3 windows of 32 tokens) | {value['value']:.2f} ± {value['error']:.2f}"
-            in card
+            f"perplexity, {key} (words.txt, 3 windows of 32 tokens, begun without BOS) | "
+            f"{value['value']:.2f} ± {value['error']:.2f}" in card
         )
     assert f"{report.coverage['fraction']:.1%} of the block parameters" in card
     assert "exact zeros" in card

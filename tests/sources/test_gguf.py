@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_files import BLOCKS, shapes, write_gguf
+from transformers import AutoTokenizer
 
 from llmprune.errors import InputError
 from llmprune.progress import Progress
 from llmprune.runtime.ownership import LOCK, MARK
+from llmprune.sources.bos import added_tokens
 from llmprune.sources.gguf import cached_gguf, check_gguf
 from llmprune.sources.gguf_header import MOST_ITEMS, read_gguf_header
 
@@ -119,3 +121,13 @@ def test_any_damage_to_a_header_is_understood_or_refused(whole: Path, tmp_path: 
         bad.write_bytes(broken[: chance.choice([len(raw), chance.randrange(len(raw))])])
         with suppress(InputError):
             check_gguf(bad)
+
+
+@pytest.mark.parametrize(("bos", "begin"), [(None, [1]), (True, [1]), (False, [])])
+def test_texts_begin_as_the_file_says(bos: bool | None, begin: list[int], tmp_path: Path) -> None:
+    """Llama's tokenizers add BOS where the file does not say."""
+    folder = cached_gguf(write_gguf(tmp_path / "x.gguf", bos=bos), tmp_path / "cache", Progress())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = tokenizer("word1 word2", add_special_tokens=False)["input_ids"]
+    assert tokenizer("word1 word2")["input_ids"] == [*begin, *plain]
+    assert added_tokens(tokenizer) == tuple(begin)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.progress import Progress
-from llmprune.sources.texts import DATASETS, read_text
+from llmprune.sources.texts import DATASETS, Reader, text_pieces
 from llmprune.sources.tokens import (
     TokenBatch,
     calibration_tokens,
@@ -48,14 +48,21 @@ def count(tmp_path: Path) -> str:
     return str(path)
 
 
+def reader(tokenizer: Any, bos: str = "auto") -> Reader:
+    return Reader(tokenizer, CACHE, Progress(), bos)
+
+
 def calibrate(source: str, tokenizer: Any, samples: int = 5, seq_len: int = 10, seed: int = 0) -> TokenBatch:
-    return calibration_tokens(
-        source, tokenizer, samples=samples, seq_len=seq_len, seed=seed, cache=CACHE, progress=Progress()
-    )
+    return calibration_tokens(source, reader(tokenizer), samples=samples, seq_len=seq_len, seed=seed)
 
 
 def evaluate(source: str, tokenizer: Any, windows: int = 5, context: int = 10) -> TokenBatch:
-    return evaluation_tokens(source, tokenizer, windows=windows, context=context, cache=CACHE, progress=Progress())
+    return evaluation_tokens(source, reader(tokenizer), windows=windows, context=context)
+
+
+def whole_text(source: str, role: str = "calibration", tokens: int = 10, tokenizer: Any = None) -> str:
+    """All pieces of a text."""
+    return "".join(text_pieces(source, role, reader(tokenizer), tokens, 0))
 
 
 def counted(start: int, stop: int) -> list[int]:
@@ -136,9 +143,9 @@ def test_a_file_takes_precedence_over_a_data_set_of_the_same_name(
 def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(InputError, match=says):
-        read_text(str(tmp_path / "bad.txt"), "calibration", 10, 0, CACHE, Progress())
+        whole_text(str(tmp_path / "bad.txt"))
     with pytest.raises(InputError, match=says):
-        read_text(str(tmp_path), "calibration", 10, 0, CACHE, Progress())
+        whole_text(str(tmp_path))
 
 
 # Frozen token files
@@ -310,7 +317,7 @@ def test_calibration_is_shuffled_by_the_seed_and_evaluation_is_not(hub: SimpleNa
 
 def test_wikitext_is_joined_as_the_literature_does(hub: SimpleNamespace) -> None:
     hub.stream = Stream(" = Title = \n")
-    text = read_text("wikitext2", "evaluation", 1, 0, CACHE, Progress())
+    text = whole_text("wikitext2", "evaluation", 1)
     assert text.startswith(" = Title = \n\n\n = Title = \n\n\n = Title")
     assert hub.stream.shuffled is None
 
