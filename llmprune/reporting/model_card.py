@@ -38,9 +38,11 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-{zeros}{note}.
+{readers}{note}.
 `prune_report.json` has every layer's error; `llmprune verify DIR` checks the pattern."""
 ZEROS = "The pruned weights are exact zeros in plain safetensors, so every loader reads them. "
+RUNS = "Readers of the dense model read this one too: transformers, llama.cpp (converted to GGUF) and MLX were tried. "
+HEADS = "CTranslate2 is not among them: it takes hidden size / heads for the width of a head. "
 CONTINUE = """\
 An ordinary fine-tune fills the zeros in. `Trainer(..., callbacks=[llmprune.KeepZeros()])` keeps them; in a loop of your
 own, put them back after every step of the optimiser:
@@ -77,12 +79,19 @@ def model_card(report: PruneReport, source: Path) -> str:
         f"| | |\n|---|---|\n{rows}",
         *(f"> {markdown(warning)}" for warning in report.warnings),
         "## Load",
-        LOAD.format(name=name, zeros=ZEROS if zeros else "", note=report.sparsity["note"]),
+        LOAD.format(name=name, readers=_readers(report), note=report.sparsity["note"]),
         "## How it was made",
         _made(report),
         *(["## Continue", CONTINUE] if zeros else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _readers(report: PruneReport) -> str:
+    """What reads the folder."""
+    removed = report.sparsity["removed"]
+    zeros = ZEROS if report.sparsity["fraction"] > 0 else ""
+    return zeros + (RUNS if removed else "") + (HEADS if any(text.startswith("heads") for text in removed) else "")
 
 
 def card_for(folder: Path, report: PruneReport, repo: str) -> str:
