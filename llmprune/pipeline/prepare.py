@@ -168,7 +168,9 @@ def _check_space(run: RunContext) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write below {parent}", "choose another --out")
     there = sum(path.stat().st_size for path in run.workdir.rglob("*") if path.is_file())
-    needed = run.plan.out_bytes + run.hidden_bytes + 32 * 2**20 - there
+    # While shards are joined, one file is there twice.
+    joined = min(run.job.max_shard_size, run.plan.out_bytes)
+    needed = run.plan.out_bytes + joined + run.hidden_bytes + 32 * 2**20 - there
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
