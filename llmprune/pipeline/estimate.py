@@ -93,7 +93,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     Raises:
         InputError: the job cannot be done.
     """
-    run = prepare(job, progress or Progress())
+    run = prepare(job, progress or Progress(), headers_only=True)
     report = initial_report(run).to_json()
     text, evaluation = run.data.calibration.tokens, run.data.evaluation
     evaluated = evaluation.tokens.numel() if evaluation else 0
