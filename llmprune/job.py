@@ -51,6 +51,8 @@ DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_CONTEXT = 128, 512, 1024
 """Calibration windows, their tokens, and tokens of an evaluation window."""
 ACTIVATION_MEMORY = 2 * 2**30
 """Bytes of hidden states that are kept in memory between blocks."""
+MAX_SHARD_SIZE = 5 * 10**9
+"""Bytes of weights in a file, by the convention of the Hugging Face Hub."""
 TEXTS = "text file or folder, or sotu, c4, wikitext2, ptb, fineweb-edu"
 ELSEWHERE = {
     "dry_run": "call llmprune.run.dry_run(job)",
@@ -238,6 +240,15 @@ class Job(Stages):
         DTYPE,
         default_text="the source's",
         guesses=("torch_dtype", "precision", "bf16=bfloat16", "fp16=float16", "half=float16", "fp32=float32"),
+    )
+    max_shard_size: int = knob(
+        MAX_SHARD_SIZE,
+        "output",
+        "weights in a file; a model that fits is one model.safetensors",
+        SIZE,
+        unit="bytes",
+        default_text=f"{MAX_SHARD_SIZE // 10**9}GB",
+        guesses=("shard_size", "max_shard", "shard", "max_file_size"),
     )
     device: str = knob(
         "auto",

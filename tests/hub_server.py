@@ -11,15 +11,29 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Files = dict[str, bytes]
+TOKEN = "hf_ThisTokenMustNeverBeSeen"
+"""Of the user, where a test does not choose another; what is said or written must not hold it."""
 MISSING = (404, "RepoNotFound", "Repository not found")
+
+
+def environment(server: Hub, folder: Path) -> dict[str, str]:
+    """What makes another process take a server for the Hub."""
+    return {
+        "HF_ENDPOINT": server.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+    }
 
 
 @dataclass
@@ -74,6 +88,10 @@ class Hub(ThreadingHTTPServer):
     Args:
         token: what the user `me` must send to write, or to see what is private.
         role: of the token: `write` or `read`.
+
+    Attributes:
+        requests: methods and addresses of all requests.
+        sent: bytes that were sent to GET and POST, by the path of the address.
     """
 
     daemon_threads = True
@@ -89,6 +107,7 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, Repository] = {}
         self.failures: list[Failure] = []
         self.requests: list[str] = []
+        self.sent: Counter[str] = Counter()
         self.stopping = threading.Event()
 
     def __enter__(self) -> Hub:
@@ -122,6 +141,11 @@ class Hub(ThreadingHTTPServer):
                     failure.times -= 1
                     return failure
         return None
+
+    def fetched(self) -> dict[str, int]:
+        """The files that were asked for, whole or in part, with the bytes that were sent of each."""
+        found = {unquote(path.partition("/resolve/")[2]): size for path, size in self.sent.items()}
+        return {path.partition("/")[2]: size for path, size in found.items() if path}
 
     def files(self, repo: str, branch: str = "main") -> Files:
         """What a loader finds."""
@@ -256,7 +280,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, repo: str, revision: str) -> None:
         sha, files = self.commit_at(repo, revision or "main")
-        siblings = [{"rfilename": name} for name in sorted(files)]
+        sized = parse_qs(urlsplit(self.path).query).get("blobs") == ["true"]
+        siblings = [{"rfilename": name} | ({"size": len(files[name])} if sized else {}) for name in sorted(files)]
         found = self.server.repos[repo]
         self.say({"id": repo, "sha": sha, "private": found.private, "gated": found.gated, "siblings": siblings})
 
@@ -348,6 +373,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.server.sent[urlsplit(self.path).path] += len(body)
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:

@@ -213,7 +213,9 @@ def packed_files(folder: Path) -> dict[str, PackedFile]:
     if not is_packed(folder):
         raise InputError(f"{folder} holds no packed model", "name a folder that `llmprune pack` wrote")
     index = folder / INDEX
-    wanted = {file.name for file in read_index(index).values()} if index.exists() else {SINGLE}
+    # An index beside a whole file is one that was left over.
+    whole = (folder / packed_name(SINGLE)).exists() or not index.exists()
+    wanted = {SINGLE} if whole else {file.name for file in read_index(index).values()}
     if missing := sorted(name for name in wanted if not (folder / packed_name(name)).exists()):
         raise InputError(f"{folder} lacks {packed_name(missing[0])}", "copy the whole folder again")
     for name in wanted:

@@ -7,108 +7,27 @@ hash, so that the plain file comes back byte for byte. Tensors are handled as by
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from llmprune.errors import InputError, PruneError
 from llmprune.export.positions import BITS, decode, encode, fits, shapes
-from llmprune.model.reader import read_header
+from llmprune.model.tensor_file import COPY_AGAIN, Field, Part, TensorFile, header_of, parse_fields, write_file
 from llmprune.pruning.pattern import SparsityPattern, parse_pattern
 from llmprune.runtime.files import sha256
-from llmprune.runtime.foreign import about, open_regular, parse_json, reading
+from llmprune.runtime.foreign import about, parse_json, reading
 
 FORMAT = "llmprune-packed"
 VERSION = "1"
 VALUES, POSITIONS = ".values", ".positions"
-Part = tuple[str, tuple[int, ...], int]
-"""Dtype, shape and size in bytes of a tensor to write."""
 _ORDERS = {"out,in": False, "in,out": True}
-_COPY_AGAIN = "the file is damaged; copy it again, or pack the plain folder again"
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """The entry of a tensor in a header: dtype in safetensors' spelling, shape, range of bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.stop - self.start
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element; 0 where it is no whole number of them."""
-        count = prod(self.shape)
-        return self.nbytes // count if count and self.nbytes % count == 0 else 0
-
-
-def parse_fields(header: str) -> tuple[dict[str, str], dict[str, Field]]:
-    """The metadata and the entries of a header, in the order of their bytes.
-
-    Raises:
-        ValueError: it is no header, or the tensors are not contiguous.
-    """
-    try:
-        items = parse_json(header, unique=True)
-        metadata = items.pop("__metadata__", None) or {}
-        found = {name: Field(i["dtype"], tuple(i["shape"]), *i["data_offsets"]) for name, i in items.items()}
-        fields = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"its header has the wrong form: {error!r}") from error
-    end = 0
-    for name, field in fields.items():
-        if field.start != end or field.stop < end:
-            raise ValueError(f"tensor {name!r} begins at byte {field.start}, the one before it ends at {end}")
-        end = field.stop
-    return metadata, fields
-
-
-class TensorFile:
-    """A safetensors file as bytes.
-
-    Raises:
-        InputError: it is not whole.
-    """
-
-    def __init__(self, path: Path) -> None:
-        read_header(path)
-        self.path = path
-        with open_regular(path) as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            self.header = stream.read(length)
-        try:
-            self.metadata, self.fields = parse_fields(self.header.decode())
-        except ValueError as error:
-            raise InputError(f"{path} is not a whole safetensors file: {error}", _COPY_AGAIN) from error
-
-    def read(self, name: str) -> Tensor:
-        """The bytes of a tensor, uint8, in memory."""
-        field = self.fields[name]
-        data = np.fromfile(self.path, np.uint8, field.nbytes, offset=8 + len(self.header) + field.start)
-        return torch.from_numpy(data)
-
-
-def write_file(path: Path, header: bytes, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a safetensors file tensor by tensor, in any order."""
-    _, fields = parse_fields(header.decode())
-    with path.open("wb") as stream:
-        stream.write(len(header).to_bytes(8, "little") + header)
-        for name, tensor in tensors:
-            stream.seek(8 + len(header) + fields[name].start)
-            stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +90,7 @@ class Layout:
             "header": file.header.decode(),
             "sha256": sha256(file.path),
         }
-        made: dict[str, Any] = {"__metadata__": metadata}
-        at = 0
-        for name, (dtype, shape, nbytes) in self.all_parts().items():
-            made[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
-            at += nbytes
-        text = json.dumps(made, separators=(",", ":")).encode()
-        return text + b" " * (-len(text) % 8)
+        return header_of(metadata, self.all_parts())
 
 
 def pack_file(
@@ -233,7 +146,7 @@ class PackedFile:
                 f"this llmprune reads {FORMAT!r} version {VERSION!r}",
                 "use the version of llmprune that packed it",
             )
-        with reading(f"{path} is not a whole packed file", _COPY_AGAIN):
+        with reading(f"{path} is not a whole packed file", COPY_AGAIN):
             self.header, self.sha256 = metadata["header"], metadata["sha256"]
             with about(path):
                 pattern = parse_pattern(metadata["pattern"])
@@ -269,7 +182,7 @@ class PackedFile:
         try:
             bits = decode(values, positions.view(packed_shape), self.layout.pattern)
         except ValueError as error:
-            raise InputError(f"tensor {name!r} of {self.file.path} holds {error}", _COPY_AGAIN) from error
+            raise InputError(f"tensor {name!r} of {self.file.path} holds {error}", COPY_AGAIN) from error
         return (bits.T if self.layout.transposed[name] else bits).contiguous().view(torch.uint8).flatten()
 
     def tensor(self, name: str) -> Tensor:
@@ -293,5 +206,5 @@ class PackedFile:
         write_file(target, self.header.encode(), ((name, self.read(name)) for name in self.layout.plain))
         if (found := sha256(target)) != self.sha256:
             raise PruneError(
-                f"{self.file.path} unpacks to sha256 {found[:12]}, but {self.sha256[:12]} was packed", _COPY_AGAIN
+                f"{self.file.path} unpacks to sha256 {found[:12]}, but {self.sha256[:12]} was packed", COPY_AGAIN
             )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -82,25 +85,60 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         return sum(entry.nbytes for entry in self.entries.values())
 
 
+class HeadersOnly(SafetensorsFolder):
+    """Tensors whose files are elsewhere: what can be known without their values.
+
+    A tensor that is read has arbitrary values, the same every time, by which the form of a model shows: which layers
+    are called, and what feeds them.
+
+    Args:
+        folder: where the files would be.
+        entries: from their headers.
+    """
+
+    def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
+        self.folder, self.entries = folder, dict(entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        if not entry.dtype.is_floating_point:
+            return torch.zeros(entry.shape, dtype=entry.dtype)
+        # A prime number of values, so that rows differ; drawing as many as there are weights would take long.
+        drawn = 0.05 * torch.randn(8191, generator=torch.Generator().manual_seed(crc32(name.encode())))
+        size = math.prod(entry.shape)
+        return drawn.to(entry.dtype).repeat(-(-size // len(drawn)))[:size].view(entry.shape)
+
+
 _DOWNLOAD_AGAIN = "the file is damaged or incomplete; download or save the model again"
 
 
 def _index(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index; empty where the folder has a single file."""
-    path = folder / INDEX
-    if next(folder.glob(f"*{PACKED}"), None):
-        raise InputError(f"{folder} is packed", f"unpack it first: llmprune unpack {folder}")
-    if not path.exists():
-        if (folder / SINGLE).exists():
-            return {}
-        pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
-        if pickles:
-            raise InputError(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when read",
-                "convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
-            )
-        raise InputError(f"{folder} has no {SINGLE} and no {INDEX}", "--model takes a Hugging Face model folder")
-    return read_index(path)
+    single = first_weights({path.name for path in folder.iterdir()}, str(folder)) == SINGLE
+    return {} if single else read_index(folder / INDEX)
+
+
+def first_weights(names: Collection[str], where: str) -> str:
+    """The file that transformers opens first, `SINGLE` or `INDEX`; an index beside a whole file is not looked at.
+
+    Args:
+        names: of the files in a model folder, or of those in a repository.
+        where: the folder or the repository.
+
+    Raises:
+        InputError: there is neither, or the weights are packed.
+    """
+    names = {name for name in names if "/" not in name}
+    if any(name.endswith(PACKED) for name in names):
+        raise InputError(f"{where} is packed", f"unpack it first: llmprune unpack {where}")
+    if found := next((name for name in (SINGLE, INDEX) if name in names), ""):
+        return found
+    if pickles := sorted(name for name in names if name.endswith(".bin") or fnmatchcase(name, "*.pt*")):
+        raise InputError(
+            f"{where} holds only pickled weights ({pickles[0]}), which can run code when read",
+            "convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
+        )
+    raise InputError(f"{where} has no {SINGLE} and no {INDEX}", "--model takes a Hugging Face model folder")
 
 
 def read_index(path: Path) -> dict[str, Path]:
@@ -117,6 +155,16 @@ def read_index(path: Path) -> dict[str, Path]:
         if Path(file).name != file or file in {"", ".", ".."} or "\\" in file:
             raise InputError(f"{path} points outside its folder: {file!r}", "do not use this checkpoint")
     return {name: path.with_name(file) for name, file in items}
+
+
+def entry_of(file: Path, dtype: str, shape: Iterable[int], offsets: Iterable[int]) -> Entry:
+    """The entry of a tensor, from what a header says of it.
+
+    Raises:
+        TypeError, ValueError: it cannot be.
+    """
+    start, stop = offsets
+    return Entry(file, _DTYPES.get(dtype, torch.uint8), tuple(int(size) for size in shape), stop - start)
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -142,10 +190,8 @@ def read_header(file: Path) -> dict[str, Entry]:
     try:
         header.pop("__metadata__", None)
         for name, item in header.items():
-            start, stop = item["data_offsets"]
-            dtype = _DTYPES.get(item["dtype"], torch.uint8)
-            entries[name] = Entry(file, dtype, tuple(int(n) for n in item["shape"]), stop - start)
-            end = max(end, stop)
+            entries[name] = entry_of(file, item["dtype"], item["shape"], item["data_offsets"])
+            end = max(end, item["data_offsets"][1])
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise bad("its header has the wrong form") from error
     if 8 + length + end != size:

@@ -1,9 +1,10 @@
-"""Shard-by-shard writer of safetensors folders larger than memory; every file is written atomically."""
+"""Writer of safetensors folders larger than memory: shard by shard, then joined; every file is written atomically."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from llmprune.errors import PruneError
 from llmprune.model.reader import INDEX, SINGLE
+from llmprune.model.tensor_file import join_files
 from llmprune.runtime.files import replacing, sha256, write_json
 from llmprune.runtime.ownership import delete
 
-SHARD_BYTES = 2 * 2**30
+HELD_BYTES = 2 * 2**30
+"""The most bytes of tensors that are held until they are written, unless one alone is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +37,12 @@ class ShardWriter:
 
     Args:
         folder: an existing folder.
+        limit: the most bytes of tensors in a shard that holds more than one.
         shards: those that were written before.
     """
 
-    def __init__(self, folder: Path, shards: Iterable[Shard] = ()) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, limit: int, shards: Iterable[Shard] = ()) -> None:
+        self.folder, self.limit = folder, limit
         self.shards = list(shards)
         self._written = {name for shard in self.shards for name in shard.tensors}
 
@@ -47,8 +51,9 @@ class ShardWriter:
         """Size of all tensors in bytes."""
         return sum(shard.nbytes for shard in self.shards)
 
-    def write(self, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> None:
-        """Write tensors as one shard, or as several where they exceed `limit` bytes; a name only the first time."""
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write tensors as one shard, or as several where they are too many to be held; a name only the first time."""
+        limit = min(self.limit, HELD_BYTES)
         shard: dict[str, Tensor] = {}
         size = 0
         for name, tensor in tensors:
@@ -64,12 +69,45 @@ class ShardWriter:
             self._save(shard)
 
     def _save(self, shard: dict[str, Tensor]) -> None:
-        path = self.folder / f"shard-{len(self.shards) + 1:05d}.safetensors"
+        nbytes = sum(tensor.nbytes for tensor in shard.values())
+        file = f"shard-{len(self.shards) + 1:05d}.safetensors"
+        self.shards.append(
+            self._durable(file, list(shard), nbytes, lambda new: save_file(shard, new, metadata={"format": "pt"}))
+        )
+
+    def join(self) -> Iterator[list[str]]:
+        """Join neighbouring shards as far as the limit allows, by copying their bytes; the same when repeated.
+
+        Yields:
+            the files that a joined shard replaces, once it is durable; they are left to the caller.
+        """
+        at = 0
+        while at < len(self.shards):
+            sizes = itertools.accumulate(shard.nbytes for shard in self.shards[at:])
+            parts = self.shards[at : at + sum(size <= self.limit for size in sizes)]
+            at += 1
+            if len(parts) > 1:
+                files = [part.file for part in parts]
+                self.shards[at - 1 : at - 1 + len(parts)] = [self._joined(at, parts)]
+                yield files
+
+    def _joined(self, number: int, parts: list[Shard]) -> Shard:
+        tensors = [name for part in parts for name in part.tensors]
+        paths = [self.folder / part.file for part in parts]
+        nbytes = sum(part.nbytes for part in parts)
+        return self._durable(f"joined-{number:05d}.safetensors", tensors, nbytes, lambda new: join_files(paths, new))
+
+    def _durable(self, file: str, tensors: list[str], nbytes: int, write: Callable[[Path], None]) -> Shard:
+        """A shard that is durable under its name.
+
+        Raises:
+            PruneError: it cannot be written.
+        """
+        path = self.folder / file
         try:
             with replacing(path) as temporary:
-                save_file(shard, temporary, metadata={"format": "pt"})
-            nbytes = sum(tensor.nbytes for tensor in shard.values())
-            self.shards.append(Shard(path.name, list(shard), nbytes, sha256(path)))
+                write(temporary)
+            return Shard(file, tensors, nbytes, sha256(path))
         except (OSError, SafetensorError) as error:
             raise PruneError(
                 f"cannot write {path}: {error}",

@@ -14,7 +14,7 @@ from llmprune.model.blocks import LayerRef
 from llmprune.model.reader import Entry
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
-from llmprune.model.writer import SHARD_BYTES
+from llmprune.model.writer import HELD_BYTES
 from llmprune.pipeline.prepare import prepare, without_generation_if_too_large
 from llmprune.pipeline.report_builder import initial_report
 from llmprune.progress import Progress
@@ -93,7 +93,7 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     Raises:
         InputError: the job cannot be done.
     """
-    run = prepare(job, progress or Progress())
+    run = prepare(job, progress or Progress(), headers_only=True)
     report = initial_report(run).to_json()
     text, evaluation = run.data.calibration.tokens, run.data.evaluation
     evaluated = evaluation.tokens.numel() if evaluation else 0
@@ -162,7 +162,7 @@ def _reading(task: Task) -> int:
     """Bytes up to the first block: any tensor as it is checked, the embeddings, the shard outside of the blocks."""
     largest = max(entry.nbytes for entry in task.skeleton.checkpoint.folder.entries.values())
     outside = [entry.nbytes for entry in _entries_of(task, task.skeleton.outside())]
-    written = min(SHARD_BYTES, sum(outside)) + max(outside, default=0)
+    written = min(HELD_BYTES, sum(outside)) + max(outside, default=0)
     loaded = _loaded(task, task.skeleton.before_blocks())
     return max(2 * largest, max(loaded, written) + _resting(task, task.tokens, _streams(task)))
 

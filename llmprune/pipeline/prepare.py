@@ -12,7 +12,6 @@ from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.job import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, Job
-from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.selection import Plan, make_plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.context import Data, RunContext
@@ -37,13 +36,19 @@ from llmprune.structure.plan import plan_structure
 MOST_THREADS = 1024  # far more make the thread library end the process
 
 
-def prepare(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> RunContext:
+def prepare(job: Job, progress: Progress, group: ProcessGroup = SINGLE, *, headers_only: bool = False) -> RunContext:
     """The context of a run; rank 0 checks the job before the others, which then find its downloads in the cache.
+
+    Args:
+        job: what the user asked for.
+        progress: told what is done.
+        group: the processes.
+        headers_only: whether only the form of the model counts, so that weights on the Hub need not be fetched.
 
     Raises:
         InputError: with what to do about it.
     """
-    run = group.main_process_first(lambda: check_job(job, progress, group))
+    run = group.main_process_first(lambda: check_job(job, progress, group, headers_only))
     windows = run.shape[0]
     if windows < group.world_size:
         refused = InputError(
@@ -57,8 +62,8 @@ def prepare(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> RunCo
     return replace(run, procedure=replace(run.procedure, recipe=replace(run.recipe, self_calibration=ratio)))
 
 
-def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> RunContext:
-    """Check a job, cheap things first.
+def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, headers_only: bool = False) -> RunContext:
+    """Check a job, cheap things first; arguments as of `prepare`.
 
     Raises:
         InputError: with what to do about it.
@@ -70,14 +75,19 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE) -> Run
     device = pick_device(job.device)
     set_threads(job.threads)
     source = open_source(
-        job.model, revision=job.revision, cache=cache, trust_remote_code=job.trust_remote_code, progress=progress
+        job.model,
+        revision=job.revision,
+        cache=cache,
+        trust_remote_code=job.trust_remote_code,
+        progress=progress,
+        headers_only=headers_only,
     )
     if source.folder.resolve() == out.resolve():
         raise InputError(f"--out {out} is the model itself", "choose another folder")
     _check_positions(source, job)
     skeleton = Skeleton(
         source.config,
-        SafetensorsFolder(source.folder),
+        source.weights,
         dtype=getattr(torch, job.dtype) if job.dtype else None,
         compute=_compute_dtype(source, device),
         device=device,
@@ -168,7 +178,9 @@ def _check_space(run: RunContext) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write below {parent}", "choose another --out")
     there = sum(path.stat().st_size for path in run.workdir.rglob("*") if path.is_file())
-    needed = run.plan.out_bytes + run.hidden_bytes + 32 * 2**20 - there
+    # While shards are joined, one file is there twice.
+    joined = min(run.job.max_shard_size, run.plan.out_bytes)
+    needed = run.plan.out_bytes + joined + run.hidden_bytes + 32 * 2**20 - there
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(

@@ -122,11 +122,12 @@ class RunState(WorkerState):
 
     def __init__(self, run: RunContext, progress: Progress) -> None:
         super().__init__(run, progress)
-        self.model = run.unfinished
+        self.model, self._limit = run.unfinished, run.job.max_shard_size
         self.state = read_state(self.folder / STATE)
         self.resumed, self.sealed = self.blocks, False
         self._scope: PatternScope = run.pattern.scope if run.pattern else "layer"
-        self._writer = ShardWriter(self.model, [])
+        self._writer = ShardWriter(self.model, self._limit)
+        self._total = len(run.skeleton.blocks)
 
     @property
     def blocks(self) -> int:
@@ -191,26 +192,39 @@ class RunState(WorkerState):
         self._writer.write(block.export())
 
     def finish(self) -> None:
-        """Give the shards their final names, and write their index."""
-        self._writer.seal()
+        """Join the shards of the blocks to few files, give those their final names, and write their index."""
+        writer = self._writer
+        self.progress.start("joining shards", len(writer.shards))
+        for replaced in writer.join():
+            if self.blocks == self._total:
+                self._save(shards=[asdict(shard) for shard in writer.shards])
+            for file in replaced:
+                delete(self.model / file)
+            self.progress.step(len(replaced))
+        self.progress.finish()
+        writer.seal()
         self.sealed = True
 
     def _replace(self, streams: list[dict[str, Any]], report: PruneReport) -> None:
         whole = report.to_json()
-        self.state = {
-            "run": self.fingerprint,
-            "shards": [asdict(shard) for shard in self._writer.shards],
-            "dense": asdict(self.dense) if self.dense else None,
-            "patterns": names_of(self.patterns),
-            "report": {key: whole[key] for key in ("layers", "reconstructions", "blocks", "seconds")},
-            "streams": streams,
-            "rows": list(self.rows),
-        }
+        self._save(
+            run=self.fingerprint,
+            shards=[asdict(shard) for shard in self._writer.shards],
+            dense=asdict(self.dense) if self.dense else None,
+            patterns=names_of(self.patterns),
+            report={key: whole[key] for key in ("layers", "reconstructions", "blocks", "seconds")},
+            streams=streams,
+            rows=list(self.rows),
+        )
+
+    def _save(self, **changes: Any) -> None:
+        """Replace the state file by one with other values."""
+        self.state = {**self.state, **changes}
         write_json(self.folder / STATE, {"sha256": _digest(self.state), "state": self.state})
 
     def _shards(self) -> ShardWriter:
         """Continues the shards that the state names."""
-        return ShardWriter(self.model, [Shard(**shard) for shard in self.state.get("shards", [])])
+        return ShardWriter(self.model, self._limit, [Shard(**shard) for shard in self.state.get("shards", [])])
 
     def _files(self) -> dict[Path, str]:
         """All files that the state names, with their hashes."""

@@ -229,6 +229,7 @@ def fingerprint_of(run: RunContext) -> dict[str, str]:
         "--only": job.only,
         "--skip": job.skip,
         "--dtype": job.dtype,
+        "--max-shard-size": job.max_shard_size,
         "--seed": job.seed if run.recipe.reconstruct or run.recipe.self_calibration else None,
         "--device": f"{device.type} ({run.skeleton.compute})",
         "--threads": torch.get_num_threads(),

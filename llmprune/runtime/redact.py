@@ -13,7 +13,7 @@ WHOLE = re.compile(rf"{START}[^,=;'\"\n]+")
 """A text that is a path and nothing else; it may hold blanks."""
 PART = re.compile(rf"(?<![\w./\\]){START}[^\s,=;'\"]+")
 """A path within a text."""
-HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 """A name on the Hub."""
 ORIGINS = frozenset({
     "_name_or_path", "name_or_path", "_model_name_or_path", "base_model_name_or_path", "special_tokens_map_file",

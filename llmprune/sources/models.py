@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.errors import InputError, first_line
+from llmprune.errors import InputError
+from llmprune.model.reader import Entry, HeadersOnly, SafetensorsFolder
 from llmprune.progress import Progress
 from llmprune.runtime.foreign import check_folder, read_json, reading, user_path
+from llmprune.runtime.redact import HUB_ID
 from llmprune.sources.demo import demo_model
 from llmprune.sources.gguf import cached_gguf
-from llmprune.sources.network import HUB_SECONDS, check_token, hub_reachable, is_unreachable, within
+from llmprune.sources.hub import Request, fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-_WANTED = [
-    "*.safetensors",
-    "*.json",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "*.tiktoken",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-    "README.md",
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,110 +29,78 @@ class Source:
         folder: of its files.
         revision: the Hub commit, or ''.
         config: its configuration.
+        entries: its tensors, where the files of the weights are still on the Hub; None where they are in the folder.
     """
 
     name: str
     folder: Path
     revision: str
     config: PreTrainedConfig
+    entries: Mapping[str, Entry] | None = None
+
+    @property
+    def weights(self) -> SafetensorsFolder:
+        """Its tensors.
+
+        Raises:
+            InputError: a file is damaged, or there is none.
+        """
+        return SafetensorsFolder(self.folder) if self.entries is None else HeadersOnly(self.folder, self.entries)
 
 
-def open_source(name: str, *, revision: str | None, cache: Path, trust_remote_code: bool, progress: Progress) -> Source:
+def open_source(
+    name: str,
+    *,
+    revision: str | None,
+    cache: Path,
+    trust_remote_code: bool,
+    progress: Progress,
+    headers_only: bool = False,
+) -> Source:
     """Find, download or convert a model; only decoder-only language models with unquantised weights are accepted.
+
+    Args:
+        name: a folder, a Hub id, a GGUF file, or `demo`.
+        revision: of a Hub model.
+        cache: of converted models.
+        trust_remote_code: whether code that comes with the model may run.
+        progress: told what is done.
+        headers_only: whether of weights on the Hub the headers suffice.
 
     Raises:
         InputError: it is missing, unreachable, or another kind of model.
     """
-    folder, commit = _locate(name, revision, cache, progress)
-    check_model_folder(folder)
-    return Source(name, folder, commit, _decoder_config(folder, trust_remote_code))
+
+    def config_of(folder: Path) -> PreTrainedConfig:
+        return _decoder_config(folder, trust_remote_code)
+
+    folder = _local(name, cache, progress)
+    if folder is not None:
+        return Source(name, folder, "", config_of(folder))
+    found = fetch(Request(name, revision, config_of, headers_only), progress)
+    return Source(name, found.folder, found.commit, config_of(found.folder), found.entries)
 
 
-def _locate(name: str, revision: str | None, cache: Path, progress: Progress) -> tuple[Path, str]:
+def _local(name: str, cache: Path, progress: Progress) -> Path | None:
+    """The folder of a model that is on this machine, or made here; None for a Hub id.
+
+    Raises:
+        InputError: it is neither.
+    """
     path = user_path(name)
     if name == "demo" and not path.is_dir():
-        return demo_model(cache, progress), ""
+        return demo_model(cache, progress)
     if path.exists() and not path.is_dir():
         if path.suffix.lower() == ".gguf":
-            return cached_gguf(path, cache, progress), ""
+            return cached_gguf(path, cache, progress)
         raise InputError(
             f"{name} is a file, not a model folder", "--model takes a folder, a Hub id, a .gguf file or demo"
         )
     if path.is_dir():
-        return path, ""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) or name.endswith(".gguf"):
+        return path
+    if not HUB_ID.fullmatch(name) or name.endswith(".gguf"):
         raise InputError(f"there is no folder {name!r}", "--model takes a folder, a Hub id, a .gguf file or demo")
-    return download(name, revision, progress)
-
-
-def download(name: str, revision: str | None, progress: Progress) -> tuple[Path, str]:
-    """The local snapshot of a Hub model, and its commit.
-
-    Raises:
-        InputError: unreachable (within seconds), gated, missing.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if not hub_reachable():
-        return _cached_snapshot(name, revision)
-    check_token()
-    try:
-        info = within(HUB_SECONDS, lambda: HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS))
-        if info.gated and not _may_read(name, revision):
-            raise InputError(*_gated(name))
-        progress.note(f"downloading {name} at {str(info.sha)[:12]} from the Hugging Face Hub")
-        folder = snapshot_download(name, revision=info.sha, allow_patterns=_WANTED)
-        return Path(folder), str(info.sha)
-    except GatedRepoError as error:
-        raise InputError(*_gated(name)) from error
-    except RevisionNotFoundError as error:
-        raise InputError(
-            f"{name} has no revision {revision!r}", "leave out --revision, or name a branch, tag or commit"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"there is no folder and no Hub model {name!r} (or it is private)",
-            "check the spelling; for a private model run `hf auth login` first",
-        ) from error
-    except HfHubHTTPError as error:
-        raise InputError(f"the Hub refused {name}: {first_line(error)}", "try again later") from error
-    except Exception as error:
-        if is_unreachable(error):
-            return _cached_snapshot(name, revision)
-        raise
-
-
-def _gated(name: str) -> tuple[str, str]:
-    return (
-        f"{name} is gated: its owner wants you to accept terms first",
-        f"accept them at https://huggingface.co/{name}, then run `hf auth login` (or set HF_TOKEN)",
-    )
-
-
-def _may_read(name: str, revision: str | None) -> bool:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        within(HUB_SECONDS, lambda: HfApi().auth_check(name))
-    except HfHubHTTPError:
-        return False
-    return True
-
-
-def _cached_snapshot(name: str, revision: str | None) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=_WANTED))
-    except (LocalEntryNotFoundError, OSError, ValueError) as missing:
-        raise InputError(
-            f"there is no folder {name!r}, and the Hugging Face Hub cannot be reached",
-            "check the path or the network; `--model demo` needs the Python package index only",
-        ) from missing
-    return folder, folder.name
+    return None
 
 
 def check_model_folder(folder: Path) -> None:
@@ -166,7 +123,8 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _decoder_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config of a decoder-only language model with unquantised weights."""
+    """The config of a decoder-only language model with unquantised weights; nothing else of the folder is needed."""
+    check_model_folder(folder)
     raw = _config_file(folder)
     for key in ("quantization_config", "compression_config"):
         if raw.get(key):
@@ -225,6 +183,7 @@ def _code_of(config: Any) -> str:
 
 
 def _refuse_non_decoders(config: PreTrainedConfig) -> None:
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = ""
@@ -236,6 +195,12 @@ def _refuse_non_decoders(config: PreTrainedConfig) -> None:
         kind = "an encoder-only model"
     if kind:
         raise InputError(f"{config.model_type!r} is {kind}", "llmprune prunes decoder-only language models")
+    own = getattr(config, "auto_map", None) or {}
+    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in own:
+        raise InputError(
+            f"model type {config.model_type!r} cannot be built as a causal language model",
+            "llmprune prunes decoder-only language models; remote code needs --trust-remote-code",
+        )
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import REPORT, Outcome, with_value
+from commands import REPORT, WEIGHTS, Outcome, with_value
 from helpers import edit_tensor
 
 
@@ -55,9 +55,8 @@ def test_verify_refuses_what_it_cannot_check(
     refused("verify", tiny, "--sparsity", "4:2")
     refused("verify", tiny, "--sparsity", "2:4", "--only", "nothing", says="matches none")
     refused("verify", tiny, "--method", "wanda", says="'--method'")
-    index = json.loads((pruned / "model.safetensors.index.json").read_text())["weight_map"]
-    shard = pruned / index["model.norm.weight"]
-    shard.write_bytes(shard.read_bytes()[:-1])
+    weights = pruned / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1])
     refused("verify", pruned, says="not a whole safetensors file")
 
 

@@ -43,18 +43,19 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PACKED = "model.packed.safetensors"
 
 
-def pruned(folder: Path, family: str = "llama", sparsity: str = "2:4", **options: object) -> Path:
-    """A pruned tiny model."""
+def pruned(folder: Path, family: str = "llama", sparsity: str = "2:4", shard: str = "5GB", **options: object) -> Path:
+    """A pruned tiny model, in files of so many bytes."""
     model = save_tiny(family, folder / "dense", **options)  # type: ignore[arg-type]
     out = folder / "pruned"
-    prune(job(model, out, token_file(folder / "tokens.safetensors"), sparsity, method="magnitude"))
+    calib = token_file(folder / "tokens.safetensors")
+    prune(job(model, out, calib, sparsity, method="magnitude", max_shard_size=shard))
     return out
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 2:4 model in bfloat16, in shards."""
-    return pruned(tmp_path_factory.mktemp("plain"), dtype=torch.bfloat16)
+    return pruned(tmp_path_factory.mktemp("plain"), shard="100kB", dtype=torch.bfloat16)
 
 
 @pytest.fixture
@@ -340,6 +341,17 @@ def test_a_flipped_bit_never_gets_through(single: Path, tmp_path: Path) -> None:
             unpack(single, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".*"))
+
+
+def test_an_index_that_was_left_beside_a_whole_file_is_not_looked_at(plain: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "whole"))
+    index = next(folder.glob("*.index.json")).read_bytes()
+    rewrite(folder, lambda tensors: tensors)
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    packed = Path(pack(folder).out)
+    assert [path.name for path in packed.glob("*.safetensors")] == [PACKED]
+    assert files(unpack(packed, tmp_path / "again")) == files(folder)
+    assert load(packed).state_dict().keys() == load(folder).state_dict().keys()
 
 
 def test_a_missing_shard_is_named(plain: Path, tmp_path: Path) -> None:

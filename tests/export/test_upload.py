@@ -11,23 +11,21 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from helpers import ROOT, random_tokens, reload
-from hub_server import Hub
+from hub_server import TOKEN, Hub, environment
 from huggingface_hub import ModelCard, constants
 
 from llmprune import Job, PruneError, prune, push
 from llmprune.cli.main import main
 from llmprune.errors import InputError
 from llmprune.export.upload import Destination
-from llmprune.sources import network as reach
 
-TOKEN = "hf_ThisTokenMustNeverBeSeen"
 REPO = "me/tiny-2of4"
 Outcome = namedtuple("Outcome", "code out err")
 
@@ -41,33 +39,6 @@ def pruned(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         Job(str(tiny), "2:4", "wanda", calib=str(text), eval_text=str(text), out=out, command="llmprune ...", **small)
     )  # type: ignore[arg-type]
     return out
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A Hub that this process takes for the real one."""
-    with Hub(TOKEN) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
-        monkeypatch.setattr(reach, "_probes", [])
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-        for name, value in environment(server, tmp_path).items():
-            monkeypatch.setenv(name, value)
-        huggingface_hub.close_session()
-        yield server
-        huggingface_hub.close_session()
-
-
-def environment(server: Hub, folder: Path) -> dict[str, str]:
-    """What makes another process take a server for the Hub."""
-    return {
-        "HF_ENDPOINT": server.url,
-        "HF_TOKEN": TOKEN,
-        "HF_HOME": str(folder / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "NO_PROXY": "127.0.0.1",
-    }
 
 
 @pytest.fixture

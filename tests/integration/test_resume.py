@@ -407,6 +407,56 @@ def test_rubbish_is_no_state(work: Job, reference: Reference, text: str) -> None
     assert result(work) == reference(work)
 
 
+TWO_FILES = 350_000
+"""Bytes that hold the embeddings and two blocks, or two blocks."""
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [("pipeline.state.delete", n) for n in (1, 2, 4)] + [("model.writer.join_files", n) for n in (1, 2)],
+)
+def test_a_run_that_is_stopped_while_shards_are_joined_goes_on_there(
+    work: Job, reference: Reference, place: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = replace(work, max_shard_size=TWO_FILES)
+    wanted = reference(work)
+    assert {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"} <= wanted.keys()
+    told = Told()
+    module, _, name = f"llmprune.{place}".rpartition(".")
+    real, calls = getattr(sys.modules[module], name), 0
+
+    def stopping(first: Path | list[Path], *more: Any) -> None:
+        nonlocal calls
+        calls += "shard-" in str(first)
+        if calls == call:
+            raise Stopped
+        real(first, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"llmprune.{place}", stopping)
+        with pytest.raises(Stopped):
+            prune(work)
+    prune(work, told)
+    assert work.out
+    assert contents(work.out) == wanted
+    assert any("4 blocks were finished before" in text for text in told.said)
+
+
+def test_a_full_disk_while_shards_are_joined_keeps_all_blocks(
+    work: Job, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    told = Told()
+    with monkeypatch.context() as patch:
+        patch.setattr("llmprune.model.writer.join_files", full)
+        with pytest.raises(PruneError, match=r"cannot write .*joined-00001.*No space left on device"):
+            prune(work, told)
+    assert any("4 of 4 blocks are finished and kept" in text for text in told.said)
+    assert result(work) == reference(work)
+
+
 def test_leftovers_of_the_block_at_hand_go(work: Job, reference: Reference, stop: Stop) -> None:
     stop(work, 2)
     for name in ("pruned-00003.bin", "model/shard-00009.safetensors", "model/shard-00009.tmp", "model/config.json"):

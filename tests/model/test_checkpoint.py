@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from llmprune.errors import InputError, PruneError
 from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder, read_header
+from llmprune.model.tensor_file import join_files
 from llmprune.model.writer import ShardWriter
 
 FAMILIES = """
@@ -43,6 +45,15 @@ def single(tmp_path: Path) -> Path:
     """A folder with one small file."""
     save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.int64)}, tmp_path / SINGLE)
     return tmp_path
+
+
+SHARD = "model-00001-of-00001.safetensors"
+
+
+@pytest.fixture
+def sharded(single: Path) -> Path:
+    """The same file as a shard."""
+    return (single / SINGLE).rename(single / SHARD).parent
 
 
 def twice(raw: bytes) -> bytes:
@@ -138,26 +149,26 @@ def test_a_header_tells_dtype_shape_and_size(single: Path) -> None:
 
 
 @pytest.mark.parametrize("escape", ["../secret.safetensors", "/etc/passwd", "a/../../b", "..", ".", "", "x\\y"])
-def test_an_index_that_points_outside_its_folder_is_refused(escape: str, single: Path) -> None:
-    (single / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE, "b": escape}}))
+def test_an_index_that_points_outside_its_folder_is_refused(escape: str, sharded: Path) -> None:
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"a": SHARD, "b": escape}}))
     with pytest.raises(InputError, match="outside its folder"):
-        SafetensorsFolder(single)
+        SafetensorsFolder(sharded)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}', "\xff"])
-def test_an_index_that_is_none_is_refused(text: str, single: Path) -> None:
-    (single / INDEX).write_bytes(text.encode("latin-1"))
+def test_an_index_that_is_none_is_refused(text: str, sharded: Path) -> None:
+    (sharded / INDEX).write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match="not a safetensors index"):
-        SafetensorsFolder(single)
+        SafetensorsFolder(sharded)
 
 
-def test_an_index_that_points_nowhere_is_refused(single: Path) -> None:
-    (single / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE, "b": "model-2.safetensors"}}))
+def test_an_index_that_points_nowhere_is_refused(sharded: Path) -> None:
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"a": SHARD, "b": "model-2.safetensors"}}))
     with pytest.raises(InputError, match=r"model-2\.safetensors"):
-        SafetensorsFolder(single)
-    (single / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE, "ghost": SINGLE}}))
+        SafetensorsFolder(sharded)
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"a": SHARD, "ghost": SHARD}}))
     with pytest.raises(InputError, match="ghost"):
-        SafetensorsFolder(single)
+        SafetensorsFolder(sharded)
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt", "weights.pth"])
@@ -292,37 +303,61 @@ def tensors_of(count: int, rows: int = 10) -> list[tuple[str, Tensor]]:
 
 
 def test_one_shard_needs_no_index(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path)
+    writer = ShardWriter(tmp_path, 10**9)
     writer.write(tensors_of(3))
     writer.seal()
     assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
     assert writer.nbytes == 3 * 400
 
 
-@pytest.mark.parametrize("limit", [1, 400, 401, 1000, 10**6])
-def test_shards_keep_to_the_limit_and_the_index_is_right(limit: int, tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path)
+@pytest.mark.parametrize("limit", [1, 400, 401, 1000, 1200, 2799, 2800, 10**6])
+@pytest.mark.parametrize("join", [False, True])
+def test_shards_keep_to_the_limit_and_the_index_is_right(limit: int, join: bool, tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, limit)
     wanted = tensors_of(7)
-    writer.write(wanted[:5], limit)
-    writer.write(wanted[5:], limit)
+    for part in (wanted[:2], wanted[2:3], wanted[3:4], wanted[4:]):
+        writer.write(part)
+    for replaced in writer.join() if join else ():
+        for file in replaced:
+            (tmp_path / file).unlink()
     writer.seal()
-    index = json.loads((tmp_path / INDEX).read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, INDEX])
-    assert index["metadata"]["total_size"] == writer.nbytes == 7 * 400
-    assert set(index["weight_map"].values()) == set(files)
     found = SafetensorsFolder(tmp_path)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted)
+    assert writer.nbytes == 7 * 400
     for file in files:
         tensors = load_file(tmp_path / file)
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit
-        assert all(index["weight_map"][name] == file for name in tensors)
+    if join:
+        # As few as neighbours allow.
+        assert len(files) == math.ceil(7 / max(limit // 400, 1))
+    if files == [SINGLE]:
+        assert list(tmp_path.iterdir()) == [tmp_path / SINGLE]
+        return
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, INDEX])
+    assert index["metadata"]["total_size"] == 7 * 400
+    assert set(index["weight_map"].values()) == set(files)
+    assert all(index["weight_map"][name] == file for file in files for name in load_file(tmp_path / file))
+
+
+def test_a_joined_file_is_what_safetensors_writes_at_once(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(2, 5), "a": torch.randn(7).half(), "c": torch.arange(3), "d": torch.empty(0, 4),
+        "e": torch.tensor(2.5), "f": torch.tensor([True]), "g": torch.ones(3, dtype=torch.bool),
+    }  # fmt: skip
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors", metadata={"format": "pt"})
+    join_files([tmp_path / f"{name}.safetensors" for name in tensors], tmp_path / "joined")
+    save_file(tensors, tmp_path / "whole", metadata={"format": "pt"})
+    assert (tmp_path / "joined").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_nothing_has_its_final_name_before_the_seal(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path)
-    writer.write(tensors_of(4), limit=400)
+    writer = ShardWriter(tmp_path, 400)
+    writer.write(tensors_of(4))
+    assert list(writer.join()) == []
     assert not list(tmp_path.glob("model*"))
     assert not list(tmp_path.glob("*.tmp"))
     with pytest.raises(InputError):
@@ -330,7 +365,7 @@ def test_nothing_has_its_final_name_before_the_seal(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_leaves_no_shard_under_its_name(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "gone")
+    writer = ShardWriter(tmp_path / "gone", 400)
     with pytest.raises(PruneError, match="cannot write"):
         writer.write(tensors_of(1))
     assert not list(tmp_path.rglob("*.safetensors"))
