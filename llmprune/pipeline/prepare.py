@@ -194,7 +194,21 @@ def _check_positions(source: Source, job: Job) -> None:
     asked = {"--seq-len": job.seq_len or 0, "--eval-context": (job.eval_context or 0) if job.evaluate else 0}
     for flag, value in asked.items():
         if value > limit:
-            raise InputError(f"{flag} {value} exceeds the model's {limit} positions", f"use {flag} {limit} or less")
+            raise InputError(
+                f"{flag} {value} exceeds the model's {limit} positions{_why_no_further(source)}",
+                f"use {flag} {limit} or less",
+            )
+
+
+def _why_no_further(source: Source) -> str:
+    """Why a model that takes longer texts than it has positions is not calibrated on them, or ''."""
+    rope = getattr(source.config.get_text_config(), "rope_parameters", None)
+    if not isinstance(rope, dict) or rope.get("rope_type") != "dynamic":
+        return ""
+    return (
+        "; beyond them its rotary frequencies change with the length of the text (dynamic NTK), so statistics of one "
+        "length would not be those of another"
+    )
 
 
 def _positions(source: Source) -> int:

@@ -55,6 +55,15 @@ def test_windows_beyond_the_models_positions_are_refused(refused: Callable[..., 
     refused(*with_value(flags, "--eval-context", 129), says="--eval-context 129 exceeds the model's 128")
 
 
+def test_dynamic_rope_beyond_the_models_positions_is_refused_with_the_reason(
+    refused: Callable[..., Outcome], flags: list[str], copy: Path
+) -> None:
+    edit_config(copy, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    refused(
+        *with_value(with_value(flags, "--model", copy), "--seq-len", 129), says="(dynamic NTK)", hints="--seq-len 128"
+    )
+
+
 def test_default_windows_fit_a_model_with_few_positions(run: Callable[..., Outcome], tiny: Path, text: Path) -> None:
     job = ["--model", tiny, "--sparsity", "2:4", "--calib", text, "--eval", text, "--samples", 4]
     assert run(*job).code == 0
