@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.pytorch_utils import Conv1D
 
 from llmprune.job import Job
 from llmprune.model.blocks import find_layers
@@ -59,6 +60,11 @@ EXTRA: dict[str, dict[str, Any]] = {
         "q_lora_rank": 16, "kv_lora_rank": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
         "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
     },
+    "dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "falcon": {"num_attention_heads": 4},
     "gemma3_text": {"sliding_window": 8, "layer_types": _WINDOWS},
     "gemma4_text": {
@@ -73,10 +79,22 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
         "num_experts": 4, "mamba_dt_rank": 8, "use_mamba_kernels": False,
     },
+    "granitemoe": {"num_local_experts": 4},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 16, "num_key_value_heads": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 128, "moe_layers": [0, 1]},
+    "longcat_flash": {
+        "num_layers": 2, "num_key_value_heads": 4, "ffn_hidden_size": 128, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16, "qk_head_dim": 16,
+        "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 32,
+    },
     "mamba": {"use_mambapy": False, "time_step_rank": 8, "state_size": 8},
     "mixtral": {"num_local_experts": 4},
     "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "nemotron_h": {
+        "layers_block_type": ["moe", "full_attention"], "moe_intermediate_size": 32, "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 64, "mtp_layers_block_type": [],
+    },
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 64},
@@ -265,8 +283,44 @@ def chosen(skeleton: Skeleton) -> frozenset[str]:
 
 
 def reload(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """What plain transformers makes of a folder."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    """What plain transformers makes of a folder; experts run one by one, as the stream has them run."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model.set_experts_implementation("eager")
+    for parameter in model.parameters():  # a product's last bits depend on where a tensor lies in its file
+        parameter.data = parameter.data.clone()
+    return model
+
+
+TRANSPOSED = {
+    "gpt_oss": {"gate_up_proj", "down_proj"},
+    "llama4_text": {"gate_up_proj", "down_proj"},
+    "dbrx": {"w2"},
+}
+"""Parameters that hold the matrices of experts as `(in, out)`, by model type."""
+
+
+def parameter_of(model: nn.Module, layer: str) -> str:
+    """The parameter that holds a layer's weight; those of all experts are one."""
+    parameters = dict(model.named_parameters())
+    if f"{layer}.weight" in parameters:
+        return f"{layer}.weight"
+    owner, _, attribute = re.sub(r"\.\d+\.(\w+)$", r" \1", layer).partition(" ")
+    assert f"{owner}.{attribute}" in parameters
+    return f"{owner}.{attribute}"
+
+
+def weight_of(model: PreTrainedModel, layer: str) -> Tensor:
+    """A layer's weight, `(out, in)`, whatever its class stores; of an expert, its slice."""
+    name = parameter_of(model, layer)
+    parameter = model.get_parameter(name).data
+    if name == f"{layer}.weight" and parameter.dim() == 2:
+        return parameter.T if isinstance(model.get_submodule(layer), Conv1D) else parameter
+    attribute, index = name.rpartition(".")[2], int(layer.split(".")[-2])
+    if parameter.dim() == 2:
+        experts = model.config.ffn_config.moe_num_experts
+        parameter = parameter.view(experts, -1, parameter.shape[1])
+    matrix = parameter[index]
+    return matrix.T if attribute in TRANSPOSED.get(model.config.model_type, ()) else matrix
 
 
 def stream_through(skeleton: Skeleton, tokens: Tensor, **options: Any) -> BlockStream:
@@ -377,13 +431,23 @@ AutoModelForCausalLM.register(ToyConfig, Toy)
 
 @contextmanager
 def recorded_inputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the inputs of the named modules, with plain hooks."""
+    """Collect the inputs of the named modules, with plain hooks; of experts, from their tokens and weights."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
+    modules = dict(model.named_modules())
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: found[name].append(inputs[0])
+        def expert(owner: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            hidden, index, _ = inputs
+            *_, number, attribute = name.split(".")
+            rows = hidden[(index == int(number)).any(1)]
+            if attribute == "down_proj":
+                rows = owner._apply_gate(rows @ owner.gate_up_proj[int(number)].T)
+            found[name].append(rows)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+        return expert if name not in modules else lambda _, inputs: found[name].append(inputs[0])
+
+    places = {name: name if name in modules else ".".join(name.split(".")[:-2]) for name in names}
+    handles = [modules[place].register_forward_pre_hook(hook(name)) for name, place in places.items()]
     try:
         yield found
     finally:

@@ -107,7 +107,12 @@ def pack(
     if pattern is None or pattern.nm is None:
         raise InputError(f"{goal.name} cannot be packed", "only N:M patterns keep the same number in every group")
     checkpoint = skeleton.checkpoint
-    weights = {checkpoint.disk_names([f"{ref.name}.weight"])[0]: ref.transposed for ref, _ in layers}
+    # Of experts that are stored one by one, every tensor has its inputs last.
+    weights = {
+        disk: ref.transposed and checkpoint.stored_as_is(ref.parameter)
+        for ref, _ in layers
+        for disk in checkpoint.disk_names([ref.parameter])
+    }
     files = sorted({entry.file for entry in checkpoint.folder.entries.values()})
     out = out or beside(folder, folder.resolve().name + SUFFIX)
     report = PackReport(str(out), pattern.name)

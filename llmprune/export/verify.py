@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmprune.errors import InputError, printable
@@ -55,9 +56,11 @@ def check_layers(
         step: called after every layer.
     """
     checks = []
+    name, parameter = "", torch.empty(0)
     for ref, pattern in layers:
-        weight = tensors[f"{ref.name}.weight"]
-        found = pattern.check(weight.T if ref.transposed else weight)
+        if ref.parameter != name:  # the experts of a block follow each other, and are stored together
+            name, parameter = ref.parameter, tensors[ref.parameter].contiguous()
+        found = pattern.check(ref.weight_in(parameter))
         checks.append(LayerCheck(ref.name, found.weights, found.zeros, found.extra_zeros, found.violations))
         step()
     return checks

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from llmprune.errors import InputError
+from llmprune.model.experts import ExpertMatrix, Place, is_attached
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LayerRef:
-    """A linear layer inside a block.
+    """A linear layer inside a block: a module, or the matrix of an expert, which is a slice of a parameter.
 
     Args:
         name: full module name in the model.
         local: module name inside its block.
         shape: `(out, in)`.
-        transposed: True where the module stores `(in, out)` (Conv1D).
+        transposed: True where the weight is stored as `(in, out)` (Conv1D).
         skip: why it is kept dense, or ''.
+        expert: place of its weight in the parameter that holds it; None where it has one of its own.
     """
 
     name: str
@@ -32,11 +34,29 @@ class LayerRef:
     shape: tuple[int, int]
     transposed: bool
     skip: str = ""
+    expert: Place | None = None
 
     @property
     def weights(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def local_parameter(self) -> str:
+        """Name inside the block of the parameter that holds the weight."""
+        if self.expert is None:
+            return f"{self.local}.weight"
+        return ".".join([*self.local.split(".")[:-2], self.expert.attribute])
+
+    @property
+    def parameter(self) -> str:
+        """Full name of the parameter that holds the weight."""
+        return self.name.removesuffix(self.local) + self.local_parameter
+
+    def weight_in(self, parameter: Tensor) -> Tensor:
+        """The layer's weight as `(out, in)`, a view of the parameter that holds it."""
+        stored = parameter if self.expert is None else self.expert.layout.matrix(parameter, self.expert.index)
+        return stored.T if self.transposed else stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +93,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def find_layers(block: nn.Module, prefix: str, config: PreTrainedConfig) -> list[LayerRef]:
-    """The linear layers of a block in definition order; routers are marked to be skipped.
+    """The linear layers of a block in definition order, experts' matrices too; routers are marked to be skipped.
 
     Args:
         block: one transformer block (any device, also meta).
@@ -84,6 +104,9 @@ def find_layers(block: nn.Module, prefix: str, config: PreTrainedConfig) -> list
 
     layers = []
     for local, module in block.named_modules():
+        if isinstance(module, ExpertMatrix):
+            layout = module.place.layout
+            layers.append(LayerRef(f"{prefix}.{local}", local, layout.shape, layout.transposed, expert=module.place))
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         transposed = isinstance(module, Conv1D)
@@ -108,7 +131,9 @@ def find_other_weights(block: nn.Module, prefix: str) -> list[Skipped]:
         Skipped(".".join(filter(None, (prefix, path, name))), parameter.numel(), _kind(owner, parameter))
         for path, owner in block.named_modules()
         for name, parameter in owner.named_parameters(recurse=False)
-        if parameter.dim() >= 2 and not (isinstance(owner, nn.Linear | Conv1D) and name == "weight")
+        if parameter.dim() >= 2
+        and not (isinstance(owner, nn.Linear | Conv1D) and name == "weight")
+        and not is_attached(owner, name)
     ]
 
 
@@ -116,13 +141,6 @@ def _kind(owner: nn.Module, parameter: nn.Parameter) -> str:
     if type(owner).__name__.startswith("Conv"):
         return "convolution"
     return "fused experts" if parameter.dim() == 3 else "not a linear layer"
-
-
-def weight_of(module: nn.Module, transposed: bool) -> Tensor:
-    """A layer's weight as `(out, in)`, a view."""
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight.data.T if transposed else weight.data
 
 
 def is_scale(module: nn.Module) -> bool:

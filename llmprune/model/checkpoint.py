@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +24,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Origin:
-    """The tensors on disk that one or more parameters are read from, and their conversion, if any."""
+    """The tensors on disk that one or more parameters are read from, and their conversion, if any.
+
+    Args:
+        names: on disk.
+        renamed: the same by the module's names, without the model's prefix.
+        patterns: the pattern of the conversion that each name matches.
+        converter: transformers' rule; None where the parameter is stored as it is.
+    """
 
     names: tuple[str, ...]
+    renamed: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
     converter: Any = None
+
+
+def _few(source: _Origin) -> _Origin:
+    """The first two tensors of every pattern."""
+    seen: dict[str, int] = defaultdict(int)
+    kept = []
+    for at, pattern in enumerate(source.patterns):
+        seen[pattern] += 1
+        if seen[pattern] <= 2:
+            kept.append(at)
+    columns = source.names, source.renamed, source.patterns
+    names, renamed, patterns = (tuple(column[at] for at in kept) for column in columns)
+    return replace(source, names=names, renamed=renamed, patterns=patterns)
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -51,6 +72,8 @@ class Checkpoint(Mapping[str, Tensor]):
         self._model = model
         state = dict(model.state_dict(keep_vars=True))
         self._sources: dict[str, _Origin] = {}
+        self._made: dict[_Origin, list[str]] = defaultdict(list)
+        self._inverses: dict[int, bool] = {}
         self.unused: list[str] = []
         self._map_names(state)
         self._alias_tied(state)
@@ -68,7 +91,7 @@ class Checkpoint(Mapping[str, Tensor]):
         renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         prefix = self._model.base_model_prefix
-        converted: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        converted: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
         for name in sorted(self.folder, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, state)
             if target not in state and name in state:
@@ -80,22 +103,66 @@ class Checkpoint(Mapping[str, Tensor]):
             elif pattern is None:
                 self._sources[target] = _Origin((name,))
             else:
-                converted[target].append((name, pattern))
+                renamed, _ = rename_source_key(name, renamings, [], prefix, state)
+                converted[target].append((name, self._without_prefix(renamed), pattern))
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         for target, pairs in converted.items():
-            names, patterns = zip(*pairs, strict=True)
-            source = _Origin(tuple(names), tuple(patterns), by_pattern[patterns[0]])
-            for made in self._convert(source, target, meta=True):
+            names, renamed, patterns = zip(*pairs, strict=True)
+            source = _Origin(tuple(names), tuple(renamed), tuple(patterns), by_pattern[patterns[0]])
+            for made in self._convert(source, target, self.folder.meta):
                 self._sources[made] = source
+                self._made[source].append(made)
 
-    def _convert(self, source: _Origin, target: str, meta: bool = False) -> dict[str, Tensor]:
+    def _without_prefix(self, name: str) -> str:
+        return name.removeprefix(f"{self._model.base_model_prefix}.")
+
+    def _convert(self, source: _Origin, target: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Run transformers' own conversion (experts stacked, fused layers split) for one parameter."""
         rule = deepcopy(source.converter)
         for name, pattern in zip(source.names, source.patterns, strict=True):
-            tensor = self.folder.meta(name) if meta else self.folder[name]
+            tensor = read(name)
             rule.add_tensor(target, name, pattern, lambda tensor=tensor: tensor)
         made = rule.convert(target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _revert(self, source: _Origin, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors on disk, by name, that the conversion would make these parameters of: its inverse.
+
+        Raises:
+            ValueError: the rule has no inverse, or one with other names.
+        """
+        from transformers.core_model_loading import apply_converters
+
+        rule = source.converter.reverse_transform()
+        for name, tensor in values.items():
+            target, pattern = apply_converters(name, [rule])
+            if pattern is None:
+                raise ValueError(f"{name!r} has no inverse")
+            rule.add_tensor(target, name, pattern, tensor)
+        found = rule.convert(target, model=self._model, config=self._model.config)
+        disk = dict(zip(source.renamed, source.names, strict=True))
+        if (made := {self._without_prefix(name) for name in found}) != disk.keys():
+            raise ValueError(f"{min(made ^ disk.keys())!r} is not stored")
+        pairs = ((disk[self._without_prefix(name)], value) for name, value in found.items())
+        return {name: value[0] if isinstance(value, list) else value for name, value in pairs}
+
+    def _reversible(self, source: _Origin) -> bool:
+        """Whether the inverse of a conversion gives back the stored tensors; tried with two of every kind, or all."""
+        rule = id(source.converter)
+        if rule not in self._inverses:
+            target = self._made[source][0]
+            self._inverses[rule] = self._comes_back(_few(source), target) or self._comes_back(source, target)
+        return self._inverses[rule]
+
+    def _comes_back(self, source: _Origin, target: str) -> bool:
+        try:
+            found = self._revert(source, self._convert(source, target, self.folder.__getitem__))
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return False
+        return all(
+            tensor.shape == self.folder.entries[name].shape and torch.equal(tensor, self.folder[name])
+            for name, tensor in found.items()
+        )
 
     def _alias_tied(self, state: Mapping[str, Tensor]) -> None:
         """Read a tied parameter that is not stored from the one it is tied to, whichever of the two is stored."""
@@ -131,7 +198,7 @@ class Checkpoint(Mapping[str, Tensor]):
         source = self._sources[name]
         if source.converter is None:
             return self.stored(self.folder[source.names[0]])
-        return self.stored(self._convert(source, name)[name])
+        return self.stored(self._convert(source, name, self.folder.__getitem__)[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -143,9 +210,18 @@ class Checkpoint(Mapping[str, Tensor]):
         """`tensor` cast to the dtype of the result; non-floating tensors as they are."""
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
-    def writable(self, name: str) -> bool:
-        """Whether a parameter is stored without conversion, so that new values can be written under it."""
+    def stored_as_is(self, name: str) -> bool:
+        """Whether a parameter is stored without conversion."""
         return self._sources[name].converter is None
+
+    def writable(self, name: str) -> bool:
+        """Whether new values of a parameter can be written: it is stored as it is, or the conversion has an inverse."""
+        return self.stored_as_is(name) or self._reversible(self._sources[name])
+
+    def shared(self, name: str) -> bool:
+        """Whether other parameters are tied to a parameter, beside those that are stored in one tensor with it."""
+        source = self._sources[name]
+        return not set(self.users(source.names[0])) <= {name, *self._made.get(source, ())}
 
     def disk_names(self, names: Iterable[str]) -> list[str]:
         """The names on disk that the parameters `names` are read from, each once."""
@@ -162,7 +238,17 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def export(self, names: Iterable[str], changed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Names on disk and tensors to write for the parameters `names`; `changed` (by module name) has new values."""
-        new = {self._sources[name].names[0]: tensor for name, tensor in changed.items()}
+        new: dict[str, Tensor] = {}
+        converted: dict[_Origin, None] = {}
+        for name, tensor in changed.items():
+            source = self._sources[name]
+            if source.converter is None:
+                new[source.names[0]] = tensor
+            else:
+                converted[source] = None
+        for source in converted:
+            values = {name: changed[name] if name in changed else self[name] for name in self._made[source]}
+            new |= self._revert(source, values)
         for disk in self.disk_names(names):
             tensor = new[disk] if disk in new else self.folder[disk]
             yield disk, self.stored(tensor).contiguous()

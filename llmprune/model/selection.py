@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from llmprune.errors import InputError
 from llmprune.model.blocks import LayerRef, Skipped, find_layers, find_other_weights
+from llmprune.model.expert_probe import probe_experts
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.pattern import SparsityPattern
 
@@ -125,6 +126,7 @@ def make_plan(
     Raises:
         InputError: a name that there is not, a width that the pattern does not divide, nothing left to prune.
     """
+    probe_experts(skeleton)
     found = [
         layer
         for index, block in enumerate(skeleton.blocks)
@@ -138,7 +140,7 @@ def make_plan(
     for layer in found:
         reason = layer.skip or select(layer.name, only, skip)
         if not reason:
-            reason = _storage_obstacle(skeleton, f"{layer.name}.weight")
+            reason = _storage_obstacle(skeleton, layer.parameter)
         if reason:
             skipped.append(Skipped(layer.name, layer.weights, reason))
         elif pattern is not None and (problem := pattern.mismatch(*layer.shape)):
@@ -168,8 +170,7 @@ def _storage_obstacle(skeleton: Skeleton, weight: str) -> str:
     """Why new values of a parameter cannot be written, or ''."""
     if not skeleton.checkpoint.writable(weight):
         return "stored in another form on disk"
-    shared = skeleton.checkpoint.users(skeleton.checkpoint.disk_names([weight])[0])
-    return "shared between blocks" if len(shared) > 1 else ""
+    return "shared between blocks" if skeleton.checkpoint.shared(weight) else ""
 
 
 def _named(layers: list[LayerRef], names: Collection[str]) -> list[LayerRef]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmprune.errors import InputError
 from llmprune.model.blocks import find_blocks
 from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.experts import WatchedParameter, attach_experts
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.runtime.foreign import reading
 from llmprune.runtime.memory import mmap_large_allocations
@@ -48,6 +49,7 @@ class Skeleton:
         self.device = device or torch.device("cpu")
         check_sizes(config, folder)
         self.model = build_on_meta(config, compute, trust_remote_code)
+        attach_experts(self.model)
         self.checkpoint = Checkpoint(folder, self.model, dtype)
         self.block_path, self.blocks = find_blocks(self.model)
         for owner in self.model.modules():
@@ -76,7 +78,7 @@ class Skeleton:
         return [name for name, tensor in slots.items() if id(tensor) not in untied or self._is_tied(name)]
 
     def _is_tied(self, name: str) -> bool:
-        return len(self.checkpoint.users(self.checkpoint.disk_names([name])[0])) > 1
+        return self.checkpoint.shared(name)
 
     def export_outside(self) -> Iterator[tuple[str, Tensor]]:
         """Names on disk and tensors outside the blocks, those that the model does not use included."""
@@ -106,7 +108,7 @@ class Skeleton:
         shared: dict[str, Tensor] = {}
         for name in names:
             # Tied parameters are one tensor on disk: read once, held once. A converted one has a value of its own.
-            key = self.checkpoint.disk_names([name])[0] if self.checkpoint.writable(name) else f"converted {name}"
+            key = self.checkpoint.disk_names([name])[0] if self.checkpoint.stored_as_is(name) else f"converted {name}"
             if key not in shared:
                 shared[key] = self._to_compute(self.checkpoint[name])
             self._fill(name, shared[key])
@@ -120,8 +122,10 @@ class Skeleton:
         return owner, attribute, getattr(owner, attribute)
 
     def _fill(self, name: str, tensor: Tensor) -> None:
-        owner, attribute, _ = self._slot(name)
-        if attribute in owner._parameters:
+        owner, attribute, old = self._slot(name)
+        if isinstance(old, WatchedParameter):
+            owner._parameters[attribute] = old.filled(tensor)
+        elif attribute in owner._parameters:
             owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
         else:
             owner._buffers[attribute] = tensor

@@ -11,6 +11,7 @@ import torch
 
 from llmprune.job import Job
 from llmprune.model.blocks import LayerRef
+from llmprune.model.experts import active_experts
 from llmprune.model.reader import Entry
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
@@ -22,6 +23,7 @@ from llmprune.pruning.criteria import load_criterion
 from llmprune.pruning.methods import Cost, load_method
 from llmprune.pruning.recipe import EFFORTS, Recipe
 from llmprune.sources.generated import generation_batch_size, model_bytes, window_bytes
+from llmprune.streaming.expert_statistics import POOLED_TOKENS
 from llmprune.streaming.perplexity import CHUNK_ELEMENTS
 from llmprune.streaming.stream import BATCH_TOKENS, BLOCK_MEMORY
 
@@ -77,9 +79,19 @@ class Task:
         return max(len(self.skeleton.blocks), 1)
 
     @property
-    def groups(self) -> set[tuple[str, int]]:
-        """Layers that are likely fed by the same inputs: the module that holds them, and their width."""
-        return {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in self.plan.layers}
+    def groups(self) -> dict[tuple[str, int], float]:
+        """Layers that are likely fed by the same inputs: the module that holds them, their width; and their share."""
+        return {(layer.name.rpartition(".")[0], layer.shape[1]): self.share(layer) for layer in self.plan.layers}
+
+    def share(self, layer: LayerRef) -> float:
+        """Fraction of the tokens that reach a layer: less than 1 for experts, if they get equally many."""
+        experts = layer.expert.layout.count if layer.expert else 1
+        return min(active_experts(self.skeleton.config) / experts, 1.0)
+
+    @property
+    def active(self) -> float:
+        """Number of block parameters that a token meets."""
+        return self.plan.block_parameters - sum((1 - self.share(layer)) * layer.weights for layer in self.plan.layers)
 
     @property
     def element(self) -> int:
@@ -123,8 +135,8 @@ def seconds(task: Task, rate: float) -> float:
         rate: operations per second, from `product_rate`.
     """
     plan, recipe, tokens = task.plan, task.recipe, task.tokens
-    forward = 2 * plan.block_parameters + 4 * task.seq_len * task.hidden * task.blocks
-    gram = sum(width**2 for _, width in task.groups)
+    forward = 2 * task.active + 4 * task.seq_len * task.hidden * task.blocks
+    gram = sum(share * width**2 for (_, width), share in task.groups.items())
     product = sum(2 * rows * width**2 for rows, width in (layer.shape for layer in plan.layers))
     factor = sum(4 * width**3 / 3 for _, width in task.groups)
     evaluate = 2 * task.evaluation * (forward + 2 * task.hidden * task.vocabulary)
@@ -133,6 +145,7 @@ def seconds(task: Task, rate: float) -> float:
     alone = [layer.shape for layer in plan.layers if _lands(task, layer)]
     cross = 4 * gram + sum(4 * width * (rows - width) for rows, width in alone)
     stream = tokens * ((2 * forward + gram + cross) if recipe.dense_stream else forward + gram)
+    stream += _rerouting(task) * (2 if recipe.targets == "dense" else 1)
     train = recipe.reconstruct * tokens * 3 * forward
     write = WRITING * task.own * (forward + 2 * task.hidden * task.vocabulary)
     refits = recipe.steps - (0 if recipe.refit else 1)
@@ -144,6 +157,15 @@ def seconds(task: Task, rate: float) -> float:
         stream += tokens * (forward + gram)
         products, factors = products + 2 * load_method(recipe.method).cost.products, factors + 2
     return (stream + train + write + (products + 2) * product + factors * factor + evaluate) / rate
+
+
+def _rerouting(task: Task) -> float:
+    """Operations that send to every expert its own tokens again, and others as well, and take their Gram."""
+    experts = [layer for layer in task.plan.layers if layer.expert]
+    own = task.tokens * sum(2 * task.share(layer) * layer.weights for layer in experts)
+    if not task.recipe.shrinkage:
+        return own
+    return own + min(task.tokens, POOLED_TOKENS) * sum(2 * layer.weights + layer.shape[1] ** 2 for layer in experts)
 
 
 def memory(task: Task) -> int:
@@ -183,15 +205,18 @@ def _evaluating(task: Task) -> int:
 
 def _pruning(task: Task) -> int:
     """A block, its dense and its stored weights, and the most of: solving a group, taking statistics, training."""
-    recipe, covered = task.recipe, task.plan.covered // task.blocks
+    recipe, covered, checkpoint = task.recipe, task.plan.covered // task.blocks, task.skeleton.checkpoint
     held = _block(task) * task.element + covered * (task.element if recipe.dense_stream else 0)
-    new = covered * task.skeleton.checkpoint.stored_dtype(f"{task.plan.layers[0].name}.weight").itemsize
+    new = covered * checkpoint.stored_dtype(task.plan.layers[0].parameter).itemsize
     solve = max(_solving(recipe, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers)
     pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
     passing = pausing if pausing <= BLOCK_MEMORY else repeating
     window = _window(task)
     train = 4 * 6 * covered + window if recipe.reconstruct else 0
-    return held + new + max(solve + passing, window + passing, train + repeating)
+    # Weights that are stored in another form are there in both while they are written.
+    written = sum(0 if checkpoint.stored_as_is(layer.parameter) else layer.weights for layer in task.plan.layers)
+    rewrite = written // task.blocks * new // max(covered, 1)
+    return held + new + max(solve + passing, window + passing, train + repeating, rewrite)
 
 
 def _solving(recipe: Recipe, width: int, rows: int, lands: bool) -> int:
@@ -236,8 +261,11 @@ def _rows(task: Task, layer: LayerRef) -> int:
 
 def _pausing(task: Task) -> int:
     """Bytes of the paused forwards of all batches: block inputs, intermediate activations, the groups' inputs."""
-    widths = sum(width for _, width in task.groups) // task.blocks
-    return _streams(task) * task.tokens * task.element * 2 * widths
+    # Experts run one after the other; what enters them stays.
+    widths = sum(width for (_, width), share in task.groups.items() if share == 1) / task.blocks
+    routed = max((share * width for (_, width), share in task.groups.items() if share < 1), default=0)
+    widths += routed + (task.hidden if routed else 0)
+    return int(_streams(task) * task.tokens * task.element * 2 * widths)
 
 
 def _resting(task: Task, tokens: int, streams: int) -> int:

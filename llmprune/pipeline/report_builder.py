@@ -20,7 +20,7 @@ from llmprune.model.selection import Plan
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.timing import Clock
 from llmprune.pruning.pattern import SparsityPattern
-from llmprune.pruning.problem import LayerSolution
+from llmprune.pruning.problem import InputStats, LayerSolution
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT
 from llmprune.pruning.spectrum import input_spectrum
 from llmprune.reporting.html_report import PAGE, write_report
@@ -212,11 +212,18 @@ def layer_reports(
             unpruned_zeros=int(((weight == 0) & solution.mask).sum()),
             error=error,
             status=solution.status.value,
-            tokens=stats.tokens,
-            stats=solution.stats | (spectrum.figures(solution.stats.get("damping_lambda")) if spectrum else {}),
+            tokens=stats.tokens - stats.pooled,
+            stats=solution.stats
+            | _shrinkage(stats)
+            | (spectrum.figures(solution.stats.get("damping_lambda")) if spectrum else {}),
         )
         for ref, problem, solution, weight, error in found
     ]
+
+
+def _shrinkage(stats: InputStats) -> dict[str, float]:
+    """The weight of the tokens of all experts in the statistics of one."""
+    return {"shrinkage": stats.pooled / stats.tokens} if stats.pooled else {}
 
 
 def coverage(plan: Plan) -> dict[str, Any]:

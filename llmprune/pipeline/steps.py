@@ -133,6 +133,7 @@ def block_stream(
         removed=run.structure.by_name,
         needs=solver.needs,
         zero_threshold=solver.zero_threshold,
+        shrink=recipe.shrinkage,
         reconstruct=recipe.reconstruct > 0,
     )
     resources = Resources(

@@ -35,6 +35,7 @@ class InputStats:
         output_energy: `(out,)`, mean square of every output of the dense model.
         zero_fraction: `(in,)`, fraction of tokens for which an input is zero, or nearly so, where that is counted.
         scale: `(in,)`, the learned scale of the norm that feeds the layers, where that was looked for.
+        pooled: how many of the tokens stand for those of all experts, see `shrinkage.shrunk`.
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class InputStats:
     output_energy: Tensor | None = None
     zero_fraction: Tensor | None = None
     scale: Tensor | None = None
+    pooled: int = 0
 
 
 @dataclass(frozen=True, slots=True)

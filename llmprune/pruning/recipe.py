@@ -53,6 +53,15 @@ class Recipe:
         label="ridge {:g}",
         guesses=("l2", "tikhonov", "lambda"),
     )
+    shrinkage: bool = knob(
+        False,
+        "recipe",
+        "statistics of an expert that few tokens are routed to are shrunk towards those of all tokens of its layer",
+        SWITCH,
+        applies_to="mixtures of experts",
+        label="shrinkage",
+        guesses=("shrink", "pool_experts"),
+    )
     refit: bool = knob(
         False,
         "recipe",
@@ -136,6 +145,7 @@ class Stages:
     permute: bool | None = optional(Recipe, "permute")
     steps: int | None = optional(Recipe, "steps")
     ridge: float | None = optional(Recipe, "ridge")
+    shrinkage: bool | None = optional(Recipe, "shrinkage")
     refit: bool | None = optional(Recipe, "refit")
     reconstruct: int | None = optional(Recipe, "reconstruct")
     self_calibration: float | None = optional(Recipe, "self_calibration")
@@ -144,8 +154,10 @@ class Stages:
 
 EFFORTS = {
     "fast": Recipe("sparsegpt"),
-    "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3),
-    "best": Recipe("admm", targets="dense", permute=True, ridge=0.3, reconstruct=2, self_calibration=3.0),
+    "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3, shrinkage=True),
+    "best": Recipe(
+        "admm", targets="dense", permute=True, ridge=0.3, shrinkage=True, reconstruct=2, self_calibration=3.0
+    ),
 }
 STRUCTURED_EFFORTS = {
     "fast": Recipe("", criterion="wanda"),

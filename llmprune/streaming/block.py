@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from llmprune.errors import InputError
-from llmprune.model.blocks import LayerRef, find_layers, weight_of
+from llmprune.model.blocks import LayerRef, find_layers
+from llmprune.model.experts import storage_of
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.problem import LayerSolution
 from llmprune.streaming.batch import Batch, hidden_of, own_state
@@ -108,7 +109,8 @@ class Block:
 
     def weight(self, local: str) -> Tensor:
         """The weight of a layer to be pruned, `(out, in)`, a view."""
-        return weight_of(self.module.get_submodule(local), self.layers[local].transposed)
+        ref = self.layers[local]
+        return ref.weight_in(self.module.get_parameter(ref.local_parameter).data)
 
     def write(self, ref: LayerRef, solution: LayerSolution, keep_dense: bool) -> Tensor:
         """Store a solution; returns the weight as the file will hold it, `(out, in)`, float32.
@@ -118,10 +120,19 @@ class Block:
             solution: its new weight.
             keep_dense: whether the dense weight is kept for `dense`.
         """
-        if keep_dense:
-            self._dense_weights.setdefault(ref.local, self._parameter(ref.local).data.clone())
-        self.store({f"{ref.local}.weight": solution.weight.T if ref.transposed else solution.weight})
-        return solution.weight.to(self.skeleton.checkpoint.stored_dtype(f"{ref.name}.weight")).float()
+        local = ref.local_parameter
+        if keep_dense and local not in self._dense_weights:
+            self._dense_weights[local] = self.module.get_parameter(local).data.clone()
+        stored = self._checked(local, solution.weight)
+        parameter = self.module.get_parameter(local).data
+        if ref.expert is None:
+            self.changed[ref.parameter] = (stored.T if ref.transposed else stored).contiguous().cpu()
+        else:
+            if ref.parameter not in self.changed:
+                self.changed[ref.parameter] = self.as_stored(local, parameter).clone().cpu()
+            ref.weight_in(self.changed[ref.parameter]).copy_(stored)
+        ref.weight_in(parameter).copy_(stored)
+        return stored.float()
 
     def reorder(self, coupling: Coupling, order: Tensor) -> None:
         """Give a layer the inputs `order (kept,)` in the file; inputs that it does not name are removed."""
@@ -131,22 +142,31 @@ class Block:
     def store(self, values: Mapping[str, Tensor]) -> None:
         """Give parameters new values, by local name; the block computes with the values as they will be stored."""
         for local, value in values.items():
-            name, stored = f"{self.name}.{local}", self.as_stored(local, value)
-            if not bool(torch.isfinite(stored).all()):
-                raise InputError(
-                    f"the pruned weights of {name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
-                )
+            stored = self._checked(local, value)
             self.module.get_parameter(local).copy_(stored)
-            self.changed[name] = stored.contiguous().cpu()
+            self.changed[f"{self.name}.{local}"] = stored.contiguous().cpu()
 
     def as_stored(self, local: str, value: Tensor) -> Tensor:
         """A parameter's value in the dtype of the file."""
         return value.to(self.skeleton.checkpoint.stored_dtype(f"{self.name}.{local}"))
 
+    def _checked(self, local: str, value: Tensor) -> Tensor:
+        """A new value of a parameter, or of a part of it, in the dtype of the file."""
+        stored = self.as_stored(local, value)
+        if not bool(torch.isfinite(stored).all()):
+            name = f"{self.name}.{local}"
+            raise InputError(
+                f"the pruned weights of {name!r} hold NaN or Inf in {stored.dtype}", "choose another --dtype"
+            )
+        return stored
+
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The block's tensors by their names on disk, with new weights, permuted and sliced."""
         for coupling, order in self._orders:
-            self.changed |= permute_and_slice(coupling, order.cpu(), self._current(coupling), f"{self.name}.")
+            names = dict.fromkeys(coupling.permuted_parameters(self.module) + coupling.sliced_parameters(self.module))
+            current = {local: self._as_written(local) for local in names}
+            for local, value in permute_and_slice(coupling, order.cpu(), current).items():
+                self._rewrite(local, value)
         self._orders.clear()
         return self.skeleton.checkpoint.export(self.skeleton.block_parameters(self.index), self.changed)
 
@@ -159,13 +179,13 @@ class Block:
         """
         left = {layer.local for layer in self.linear if layer.local in dense or layer.local not in self.layers}
         return not left & {producer.local for producer in coupling.producers} and all(
-            self.writable(local) for local in coupling.permuted_parameters(self.module)
+            self.writable(_storage(self.module, local)[0]) for local in coupling.permuted_parameters(self.module)
         )
 
     def writable(self, local: str) -> bool:
         """Whether a new value of a parameter can be written."""
         checkpoint, name = self.skeleton.checkpoint, f"{self.name}.{local}"
-        return checkpoint.writable(name) and len(checkpoint.users(checkpoint.disk_names([name])[0])) == 1
+        return checkpoint.writable(name) and not checkpoint.shared(name)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -178,20 +198,34 @@ class Block:
 
     def change_of(self, local: str) -> Tensor | None:
         """Pruned minus dense weight of a layer, as the module stores it; None if it was not changed."""
-        dense = self._dense_weights.get(local)
-        return None if dense is None else self._parameter(local).data - dense
+        name = self.layers[local].local_parameter
+        dense = self._dense_weights.get(name)
+        return None if dense is None else self.module.get_parameter(name).data - dense
 
     def _swap(self) -> None:
-        for local, other in self._dense_weights.items():
-            weight = self._parameter(local)
-            self._dense_weights[local], weight.data = weight.data, other
+        for name, other in self._dense_weights.items():
+            parameter = self.module.get_parameter(name)
+            self._dense_weights[name], parameter.data = parameter.data, other
 
-    def _parameter(self, local: str) -> nn.Parameter:
-        return self.module.get_parameter(f"{local}.weight")
+    def _as_written(self, local: str) -> Tensor:
+        """A layer's weight or bias as it will be stored; of an expert, a part of the parameter in `changed`."""
+        parameter, part = _storage(self.module, local)
+        name, checkpoint = f"{self.name}.{parameter}", self.skeleton.checkpoint
+        value = self.changed[name] if name in self.changed else checkpoint.stored(checkpoint[name])
+        if parameter != local:
+            self.changed[name] = value = value.contiguous()
+        return part(value)
 
-    def _current(self, coupling: Coupling) -> dict[str, Tensor]:
-        """The tensors that a permutation or a removal changes, as they will be stored."""
-        checkpoint = self.skeleton.checkpoint
-        locals_ = dict.fromkeys(coupling.permuted_parameters(self.module) + coupling.sliced_parameters(self.module))
-        names = [f"{self.name}.{local}" for local in locals_]
-        return {name: self.changed.get(name, checkpoint.stored(checkpoint[name])) for name in names}
+    def _rewrite(self, local: str, value: Tensor) -> None:
+        """Store a weight or bias that `_as_written` gave in another form."""
+        parameter, part = _storage(self.module, local)
+        if parameter == local:
+            self.changed[f"{self.name}.{local}"] = value
+        else:
+            part(self.changed[f"{self.name}.{parameter}"]).copy_(value)
+
+
+def _storage(module: nn.Module, local: str) -> tuple[str, Callable[[Tensor], Tensor]]:
+    found = storage_of(module, local)
+    assert found is not None
+    return found

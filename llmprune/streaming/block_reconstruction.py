@@ -62,7 +62,7 @@ def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) ->
     held_out = validation_batches(peers.batches)
     training = [number for number in range(peers.batches) if number not in held_out]
     values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block).items()}
-    masks = {name: value != 0 for name, value in values.items() if value.dim() == 2}
+    masks = {name: value != 0 for name, value in values.items() if value.dim() > 1}
     loss = BlockLoss(block, values, peers)
     before = after = loss.mean(held_out)
     if not values:
@@ -101,7 +101,7 @@ def trainable(block: Block) -> dict[str, nn.Parameter]:
 
     Where channels were removed, all layers' weights; what was removed has no gradient, as nothing reads it any more.
     """
-    matrices = {f"{layer.local}.weight" for layer in block.linear if not layer.skip} if block.shrinks else set()
+    matrices = {layer.local_parameter for layer in block.linear if not layer.skip} if block.shrinks else set()
     return {
         name: parameter
         for name, parameter in block.module.named_parameters()

@@ -18,6 +18,7 @@ from llmprune.streaming.norms import NormScale, find_norm_scales
 from llmprune.streaming.residual import find_residual_adds
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.cut import Cut
+from llmprune.structure.expert_coupling import expert_couplings
 from llmprune.structure.find_couplings import OpaqueBlockError, find_couplings
 from llmprune.structure.plan import BlockCouplings
 
@@ -127,6 +128,10 @@ class BlockTypes:
             except OpaqueBlockError as error:
                 self._couplings[first], self.opaque[first] = [], str(error)
         return self._couplings[first]
+
+    def movable(self, index: int) -> list[Coupling]:
+        """Its coupled channels, and those of its experts, whose number per expert is one setting of the config."""
+        return [*self.couplings(index), *expert_couplings(self.skeleton.blocks[index])]
 
     def norm_scales(self, index: int) -> dict[str, NormScale]:
         """The norms that feed its layers, see `find_norm_scales`."""

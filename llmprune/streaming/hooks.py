@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from llmprune.model.experts import ExpertMatrix, says_how
 from llmprune.model.hooks import before, hooked, inputs_of
 from llmprune.streaming.batch import hidden_of
 from llmprune.streaming.routers import RouterWatch, routers
@@ -40,6 +41,40 @@ class Observation:
     output: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RoutedCall:
+    """A call of the module that holds the experts of a block.
+
+    Args:
+        hidden: the tokens, `(tokens, hidden)`.
+        index: the experts that each token is sent to, `(tokens, active)`, int64.
+        weights: of these, `(tokens, active)`.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RoutedCall | None:
+        """The call with these arguments; None if they are something else."""
+        values = [*args, *kwargs.values()]
+        if len(values) != 3 or not all(isinstance(value, Tensor) and value.dim() == 2 for value in values):
+            return None
+        hidden, index, weights = values
+        fits = index.shape == weights.shape and len(index) == len(hidden) and not index.is_floating_point()
+        return cls(hidden, index, weights) if fits else None
+
+    def tokens_of(self, expert: int) -> Tensor:
+        """Numbers of the tokens that are sent to an expert, rising, int64."""
+        return (self.index == expert).any(1).nonzero().flatten()
+
+    def sent(self, tokens: Tensor, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of a call in which some of the tokens are all sent to one expert."""
+        index = torch.full((len(tokens), 1), expert, dtype=self.index.dtype, device=self.index.device)
+        return self.hidden[tokens], index, torch.ones_like(index, dtype=self.weights.dtype)
+
+
 class Observer:
     """Receives the observations of a forward through a block.
 
@@ -49,8 +84,13 @@ class Observer:
 
     def __init__(self, outputs: bool = False) -> None:
         self.outputs = outputs
+        self.routed: dict[str, RoutedCall] = {}
         self.pending_inputs: dict[int, Tensor] = {}
         self.pending_outputs: dict[int, Tensor] = {}
+
+    def enter(self, owner: str, call: RoutedCall) -> None:
+        """The module `owner` is about to run its experts."""
+        self.routed[owner] = call
 
     def arrive(self, number: int, observation: Observation) -> None:
         """A group is about to run; one that adds to the residual stream has run, and its output has been added."""
@@ -80,6 +120,10 @@ def observed(
             yield before(first, partial(relay.inputs, number))
             if number in residual_adds:
                 yield _after(first, partial(relay.output, number))
+        for owner in experts_in(module):
+            yield module.get_submodule(owner).register_forward_pre_hook(
+                lambda _, args, kwargs, owner=owner: relay.routed(owner, args, kwargs), with_kwargs=True
+            )
         for place in set(residual_adds.values()):
             tell = partial(relay.residual, place)
             yield _after(module, tell) if place == BLOCK else before(module.get_submodule(place), tell)
@@ -93,6 +137,11 @@ class _Relay:
 
     def __init__(self, residual_adds: Mapping[int, str], observer: Callable[[], Observer | None]) -> None:
         self.residual_adds, self.observer = residual_adds, observer
+
+    def routed(self, owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        observer, call = self.observer(), RoutedCall.of(args, kwargs)
+        if observer is not None and call is not None:
+            observer.enter(owner, call)
 
     def inputs(self, number: int, inputs: Tensor) -> None:
         if (observer := self.observer()) is None:
@@ -126,7 +175,8 @@ class CallOrder:
     Args:
         groups: local names in call order, layers with the very same input tensor together.
         dense: layers that stay dense, and why, see `_obstacles`.
-        nbytes: bytes of all groups' inputs for one batch.
+        nbytes: bytes of the groups' inputs for one batch: of all, but of the largest among experts alone, which run one
+            after the other and leave nothing but their sum.
     """
 
     groups: list[list[str]]
@@ -173,7 +223,7 @@ def call_order(module: nn.Module, layers: Collection[str], run: Callable[[], Ten
     dense = _obstacles(module, layers, calls) | dict.fromkeys(other, "another product than of weight and input")
     dense |= dict.fromkeys(routers(module, watch, layers), "router")
     groups = _grouped({local: tensor for local, tensor in inputs.items() if local not in dense})
-    nbytes = sum(inputs[members[0]].nbytes for members in groups)
+    nbytes = _nbytes(module, [inputs[members[0]] for members in groups], groups)
     previous = -1
     for local in (local for local in layers if local not in dense):
         if local in inputs:
@@ -206,11 +256,24 @@ def _obstacles(module: nn.Module, layers: Collection[str], calls: Counter[str]) 
     for local in layers:
         if calls[local] > 1:
             found[local] = "called more than once in a block"
-        elif not calls[local] and calls[local.rpartition(".")[0]]:
+        elif not calls[local] and calls[_holder(module, local)] and not _has_called_sibling(module, local, calls):
             found[local] = "weight used without a call"
-        elif not calls[local] and not _is_one_of_many(module, local):
+        elif not calls[local] and not is_expert(module, local) and not _is_one_of_many(module, local):
             found[local] = "never called"
     return found
+
+
+def _holder(module: nn.Module, local: str) -> str:
+    """The module that owns the parameter with a layer's weight, or the layer."""
+    return owner_of(local) if is_expert(module, local) else local.rpartition(".")[0]
+
+
+def _has_called_sibling(module: nn.Module, local: str, calls: Counter[str]) -> bool:
+    """Whether the same matrix of another expert has been called."""
+    owner, attribute = owner_of(local), local.rpartition(".")[2]
+    return is_expert(module, local) and any(
+        calls[f"{owner}.{index}.{attribute}"] for index in module.get_submodule(owner)._modules
+    )
 
 
 def _is_one_of_many(module: nn.Module, local: str) -> bool:
@@ -223,7 +286,7 @@ def _is_one_of_many(module: nn.Module, local: str) -> bool:
 
 def _is_plain(layer: nn.Module, given: Tensor, output: Any) -> bool:
     """Whether a layer computes `x Wᵀ + b`; a subclass may do anything else with its weight."""
-    if type(layer).forward in {nn.Linear.forward, Conv1D.forward}:
+    if type(layer).forward in {nn.Linear.forward, Conv1D.forward, ExpertMatrix.forward}:
         return True
     if not isinstance(layer, nn.Linear) or not isinstance(output, Tensor):
         return False
@@ -231,6 +294,28 @@ def _is_plain(layer: nn.Module, given: Tensor, output: Any) -> bool:
     return output.shape == plain.shape and float((output - plain).norm()) <= SAME * float(plain.norm())
 
 
+def is_expert(module: nn.Module, local: str) -> bool:
+    """Whether a layer of a block is the matrix of an expert."""
+    return isinstance(module.get_submodule(local), ExpertMatrix)
+
+
+def owner_of(local: str) -> str:
+    """The module that owns the parameter with an expert's matrix."""
+    return local.rpartition(".")[0].rpartition(".")[0]
+
+
+def experts_in(module: nn.Module) -> list[str]:
+    """The modules of a block that say how they hold experts, and are called with tokens and their routing."""
+    return [local for local, part in module.named_modules() if says_how(part)]
+
+
+def _nbytes(module: nn.Module, inputs: list[Tensor], groups: list[list[str]]) -> int:
+    sizes: dict[bool, list[int]] = {True: [0], False: [0]}
+    for tensor, members in zip(inputs, groups, strict=True):
+        sizes[is_expert(module, members[0])].append(tensor.nbytes)
+    return sum(sizes[False]) + max(sizes[True])
+
+
 def same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one, or views of one that differ in their leading sizes alone."""
-    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]
+    return a.data_ptr() == b.data_ptr() and 0 < a.numel() == b.numel() and a.shape[-1] == b.shape[-1]

@@ -9,7 +9,7 @@ import torch
 from greenlet import getcurrent, greenlet
 
 from llmprune.streaming.batch import Batch, StopForward
-from llmprune.streaming.hooks import Observation, Observer
+from llmprune.streaming.hooks import Observation, Observer, RoutedCall
 
 
 class StopAtGroup(Observer):
@@ -24,6 +24,22 @@ class StopAtGroup(Observer):
         if number == self.number:
             self.observation = observation
             raise StopForward
+
+
+class StopAtExperts(Observer):
+    """Ends a forward where a module is about to run its experts."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def enter(self, owner: str, call: RoutedCall) -> None:
+        super().enter(owner, call)
+        if owner == self.owner:
+            raise StopForward
+
+    def arrive(self, number: int, observation: Observation) -> None:
+        """Pass by a group."""
 
 
 class PausableForward(Observer):

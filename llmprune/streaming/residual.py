@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.model.hooks import hooked, inputs_of
-from llmprune.streaming.hooks import BLOCK, SAME
+from llmprune.streaming.hooks import BLOCK, SAME, is_expert
 
 
 @torch.no_grad()
@@ -24,7 +24,8 @@ def find_residual_adds(module: nn.Module, groups: Sequence[Sequence[str]], run: 
     called = list(_streams(module, run))
     found: dict[int, str] = {}
     for number in reversed(range(len(groups))):
-        place = find_residual_add(module, groups[number][0], run) if len(groups[number]) == 1 else None
+        alone = len(groups[number]) == 1 and not is_expert(module, groups[number][0])
+        place = find_residual_add(module, groups[number][0], run) if alone else None
         later = range(number + 1, len(groups))
         if place == BLOCK and all(found.get(other) == BLOCK for other in later):
             found[number] = BLOCK
@@ -34,6 +35,9 @@ def find_residual_adds(module: nn.Module, groups: Sequence[Sequence[str]], run: 
 
 
 def _comes_first(place: str, other: str, called: list[str]) -> bool:
+    """Whether a module is called before another; before the one that holds it, if that is an expert without tokens."""
+    while other and other not in called:
+        other = other.rpartition(".")[0]
     return other in called and called.index(place) < called.index(other)
 
 

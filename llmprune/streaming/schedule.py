@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +25,13 @@ from llmprune.runtime.memory import mmap_large_allocations, trim_heap
 from llmprune.streaming.batch import Batch, StopForward
 from llmprune.streaming.block import Block
 from llmprune.streaming.block_types import BlockAnalysis
-from llmprune.streaming.hooks import Observation, Observer, observed
-from llmprune.streaming.pausable import PausableForward, StopAtGroup
+from llmprune.streaming.expert_statistics import ExpertStatistics, RoutedBatch
+from llmprune.streaming.hooks import Observation, Observer, is_expert, observed, owner_of
+from llmprune.streaming.pausable import PausableForward, StopAtExperts, StopAtGroup
 from llmprune.streaming.statistics import GroupStatistics, StatisticsOptions
 from llmprune.structure.cut import Cut, scale_of
+
+S = TypeVar("S", bound=Observer)
 
 
 @dataclass(slots=True)
@@ -60,6 +64,7 @@ class GroupSchedule:
         self.block, self.analysis, self.options, self.pausing = block, analysis, options, pausing
         self.order = analysis.order.groups
         self._observer: Observer | None = None
+        self._experts = ExpertStatistics(block, options, self._observed_by)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Group]:
@@ -130,21 +135,41 @@ class GroupSchedule:
         self, pruned: list[PausableForward], dense: list[PausableForward]
     ) -> Iterator[tuple[int, InputStats]]:
         for number, layers in enumerate(self.order):
-            stats = self._statistics(layers)
-            for forward, other in zip_longest(pruned, dense):
-                if forward.at == number:
-                    paired = other.observation if other and other.at == number else None
-                    stats.add(forward.batch, forward.observation, paired)
+            if routed := self._routed(layers[0], pruned, dense):
+                stats = self._experts.collect(number, self._refs(layers), routed)
+            else:
+                stats = self._paused_statistics(number, layers, pruned, dense)
             # A member of a group may be called after later groups have begun.
             with self.block.dense():
                 for forward in dense:
                     forward.leave(number)
-            yield number, stats.result()
+            yield number, stats
             change = self.block.change_of(layers[0]) if number in self.analysis.residual_adds else None
             for forward in pruned:
                 if forward.at == number and change is not None:
                     self._update_residual(layers[0], forward.observation, change)
                 forward.leave(number)
+
+    def _paused_statistics(
+        self, number: int, layers: list[str], pruned: list[PausableForward], dense: list[PausableForward]
+    ) -> InputStats:
+        stats = self._statistics(layers)
+        for forward, other in zip_longest(pruned, dense):
+            if forward.at == number:
+                paired = other.observation if other and other.at == number else None
+                stats.add(forward.batch, forward.observation, paired)
+        return stats.result()
+
+    def _routed(self, local: str, pruned: list[PausableForward], dense: list[PausableForward]) -> list[RoutedBatch]:
+        """All batches as they came to the module of an expert; none if a layer is no expert's, or it does not say."""
+        owner = owner_of(local) if is_expert(self.block.module, local) else None
+        for forward in pruned + dense:
+            for other in forward.routed.keys() - {owner}:  # what is behind this forward
+                del forward.routed[other]
+        pairs = list(zip_longest(pruned, dense if self.options.dense_targets else ()))
+        if owner is None or any(owner not in forward.routed for forward, _ in pairs):
+            return []
+        return [RoutedBatch(f.batch, f.routed[owner], d.routed.get(owner) if d else None) for f, d in pairs]
 
     def _update_residual(self, local: str, observation: Observation, change: Tensor) -> None:
         """Add to the residual stream what pruning changed in a layer that had run already."""
@@ -156,26 +181,52 @@ class GroupSchedule:
 
     def _repeating(self) -> Iterator[tuple[int, InputStats]]:
         """A forward up to every group, and one through the whole block."""
+        owner, routed = "", []
         for number, layers in enumerate(self.order):
-            stats = self._statistics(layers)
-            for batch in self.block.batches:
-                observation = self._observation_at(number, batch)
-                if observation is not None:
-                    other = self._observation_at(number, batch, dense=True) if self.options.dense_targets else None
-                    stats.add(batch, observation, other)
-            yield number, stats.result()
+            here = owner_of(layers[0]) if is_expert(self.block.module, layers[0]) else ""
+            if here != owner:
+                owner, routed = here, self._routed_again(here) if here else []
+            if routed:
+                yield number, self._experts.collect(number, self._refs(layers), routed)
+            else:
+                yield number, self._repeated_statistics(number, layers)
         self.block.advance()
+
+    def _repeated_statistics(self, number: int, layers: list[str]) -> InputStats:
+        stats = self._statistics(layers)
+        for batch in self.block.batches:
+            observation = self._observation_at(number, batch)
+            if observation is not None:
+                other = self._observation_at(number, batch, dense=True) if self.options.dense_targets else None
+                stats.add(batch, observation, other)
+        return stats.result()
+
+    def _routed_again(self, owner: str) -> list[RoutedBatch]:
+        """All batches as they come to the module of experts; none if it does not say how it is called."""
+        found = []
+        for batch in self.block.batches:
+            pruned = self._stopped(StopAtExperts(owner), batch).routed.get(owner)
+            if pruned is None:
+                return []
+            dense = self._stopped(StopAtExperts(owner), batch, dense=True) if self.options.dense_targets else None
+            found.append(RoutedBatch(batch, pruned, dense.routed.get(owner) if dense else None))
+        return found
 
     def _observation_at(self, number: int, batch: Batch, dense: bool = False) -> Observation | None:
         """The observation of a group in a forward of its own, None if the forward does not reach the group."""
-        stop = StopAtGroup(number, outputs=dense)
+        return self._stopped(StopAtGroup(number, outputs=dense), batch, dense).observation
+
+    def _stopped(self, stop: S, batch: Batch, dense: bool = False) -> S:
+        """An observer that has ended a forward."""
         with self._observed_by(stop), self.block.dense() if dense else nullcontext(), suppress(StopForward):
             self.block.forward(batch, dense, isolated=True)
-        return stop.observation
+        return stop
+
+    def _refs(self, layers: list[str]) -> list[LayerRef]:
+        return [self.block.layers[local] for local in layers]
 
     def _statistics(self, layers: list[str]) -> GroupStatistics:
         module = self.block.module.get_submodule(layers[0])
         bias = dict(module.named_parameters()).get("bias")
-        refs = [self.block.layers[local] for local in layers]
         removed = layers[0] in self.analysis.removed
-        return GroupStatistics(self.options, refs, self.block.skeleton.device, removed, bias)
+        return GroupStatistics(self.options, self._refs(layers), self.block.skeleton.device, removed, bias)

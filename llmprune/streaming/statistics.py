@@ -30,6 +30,7 @@ class StatisticsOptions:
             zero; None where zeros are not counted.
         channel_scales: whether the learned scale of every input of a layer that loses inputs is wanted.
         left_out: numbers of the batches that are left out.
+        shrink: whether statistics of experts are shrunk towards those of all tokens.
         group: the processes that have the other windows of the batches.
     """
 
@@ -38,6 +39,7 @@ class StatisticsOptions:
     zero_threshold: float | None = None
     channel_scales: bool = False
     left_out: frozenset[int] = frozenset()
+    shrink: bool = False
     group: ProcessGroup = SINGLE
 
 
@@ -61,7 +63,7 @@ class GroupStatistics:
         bias: Tensor | None = None,
     ) -> None:
         self.options, self.names, self.bias = options, [layer.name for layer in layers], bias
-        self._first = False
+        self._first, self._routed = False, layers[0].expert is not None
         width = layers[0].shape[1]
         limit = options.zero_threshold if removed else None
         with mmap_large_allocations():
@@ -86,11 +88,20 @@ class GroupStatistics:
             self._running.add(seen.inputs, scale)
             return
         # Rows that were picked from the batch (routed tokens) are not the same ones in both models.
-        whole = seen.inputs.numel() // seen.inputs.shape[-1] == batch.tokens.numel()
+        whole = not self._routed and seen.inputs.numel() // seen.inputs.shape[-1] == batch.tokens.numel()
         if dense is None or not whole or dense.inputs.shape != seen.inputs.shape:
             self._running.add(seen.inputs, None, scale, batch.fitted if whole else None)
             return
         self._running.add(seen.inputs, self._residual_target(seen, dense) or dense.inputs, scale, batch.fitted)
+
+    def add_rows(self, batch: Batch, rows: Tensor, dense: Tensor | None) -> None:
+        """Add the inputs `(rows, in)` of some tokens of a batch in the pruned model, and in the dense model."""
+        if batch.shard.batch in self.options.left_out:
+            return
+        if isinstance(self._running, RunningGram):
+            self._running.add(rows)
+        else:
+            self._running.add(rows, dense)
 
     def result(self) -> InputStats:
         """Statistics per token over the windows of all processes; the sums are used up.

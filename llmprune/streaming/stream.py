@@ -43,6 +43,7 @@ class Observe:
         removed: the layers that lose inputs, by full name.
         needs: statistics that methods and criteria declare beyond the Gram: `norm_scale`, `channel_scale`.
         zero_threshold: fraction of the root mean square up to which an input counts as zero, where zeros are counted.
+        shrink: whether statistics of experts are shrunk towards those of all tokens.
         reconstruct: whether blocks are reconstructed; validation batches are then left out of the statistics.
     """
 
@@ -53,6 +54,7 @@ class Observe:
     removed: Mapping[str, Cut] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     zero_threshold: float | None = None
+    shrink: bool = False
     reconstruct: bool = False
 
 
@@ -195,7 +197,7 @@ class BlockStream:
             order,
             self.types.residual_adds(index, block.trial) if residual else {},
             self.types.norm_scales(index) if "norm_scale" in observe.needs else {},
-            {c.consumer: c for c in self.types.couplings(index) if block.movable(c, order.dense)}
+            {c.consumer: c for c in self.types.movable(index) if block.movable(c, order.dense)}
             if observe.permute
             else {},
             {name.removeprefix(prefix): cut for name, cut in observe.removed.items() if name.startswith(prefix)},
@@ -208,6 +210,7 @@ class BlockStream:
             token_weights=bool(observe.removed),
             zero_threshold=observe.zero_threshold,
             channel_scales="channel_scale" in observe.needs,
+            shrink=observe.shrink,
             left_out=held_out_batches(self.sharding.batches) if observe.reconstruct else frozenset(),
             group=self.group,
         )

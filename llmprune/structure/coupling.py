@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmprune.model.experts import storage_of
+
 
 @dataclass(frozen=True, slots=True)
 class Producer:
@@ -87,17 +89,16 @@ class Coupling:
     removable: bool = False
 
     def permuted_parameters(self, block: nn.Module) -> list[str]:
-        """Names in the block of the parameters that a permutation of the inputs changes."""
+        """Names in the block of the weights and biases that a permutation of the inputs changes."""
         return self._parameters(block, [producer.local for producer in self.producers])
 
     def sliced_parameters(self, block: nn.Module) -> list[str]:
-        """Names in the block of the parameters that are sliced when inputs are removed."""
+        """Names in the block of the weights and biases that are sliced when inputs are removed."""
         return self._parameters(block, [dependency.local for dependency in self.dependencies])
 
     def _parameters(self, block: nn.Module, locals_: list[str]) -> list[str]:
-        present = {name for name, _ in block.named_parameters()}
         names = [f"{local}.{kind}" for local in locals_ for kind in ("weight", "bias")]
-        return [name for name in [*names, f"{self.consumer}.weight"] if name in present]
+        return [name for name in [*names, f"{self.consumer}.weight"] if storage_of(block, name) is not None]
 
 
 def permute(

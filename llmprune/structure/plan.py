@@ -212,7 +212,7 @@ class _Planner:
         checkpoint = self.skeleton.checkpoint
         for local in cut.coupling.sliced_parameters(self.skeleton.model.get_submodule(cut.block)):
             name = f"{cut.block}.{local}"
-            if not checkpoint.writable(name) or len(checkpoint.users(checkpoint.disk_names([name])[0])) > 1:
+            if not checkpoint.stored_as_is(name) or checkpoint.shared(name):
                 raise InputError(
                     f"{name!r} cannot get smaller: it is shared between blocks, or stored in another form",
                     "remove weights instead, e.g. --sparsity 2:4",

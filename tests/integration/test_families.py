@@ -16,6 +16,7 @@ from helpers import (
     edit_tensor,
     job,
     on_disk,
+    parameter_of,
     random_tokens,
     reload,
     rewrite,
@@ -24,6 +25,7 @@ from helpers import (
     streamed_logits,
     text_file,
     token_file,
+    weight_of,
     whole_logits,
 )
 from safetensors.torch import load_file
@@ -42,6 +44,7 @@ NAMES = """
 llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 opt gpt2 gpt_neox gptj gpt_neo bloom falcon mpt stablelm
 olmo olmo2 cohere starcoder2 granite smollm3 glm4 nemotron xglm biogpt exaone4
 mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v3 mamba jamba lfm2
+llama4_text dbrx jetmoe granitemoe nemotron_h longcat_flash
 """
 Case = tuple[str, dict[str, Any]]
 CASES: dict[str, Case] = {
@@ -55,7 +58,10 @@ CASES: dict[str, Case] = {
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
 }
 METHODS = [(method, sparsity) for method, sparsity in (("wanda", "50%"), ("magnitude", "4:8"))]
-MOE = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "jamba"}
+MIXTURES = """
+mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v3 jamba llama4_text dbrx jetmoe granitemoe nemotron_h longcat_flash
+"""
+MOE = set(MIXTURES.split())
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,6 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return run_of(save_tiny(model_type, work / "source", **options), work, request.param)
 
 
-def weight_of(model: nn.Module, name: str) -> Tensor:
-    """`(out, in)`, whatever the layer's class stores."""
-    module = model.get_submodule(name)
-    return module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
-
-
 def assert_exact(weight: Tensor, sparsity: str) -> None:
     """Counted by hand: exactly N zeros in every M consecutive inputs, or exactly half of every row or layer."""
     if ":" in sparsity:
@@ -107,13 +107,13 @@ def assert_exact(weight: Tensor, sparsity: str) -> None:
 def assert_only_layers_changed(run: Run) -> None:
     dense, pruned = run.dense.state_dict(), run.pruned.state_dict()
     assert dense.keys() == pruned.keys()
-    touched = {f"{name}.weight" for name in run.layers}
+    touched = {parameter_of(run.dense, name) for name in run.layers}
     assert touched <= dense.keys()
     changed = {name for name in dense if not torch.equal(dense[name], pruned[name])}
     assert touched <= changed
     # Channels that change places take their biases and scales along.
     for name in changed - touched:
-        assert dense[name].dim() == 1, name
+        assert dense[name].dim() == 1 or name.endswith("_bias"), name
         assert torch.equal(dense[name].sort().values, pruned[name].sort().values), name
 
 
@@ -124,14 +124,23 @@ def assert_streams_like(folder: Path, model: PreTrainedModel) -> None:
 
 def assert_verified_until_damaged(run: Run) -> None:
     assert verify_folder(run.out).violations == 0
-    (touched,) = {f"{run.layers[-1]}.weight"}
+    touched = parameter_of(run.pruned, run.layers[-1])
     disk = on_disk(run.out)
-    target = run.pruned.state_dict()[touched]
-    name = next(n for n, t in disk.items() if t.shape == target.shape and torch.equal(t.float(), target.float()))
+    # Experts may be stored one by one, or together.
+    choices = {
+        (run.layers[-1],): weight_of(run.pruned, run.layers[-1]),
+        tuple(n for n in run.layers if parameter_of(run.pruned, n) == touched): run.pruned.state_dict()[touched],
+    }
+    damaged, target, name = next(
+        (layers, target, name)
+        for layers, target in choices.items()
+        for name, t in disk.items()
+        if t.shape == target.shape and torch.equal(t.float(), target.float())
+    )
     edit_tensor(run.out, name, lambda t: t.masked_fill_(t == 0, 1))
     check = verify_folder(run.out)
     assert check.violations == int((target == 0).sum()) if ":" in run.report.sparsity["pattern"] else check.violations
-    assert [layer.name for layer in check.layers if layer.violations] == [run.layers[-1]]
+    assert {layer.name for layer in check.layers if layer.violations} == set(damaged)
     edit_tensor(run.out, name, lambda t: t.copy_(disk[name]))
 
 
@@ -176,8 +185,9 @@ def test_nothing_but_the_pruned_layers_changes(run: Run) -> None:
     source, out = on_disk(run.source), on_disk(run.out)
     assert source.keys() == out.keys()
     assert {name: t.dtype for name, t in source.items()} == {name: t.dtype for name, t in out.items()}
-    matrices = [name for name, tensor in source.items() if tensor.dim() > 1]
-    assert sum(not torch.equal(source[name], out[name]) for name in matrices) == len(run.layers)
+    matrices = [name for name, tensor in source.items() if tensor.dim() > 1 and not name.endswith("_bias")]
+    changed = sum(source[name].numel() for name in matrices if not torch.equal(source[name], out[name]))
+    assert changed == run.report.coverage["covered"]
 
 
 def test_every_linear_layer_of_a_block_is_pruned_or_accounted_for(run: Run) -> None:
@@ -188,7 +198,7 @@ def test_every_linear_layer_of_a_block_is_pruned_or_accounted_for(run: Run) -> N
         for name, module in run.pruned.named_modules()
         if name.startswith(prefix) and isinstance(module, nn.Linear | Conv1D)
     }
-    assert set(run.layers) <= linear
+    assert {name for name in run.layers if parameter_of(run.pruned, name) == f"{name}.weight"} <= linear
     left = sum(weight_of(run.pruned, name).numel() for name in linear - set(run.layers))
     assert left <= sum(run.report.coverage["skipped"].values())
     if run.name not in MOE | {"mamba"}:
@@ -203,10 +213,12 @@ def test_tied_embeddings_stay_tied(run: Run) -> None:
     assert tied(run.pruned) == tied(run.dense) == bool(run.dense.config.get_text_config().tie_word_embeddings)
 
 
-def test_experts_that_stay_dense_are_named_with_their_weights(run: Run) -> None:
-    fused = sum(p.numel() for n, p in run.pruned.named_parameters() if ".experts." in n and p.dim() == 3)
-    assert run.report.coverage["skipped"].get("fused experts", 0) == fused
-    assert bool(fused) == (run.name in MOE)
+def test_every_matrix_of_every_expert_is_pruned(run: Run) -> None:
+    assert "fused experts" not in run.report.coverage["skipped"]
+    pruned = {parameter_of(run.pruned, name) for name in run.layers}
+    fused = {n for n, p in run.pruned.named_parameters() if p.dim() == 3 and "conv" not in n}
+    assert fused <= pruned
+    assert (len(pruned) < len(run.layers)) == (run.name in MOE)
 
 
 def test_the_verifier_passes_until_a_weight_is_damaged(run: Run) -> None:
@@ -220,7 +232,7 @@ def test_other_methods_and_patterns_are_exact_too(model_type: str, method: str, 
     run = run_of(source, tmp_path, model_type, sparsity, method=method)
     assert_lawful(run, sparsity)
     dense, pruned = run.dense.state_dict(), run.pruned.state_dict()
-    for name in (f"{layer}.weight" for layer in run.layers):
+    for name in (parameter_of(run.dense, layer) for layer in run.layers):
         kept = pruned[name] != 0
         assert torch.equal(pruned[name][kept], dense[name][kept])
 

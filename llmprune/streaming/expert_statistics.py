@@ -1,0 +1,123 @@
+"""Statistics of experts: the tokens routed to one, the same tokens in the dense model, and all tokens sent to it.
+
+The module that holds the experts is called with all tokens and their routing. It can be called again, with the tokens
+of one expert or with any others, as far as the matrix whose inputs are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmprune.model.blocks import LayerRef
+from llmprune.pruning.problem import InputStats
+from llmprune.pruning.shrinkage import QuarticSum, shrunk
+from llmprune.streaming.batch import Batch, StopForward
+from llmprune.streaming.block import Block
+from llmprune.streaming.hooks import Observer, RoutedCall, owner_of
+from llmprune.streaming.pausable import StopAtGroup
+from llmprune.streaming.statistics import GroupStatistics, StatisticsOptions
+
+POOLED_TOKENS = 8192
+"""About so many tokens are sent to every expert; more would add to the cost and hardly to what they tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedBatch:
+    """A batch that has come to the experts.
+
+    Args:
+        batch: the batch.
+        pruned: their call in the pruned model.
+        dense: their call in the dense model; None where that is not streamed.
+    """
+
+    batch: Batch
+    pruned: RoutedCall
+    dense: RoutedCall | None
+
+
+class ExpertStatistics:
+    """Takes the statistics of the experts of a block.
+
+    Args:
+        block: the block.
+        options: how statistics are taken.
+        observed_by: within, the block's observer is the one given.
+    """
+
+    def __init__(
+        self, block: Block, options: StatisticsOptions, observed_by: Callable[[Observer], AbstractContextManager[None]]
+    ) -> None:
+        self.block, self.options, self._observed_by = block, options, observed_by
+        self._at_entry: dict[tuple[str, str], InputStats] = {}
+
+    def collect(self, number: int, refs: Sequence[LayerRef], batches: Sequence[RoutedBatch]) -> InputStats:
+        """The statistics of a group of an expert's matrices, over the tokens that are routed to it in the pruned model.
+
+        Args:
+            number: of the group.
+            refs: its layers.
+            batches: those of this process.
+        """
+        place = refs[0].expert
+        assert place is not None
+        pooled = self._pooled(number, refs, batches) if self.options.shrink else None
+        quartic = None if pooled is None else QuarticSum(pooled.gram)
+        own = GroupStatistics(self.options, refs, self.block.skeleton.device)
+        for routed in batches:
+            tokens = routed.pruned.tokens_of(place.index)
+            if len(tokens):
+                rows, dense = self._rows(number, refs[0], routed, tokens)
+                own.add_rows(routed.batch, rows, dense)
+                if quartic is not None and routed.batch.shard.batch not in self.options.left_out:
+                    quartic.add(rows)
+        stats = own.result()
+        if pooled is None or quartic is None:
+            return stats
+        return shrunk(stats, pooled, self.options.group.sum([quartic.value])[0])
+
+    def _pooled(self, number: int, refs: Sequence[LayerRef], batches: Sequence[RoutedBatch]) -> InputStats:
+        """The statistics of all tokens, or of every so many of them, as if they had been sent to this expert.
+
+        Where the inputs are the tokens themselves, those of all experts are the same.
+        """
+        owner = owner_of(refs[0].local)
+        key = owner, refs[0].local.rpartition(".")[2]
+        if key in self._at_entry:
+            return self._at_entry[key]
+        every = sum(len(routed.pruned.hidden) for routed in batches)
+        pooled = GroupStatistics(self.options, refs, self.block.skeleton.device)
+        at_entry = True
+        for routed in batches:
+            hidden = routed.pruned.hidden
+            tokens = torch.arange(0, len(hidden), -(-every // POOLED_TOKENS), device=hidden.device)
+            rows, dense = self._rows(number, refs[0], routed, tokens)
+            at_entry = at_entry and rows.shape == hidden[tokens].shape and torch.equal(rows, hidden[tokens])
+            pooled.add_rows(routed.batch, rows, dense)
+        found = pooled.result()
+        if at_entry:
+            self._at_entry = {key: found}
+        return found
+
+    def _rows(self, number: int, ref: LayerRef, routed: RoutedBatch, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The inputs of a group for some tokens of a batch, in the pruned and in the dense model."""
+        rows = self._replayed(number, ref, routed.pruned, tokens)
+        assert rows is not None
+        if routed.dense is None or len(routed.dense.hidden) != len(routed.pruned.hidden):
+            return rows, None
+        with self.block.dense():
+            return rows, self._replayed(number, ref, routed.dense, tokens)
+
+    def _replayed(self, number: int, ref: LayerRef, call: RoutedCall, tokens: Tensor) -> Tensor | None:
+        """The inputs of a group if these tokens, and no others, are sent to its expert."""
+        assert ref.expert is not None
+        stop = StopAtGroup(number)
+        module = self.block.module.get_submodule(owner_of(ref.local))
+        with self._observed_by(stop), suppress(StopForward):
+            module(*call.sent(tokens, ref.expert.index))
+        return None if stop.observation is None else stop.observation.inputs
