@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class ReportBuilder:
         self.report = initial_report(run)
         self.report.baseline_memory = resident_memory()
         self._since, self._first = time.perf_counter(), 0
+        self._routed: list[int] = []
 
     def add_generated(self, generated: TokenBatch | None) -> dict[str, str]:
         """Note the hash of the self-generated windows; returns it as part of the run's fingerprint."""
@@ -77,14 +79,18 @@ class ReportBuilder:
         errors: Sequence[float],
     ) -> None:
         """Add the layers of a group, with the errors of their weights as stored."""
-        self.report.layers += layer_reports(group, pattern, solutions, stored, errors)
+        found = layer_reports(group, pattern, solutions, stored, errors)
+        self.report.layers += found
+        self._routed += [layer.tokens for layer, ref in zip(found, group.refs, strict=True) if ref.expert]
 
     def add_block(self, block: Block) -> None:
         """Add what a block took, since the one before."""
         now = time.perf_counter()
+        spread = [min(self._routed), round(median(self._routed)), max(self._routed)] if self._routed else []
         self.report.blocks.append(
-            BlockReport(block.name, round(now - self._since, 3), self.peak_memory(), resident_memory())
+            BlockReport(block.name, round(now - self._since, 3), self.peak_memory(), resident_memory(), spread)
         )
+        self._routed = []
         self.report.seconds = self.clock.so_far()
         self._since = now
 

@@ -71,6 +71,10 @@ td.number, th.number { text-align: right; } pre { background: var(--panel); bord
 """
 
 
+EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
+"""The number of an expert in a layer's name."""
+
+
 def write_report(report: PruneReport, folder: Path) -> None:
     """Write `prune_report.json` and `prune_report.html` into a folder, each atomically.
 
@@ -173,13 +177,16 @@ def _amounts(report: PruneReport) -> list[tuple[str, str, str]]:
 
 
 def by_kind(layers: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
-    """Local name of a layer -> its value in every block, NaN where a block has no such layer."""
-    found = [(*split_name(name), value) for name, value in layers]
-    blocks = 1 + max((block for block, *_ in found), default=0)
-    rows: dict[str, list[float]] = {}
-    for block, local, value in found:
-        rows.setdefault(local, [math.nan] * blocks)[block] = value
-    return rows
+    """Local name of a layer -> its value in every block, NaN where a block has no such layer; experts' mean is one."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for name, value in layers:
+        block, local = split_name(name)
+        found.setdefault(EXPERT.sub("*", local), {}).setdefault(block, []).append(value)
+    blocks = 1 + max((max(row) for row in found.values()), default=0)
+    return {
+        local: [sum(row[block]) / len(row[block]) if block in row else math.nan for block in range(blocks)]
+        for local, row in found.items()
+    }
 
 
 def _errors(report: PruneReport) -> list[str]:

@@ -56,6 +56,7 @@ class BlockReport:
     seconds: float
     peak_memory: int
     memory: int = 0
+    expert_tokens: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from llmprune.streaming.norms import NormScale, find_norm_scales
 from llmprune.streaming.residual import find_residual_adds
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.cut import Cut
-from llmprune.structure.expert_coupling import expert_couplings
+from llmprune.structure.expert_coupling import expert_couplings, has_experts
 from llmprune.structure.find_couplings import OpaqueBlockError, find_couplings
 from llmprune.structure.plan import BlockCouplings
 
@@ -132,6 +132,12 @@ class BlockTypes:
     def movable(self, index: int) -> list[Coupling]:
         """Its coupled channels, and those of its experts, whose number per expert is one setting of the config."""
         return [*self.couplings(index), *expert_couplings(self.skeleton.blocks[index])]
+
+    @property
+    def undescribed(self) -> list[int]:
+        """The first blocks of the types that have experts whose coupled channels are not known."""
+        blocks = {first: self.skeleton.blocks[first] for first in dict.fromkeys(self._first)}
+        return [first for first, block in blocks.items() if has_experts(block) and not expert_couplings(block)]
 
     def norm_scales(self, index: int) -> dict[str, NormScale]:
         """The norms that feed its layers, see `find_norm_scales`."""

@@ -152,6 +152,10 @@ class BlockStream:
         return [
             f"no channels of {self.skeleton.block_name(first)!r} and of blocks like it were reordered: it {reason}"
             for first, reason in self.types.opaque.items()
+        ] + [
+            f"no inputs inside the experts of {self.skeleton.block_name(first)!r} and of blocks like it were "
+            "reordered: their module does not say how gate and up lie"
+            for first in (self.types.undescribed if self.observe.permute else ())
         ]
 
     def save(self) -> dict[str, Any]:

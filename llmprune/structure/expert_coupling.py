@@ -29,6 +29,11 @@ def expert_couplings(block: nn.Module) -> list[Coupling]:
     ]
 
 
+def has_experts(block: nn.Module) -> bool:
+    """Whether a block has experts among its layers."""
+    return any(isinstance(module, ExpertMatrix) for module in block.modules())
+
+
 def _of_module(local: str, module: nn.Module) -> Iterator[Coupling]:
     matrices = [
         (f"{local}.{index}.{name}", part.place.layout)

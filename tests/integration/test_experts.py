@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -280,6 +281,7 @@ def test_the_report_tells_the_tokens_of_every_expert(shrinkage: bool, tmp_path: 
         tokens = [layer.tokens for layer in experts if f".{block}.mlp" in layer.name and "gate_up" in layer.name]
         assert len(tokens) == 4
         assert sum(tokens) == 2 * 8
+        assert report.blocks[block].expert_tokens == [min(tokens), round(median(tokens)), max(tokens)]
     unseen = [layer for layer in experts if not layer.tokens]
     if shrinkage:
         assert all(0 < layer.stats["shrinkage"] <= 1 for layer in experts)
