@@ -24,13 +24,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+LEAST = 1e-15
+"""A layer whose largest weight is smaller cannot be pruned: solvers square weights in float32."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """The tensors on disk that one or more parameters are read from, and their conversion, if any."""
+    """The tensors on disk that one or more parameters are read from, and their conversion, if any.
+
+    Args:
+        names: of the tensors.
+        patterns: of the rule that they match.
+        converter: the rule.
+        target: the parameter that they were matched with; others that the rule makes are told from it.
+    """
 
     names: tuple[str, ...]
     patterns: tuple[str, ...] = ()
     converter: Any = None
+    target: str = ""
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -84,17 +96,17 @@ class Checkpoint(Mapping[str, Tensor]):
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         for target, pairs in converted.items():
             names, patterns = zip(*pairs, strict=True)
-            source = _Origin(tuple(names), tuple(patterns), by_pattern[patterns[0]])
-            for made in self._convert(source, target, meta=True):
+            source = _Origin(tuple(names), tuple(patterns), by_pattern[patterns[0]], target)
+            for made in self._convert(source, meta=True):
                 self._sources[made] = source
 
-    def _convert(self, source: _Origin, target: str, meta: bool = False) -> dict[str, Tensor]:
-        """Run transformers' own conversion (experts stacked, fused layers split) for one parameter."""
+    def _convert(self, source: _Origin, meta: bool = False) -> dict[str, Tensor]:
+        """Run transformers' own conversion (experts stacked, fused layers split): all parameters that it makes."""
         rule = deepcopy(source.converter)
         for name, pattern in zip(source.names, source.patterns, strict=True):
             tensor = self.folder.meta(name) if meta else self.folder[name]
-            rule.add_tensor(target, name, pattern, lambda tensor=tensor: tensor)
-        made = rule.convert(target, model=self._model, config=self._model.config)
+            rule.add_tensor(source.target, name, pattern, lambda tensor=tensor: tensor)
+        made = rule.convert(source.target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _alias_tied(self, state: Mapping[str, Tensor]) -> None:
@@ -131,7 +143,7 @@ class Checkpoint(Mapping[str, Tensor]):
         source = self._sources[name]
         if source.converter is None:
             return self.stored(self.folder[source.names[0]])
-        return self.stored(self._convert(source, name)[name])
+        return self.stored(self._convert(source)[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -175,13 +187,18 @@ class Checkpoint(Mapping[str, Tensor]):
             size += entry.nbytes * stored.itemsize // entry.dtype.itemsize
         return size
 
-    def check_finite(self, step: Any = None) -> str:
+    def check_finite(self, step: Any = None, pruned: Iterable[str] = ()) -> str:
         """Read every tensor once; returns the SHA-256 of names and contents.
+
+        Args:
+            step: called with the bytes of every tensor.
+            pruned: parameters whose squares must be in the range of float32, too.
 
         Raises:
             InputError: naming the first tensor that holds NaN or Inf, would in the dtype of the result, or cannot be
-                read.
+                read; or holds nothing but weights that are too small.
         """
+        squared = set(self.disk_names(pruned))
         digest = hashlib.sha256()
         for name in self.folder:
             if step is not None:
@@ -193,6 +210,13 @@ class Checkpoint(Mapping[str, Tensor]):
                 extremes = torch.stack(torch.aminmax(tensor))
                 if not bool(torch.isfinite(extremes).all()):
                     raise InputError(f"the weights of {name!r} hold NaN or Inf", "use an undamaged checkpoint")
+                largest = float(extremes.abs().max())
+                if name in squared and 0 < largest < LEAST:
+                    raise InputError(
+                        f"the weights of {name!r} are {largest:.1e} at most; below {LEAST:.0e} their squares leave the "
+                        "range of float32",
+                        "leave this layer out with --skip, or use an undamaged checkpoint",
+                    )
                 if not bool(torch.isfinite(stored := self.stored(extremes)).all()):
                     kind = str(stored.dtype).removeprefix("torch.")
                     raise InputError(
