@@ -19,7 +19,7 @@ from llmprune.errors import InputError
 from llmprune.progress import Progress
 from llmprune.sources.bos import window_beginning
 from llmprune.sources.texts import Reader, text_pieces
-from llmprune.sources.tokenize import separable, token_ids
+from llmprune.sources.tokenize import text_ids
 from llmprune.sources.tokens import OVERLAP_RUN, TokenBatch, begun, run_hashes, token_batch
 
 AVOIDED_TOKENS = 400_000
@@ -138,5 +138,4 @@ def _hashes(tokens: Tensor) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 
 def _ids(source: str, reader: Reader) -> list[int]:
-    pieces = separable(text_pieces(source, "evaluation", reader, AVOIDED_TOKENS, 0), reader.tokenizer)
-    return [token for piece in pieces for token in token_ids(piece, reader.tokenizer)]
+    return text_ids(text_pieces(source, "evaluation", reader, AVOIDED_TOKENS, 0), reader.tokenizer)

@@ -15,7 +15,7 @@ from llmprune.sources.conversations import conversation
 from llmprune.sources.files import Row, is_structured, read_file, read_rows
 from llmprune.sources.network import is_unreachable
 from llmprune.sources.texts import files_of
-from llmprune.sources.tokenize import token_ids
+from llmprune.sources.tokenize import text_ids
 
 RETRIES = 5
 BUFFER = 10_000
@@ -38,7 +38,7 @@ def documents(part: Part, tokenizer: Any, seed: int, progress: Progress) -> Iter
         rows = iter([{part.column: "\n\n".join(str(_cell(row, part.column, part)) for row in rows)}])
     for row in rows:
         text = _chat(row, part, tokenizer) if part.messages else str(_cell(row, part.column, part))
-        yield token_ids(text, tokenizer)
+        yield text_ids([text], tokenizer)
 
 
 def _cell(row: Row, column: str, part: Part) -> Any:

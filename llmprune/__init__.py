@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from llmprune.run import prune
     from llmprune.training.keep_zeros import KeepZeros
     from llmprune.training.lora import add_lora, merge_lora
+
+if missing := [name for name in ("fcntl", "resource") if find_spec(name) is None]:
+    raise ImportError(
+        f"llmprune runs on Linux and macOS: this system's Python has no {' and no '.join(missing)}. "
+        "On Windows, use the Windows Subsystem for Linux."
+    )
 
 _WHERE = {
     "InputError": "errors",

@@ -52,6 +52,12 @@ COMMON: dict[str, Any] = {
 """Given to a config where it knows the name."""
 _WINDOWS = ["sliding_attention", "full_attention"]
 _MOE = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_LATENT = {
+    "num_key_value_heads": 4, "head_dim": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "q_lora_rank": 16, "kv_lora_rank": 16,
+}  # fmt: skip
+_INDEXER = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
+_BYTES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
 EXTRA: dict[str, dict[str, Any]] = {
     "biogpt": {"hidden_dropout_prob": 0.0},
     "bloom": {"n_layer": 2, "n_head": 4},
@@ -59,11 +65,6 @@ EXTRA: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "head_dim": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
         "q_lora_rank": 16, "kv_lora_rank": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
         "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
-    },
-    "dbrx": {
-        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "falcon": {"num_attention_heads": 4},
     "gemma3_text": {"sliding_window": 8, "layer_types": _WINDOWS},
@@ -80,14 +81,8 @@ EXTRA: dict[str, dict[str, Any]] = {
         "num_experts": 4, "mamba_dt_rank": 8, "use_mamba_kernels": False,
     },
     "granitemoe": {"num_local_experts": 4},
-    "jetmoe": {"num_local_experts": 4, "kv_channels": 16, "num_key_value_heads": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 128, "moe_layers": [0, 1]},
-    "longcat_flash": {
-        "num_layers": 2, "num_key_value_heads": 4, "ffn_hidden_size": 128, "q_lora_rank": 16, "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16, "qk_head_dim": 16,
-        "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2, "expert_ffn_hidden_size": 32,
-    },
     "mamba": {"use_mambapy": False, "time_step_rank": 8, "state_size": 8},
     "mixtral": {"num_local_experts": 4},
     "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
@@ -100,6 +95,68 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 64},
     "qwen3_moe": _MOE,
     "xglm": {"d_model": 64, "num_layers": 2, "ffn_dim": 128, "attention_heads": 4},
+    "axk2": {
+        **_LATENT, **_INDEXER, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "n_group": 1, "topk_group": 1, "gated_norm_rank": 8,
+    },
+    "bart": {
+        "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128, "encoder_layers": 2,
+        "encoder_attention_heads": 4, "encoder_ffn_dim": 128, "is_decoder": True, "is_encoder_decoder": False,
+    },
+    "blt": {
+        **{f"{part}_config": {**_BYTES, "vocab_size": 96} for part in ("encoder", "decoder", "patcher")},
+        "global_config": {**_BYTES, "hidden_size": 64, "num_hidden_layers": 2},
+        "encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3],
+    },
+    "dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v4": {
+        **_INDEXER, "num_key_value_heads": 1, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "sliding_window": 8, "hc_mult": 2,
+        "layer_types": ["sliding_attention", "compressed_sparse_attention"], "partial_rotary_factor": 0.5,
+    },
+    "falcon_mamba": {"use_mambapy": False, "time_step_rank": 8, "state_size": 8},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _WINDOWS * 2, "sliding_window": 8,
+        "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "altup_num_inputs": 4,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+    },
+    "hrm_text": {"num_hidden_layers": 4},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "hy_v4": {
+        **_LATENT, **_INDEXER, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "indexer_types": ["full", "shared", "shared"],
+    },
+    "jetmoe": {"kv_channels": 16, "num_key_value_heads": 4, "num_local_experts": 4},
+    "longcat_flash": {
+        **_LATENT, "num_layers": 2, "ffn_hidden_size": 64, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2,
+        "expert_ffn_hidden_size": 32, "qk_head_dim": 16,
+    },
+    "recurrent_gemma": {
+        "num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 8,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    "reformer": {
+        "attn_layers": ["local", "local"], "axial_pos_embds": False, "feed_forward_size": 128,
+        "attention_head_size": 16, "is_decoder": True, "local_attn_chunk_length": 8,
+    },
+    "rwkv": {"attention_hidden_size": 64},
+    "xlnet": {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128, "mem_len": None},
+    "zamba": {
+        "num_hidden_layers": 5, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid"],
+        "num_key_value_heads": 4, "use_mamba_kernels": False, "mamba_dt_rank": 8, "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zamba2": {
+        "num_hidden_layers": 5, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+        "n_mamba_heads": 4, "use_mamba_kernels": False, "mamba_d_state": 16, "chunk_size": 8, "num_key_value_heads": 4,
+        "adapter_rank": 8,
+    },
+    "zaya": {**_MOE, "num_experts_per_tok": 1, "router_hidden_size": 32, "num_hidden_layers": 3},
 }  # fmt: skip
 """What a model type needs beside that."""
 

@@ -236,7 +236,7 @@ def copy_others(folder: Path, target: Path, excluded: set[str], progress: Progre
         local = path.relative_to(folder)
         if local.as_posix() not in excluded:
             (target / local).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, target / local)
+            shutil.copyfile(path, target / local)
 
 
 def warn_of_left_out(others: Iterable[Path], folder: Path, progress: Progress) -> None:

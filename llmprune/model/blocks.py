@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -71,12 +72,15 @@ class Skipped:
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The name and the `ModuleList` of the transformer blocks, whose classes `_no_split_modules` names.
 
-    Without these names, the outermost `ModuleList` with the most parameters.
+    Without these names, the outermost `ModuleList` with the most parameters. Lists outside of the decoder (the
+    towers of other modalities) count only if it holds none.
 
     Raises:
         InputError: if the model has no list of blocks.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
+    decoder = set(model.get_decoder().modules())
+    lists = [(name, module) for name, module in lists if module in decoder] or lists
     named = set(model._no_split_modules or ())
     candidates = [(name, module) for name, module in lists if any(type(item).__name__ in named for item in module)]
     outer = [
@@ -102,7 +106,7 @@ def find_layers(block: nn.Module, prefix: str, config: PreTrainedConfig) -> list
     """
     from transformers.pytorch_utils import Conv1D
 
-    layers = []
+    layers, experts = [], expert_counts(config)
     for local, module in block.named_modules():
         if isinstance(module, ExpertMatrix):
             layout = module.place.layout
@@ -111,36 +115,64 @@ def find_layers(block: nn.Module, prefix: str, config: PreTrainedConfig) -> list
             continue
         transposed = isinstance(module, Conv1D)
         rows, columns = module.weight.shape[::-1] if transposed else module.weight.shape
-        skip = "router" if _is_router(local, rows, config) else ""
+        skip = "router" if _is_named_router(local, rows, experts) else ""
         layers.append(LayerRef(f"{prefix}.{local}", local, (int(rows), int(columns)), transposed, skip))
     return layers
 
 
-def _is_router(name: str, rows: int, config: PreTrainedConfig) -> bool:
-    """Whether a layer is a router: named gate or router, with one output per expert, or a single one."""
-    settings = config.get_text_config().to_dict()
-    experts = {value for key, value in settings.items() if re.fullmatch(r"(moe_)?(n|num)_(\w+_)?experts", key)}
-    return bool(re.search(r"(^|_)(gate|router)$", name.rpartition(".")[2])) and rows in experts | {1}
+def expert_counts(config: PreTrainedConfig) -> set[int]:
+    """The numbers of experts that a config names, its parts included."""
+
+    def counts(settings: dict[Any, Any]) -> Iterator[int]:
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                yield from counts(value)
+            elif re.fullmatch(r"(moe_)?(n|num)_(\w+_)?experts", str(key)):
+                yield from (number for number in (value if isinstance(value, list) else [value]) if number)
+
+    return set(counts(config.get_text_config().to_dict()))
 
 
-def find_other_weights(block: nn.Module, prefix: str) -> list[Skipped]:
-    """Parameters of a block with two or more dimensions outside linear layers, which are kept dense."""
+def _is_named_router(name: str, rows: int, experts: set[int]) -> bool:
+    """Whether a layer is, or is part of, what is called a router; or a gate with an output per expert, or only one.
+
+    Routers of other names are found by what they do, see `streaming.routers`.
+    """
+    parts = name.split(".")
+    named = any(re.search(r"(^|_)router(_|$)", part) for part in parts)
+    return named or (any(re.search(r"(^|_)gate$", part) for part in parts) and rows in experts | {1})
+
+
+def find_other_weights(block: nn.Module, prefix: str, experts: Collection[int] = ()) -> list[Skipped]:
+    """Parameters of a block with two or more dimensions outside linear layers, which are kept dense.
+
+    Args:
+        block: one transformer block.
+        prefix: the block's module name.
+        experts: numbers of experts that there may be.
+    """
     from transformers.pytorch_utils import Conv1D
 
     return [
-        Skipped(".".join(filter(None, (prefix, path, name))), parameter.numel(), _kind(owner, parameter))
+        Skipped(full, parameter.numel(), _kind(owner, parameter, full.removeprefix(prefix), experts))
         for path, owner in block.named_modules()
         for name, parameter in owner.named_parameters(recurse=False)
         if parameter.dim() >= 2
         and not (isinstance(owner, nn.Linear | Conv1D) and name == "weight")
         and not is_attached(owner, name)
+        for full in [".".join(filter(None, (prefix, path, name)))]
     ]
 
 
-def _kind(owner: nn.Module, parameter: nn.Parameter) -> str:
+FUSED = "fused experts"
+
+
+def _kind(owner: nn.Module, parameter: nn.Parameter, local: str, experts: Collection[int]) -> str:
     if type(owner).__name__.startswith("Conv"):
         return "convolution"
-    return "fused experts" if parameter.dim() == 3 else "not a linear layer"
+    stacked = parameter.dim() == 3 and parameter.shape[0] in experts
+    named = re.search(r"(^|[._])experts?[._]", local) and "bias" not in local
+    return FUSED if stacked or named else "not a linear layer"
 
 
 def is_scale(module: nn.Module) -> bool:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+LEAST = 1e-15
+"""A layer whose largest weight is smaller cannot be pruned: solvers square weights in float32."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Origin:
     """The tensors on disk that one or more parameters are read from, and their conversion, if any.
@@ -33,12 +37,14 @@ class _Origin:
         renamed: the same by the module's names, without the model's prefix.
         patterns: the pattern of the conversion that each name matches.
         converter: transformers' rule; None where the parameter is stored as it is.
+        target: the parameter that they were matched with; others that the rule makes are told from it.
     """
 
     names: tuple[str, ...]
     renamed: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
     converter: Any = None
+    target: str = ""
 
 
 def _few(source: _Origin) -> _Origin:
@@ -108,21 +114,21 @@ class Checkpoint(Mapping[str, Tensor]):
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         for target, pairs in converted.items():
             names, renamed, patterns = zip(*pairs, strict=True)
-            source = _Origin(tuple(names), tuple(renamed), tuple(patterns), by_pattern[patterns[0]])
-            for made in self._convert(source, target, self.folder.meta):
+            source = _Origin(tuple(names), tuple(renamed), tuple(patterns), by_pattern[patterns[0]], target)
+            for made in self._convert(source, self.folder.meta):
                 self._sources[made] = source
                 self._made[source].append(made)
 
     def _without_prefix(self, name: str) -> str:
         return name.removeprefix(f"{self._model.base_model_prefix}.")
 
-    def _convert(self, source: _Origin, target: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Run transformers' own conversion (experts stacked, fused layers split) for one parameter."""
+    def _convert(self, source: _Origin, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Run transformers' own conversion (experts stacked, fused layers split): all parameters that it makes."""
         rule = deepcopy(source.converter)
         for name, pattern in zip(source.names, source.patterns, strict=True):
             tensor = read(name)
-            rule.add_tensor(target, name, pattern, lambda tensor=tensor: tensor)
-        made = rule.convert(target, model=self._model, config=self._model.config)
+            rule.add_tensor(source.target, name, pattern, lambda tensor=tensor: tensor)
+        made = rule.convert(source.target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _revert(self, source: _Origin, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,13 +156,12 @@ class Checkpoint(Mapping[str, Tensor]):
         """Whether the inverse of a conversion gives back the stored tensors; tried with two of every kind, or all."""
         rule = id(source.converter)
         if rule not in self._inverses:
-            target = self._made[source][0]
-            self._inverses[rule] = self._comes_back(_few(source), target) or self._comes_back(source, target)
+            self._inverses[rule] = self._comes_back(_few(source)) or self._comes_back(source)
         return self._inverses[rule]
 
-    def _comes_back(self, source: _Origin, target: str) -> bool:
+    def _comes_back(self, source: _Origin) -> bool:
         try:
-            found = self._revert(source, self._convert(source, target, self.folder.__getitem__))
+            found = self._revert(source, self._convert(source, self.folder.__getitem__))
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             return False
         return all(
@@ -198,7 +203,7 @@ class Checkpoint(Mapping[str, Tensor]):
         source = self._sources[name]
         if source.converter is None:
             return self.stored(self.folder[source.names[0]])
-        return self.stored(self._convert(source, name, self.folder.__getitem__)[name])
+        return self.stored(self._convert(source, self.folder.__getitem__)[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -261,13 +266,18 @@ class Checkpoint(Mapping[str, Tensor]):
             size += entry.nbytes * stored.itemsize // entry.dtype.itemsize
         return size
 
-    def check_finite(self, step: Any = None) -> str:
+    def check_finite(self, step: Any = None, pruned: Iterable[str] = ()) -> str:
         """Read every tensor once; returns the SHA-256 of names and contents.
+
+        Args:
+            step: called with the bytes of every tensor.
+            pruned: parameters whose squares must be in the range of float32, too.
 
         Raises:
             InputError: naming the first tensor that holds NaN or Inf, would in the dtype of the result, or cannot be
-                read.
+                read; or holds nothing but weights that are too small.
         """
+        squared = set(self.disk_names(pruned))
         digest = hashlib.sha256()
         for name in self.folder:
             if step is not None:
@@ -279,6 +289,13 @@ class Checkpoint(Mapping[str, Tensor]):
                 extremes = torch.stack(torch.aminmax(tensor))
                 if not bool(torch.isfinite(extremes).all()):
                     raise InputError(f"the weights of {name!r} hold NaN or Inf", "use an undamaged checkpoint")
+                largest = float(extremes.abs().max())
+                if name in squared and 0 < largest < LEAST:
+                    raise InputError(
+                        f"the weights of {name!r} are {largest:.1e} at most; below {LEAST:.0e} their squares leave the "
+                        "range of float32",
+                        "leave this layer out with --skip, or use an undamaged checkpoint",
+                    )
                 if not bool(torch.isfinite(stored := self.stored(extremes)).all()):
                     kind = str(stored.dtype).removeprefix("torch.")
                     raise InputError(

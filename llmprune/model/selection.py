@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from llmprune.errors import InputError
-from llmprune.model.blocks import LayerRef, Skipped, find_layers, find_other_weights
+from llmprune.model.blocks import LayerRef, Skipped, expert_counts, find_layers, find_other_weights
 from llmprune.model.expert_probe import probe_experts
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.pattern import SparsityPattern
@@ -23,7 +23,7 @@ class Plan:
     Args:
         layers: the layers to prune.
         skipped: block weights that are kept dense, and why.
-        block_parameters: number of parameters in all blocks.
+        block_parameters: number of parameters in all blocks, shared ones once.
         parameters: number of parameters of the model, tied ones once.
         out_bytes: size of the folder to be written.
         notes: on patterns of names that change nothing.
@@ -137,7 +137,10 @@ def make_plan(
         found = _named(found, names)
     layers: list[LayerRef] = []
     skipped: list[Skipped] = []
+    tied = skeleton.model.all_tied_weights_keys
     for layer in found:
+        if layer.parameter in tied:
+            continue
         reason = layer.skip or select(layer.name, only, skip)
         if not reason:
             reason = _storage_obstacle(skeleton, layer.parameter)
@@ -150,19 +153,16 @@ def make_plan(
             )
         else:
             layers.append(layer)
+    experts = expert_counts(skeleton.config)
     for index, block in enumerate(skeleton.blocks):
-        skipped += find_other_weights(block, skeleton.block_name(index))
+        others = find_other_weights(block, skeleton.block_name(index), experts)
+        skipped += [other for other in others if other.name not in tied]
     if not layers:
         raise InputError("there is no layer left to prune", "loosen --only and --skip")
-    tied = skeleton.model.all_tied_weights_keys
-    parameters = [p.numel() for name, p in skeleton.model.named_parameters() if name not in tied]
+    parameters = {name: p.numel() for name, p in skeleton.model.named_parameters() if name not in tied}
+    inside = [size for name, size in parameters.items() if name.startswith(f"{skeleton.block_path}.")]
     return Plan(
-        tuple(layers),
-        tuple(skipped),
-        sum(parameter.numel() for parameter in skeleton.blocks.parameters()),
-        sum(parameters),
-        skeleton.checkpoint.out_bytes(),
-        notes,
+        tuple(layers), tuple(skipped), sum(inside), sum(parameters.values()), skeleton.checkpoint.out_bytes(), notes
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llmprune.errors import InputError
 from llmprune.model.blocks import find_blocks
@@ -56,6 +57,15 @@ class Skeleton:
             for name, buffer in owner._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":
                     owner._buffers[name] = buffer.to(self.device)
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream; that of the embedding where the config does not say."""
+        if (width := getattr(self.config.get_text_config(), "hidden_size", None)) is None:
+            embedding = self.model.get_input_embeddings().weight
+            assert isinstance(embedding, Tensor)
+            width = embedding.shape[-1]
+        return int(width)
 
     def block_name(self, index: int) -> str:
         """Module name of a block."""
@@ -164,12 +174,51 @@ def check_sizes(config: PreTrainedConfig, folder: SafetensorsFolder) -> None:
                 )
 
 
+LARGEST = 2**26
+"""Elements of a tensor that may be allocated while a model is built; larger ones are made on the meta device."""
+
+
+class LargeOnMeta(TorchFunctionMode):
+    """While it is on, tensors of more elements than `most` are made on the meta device.
+
+    What is registered as a parameter goes there anyway, but is allocated before: the fused experts of one block may be
+    more than a machine has. Small tensors must be real, as buffers that no file holds are computed from them.
+    """
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.most = most
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FACTORIES and kwargs.get("device") is None and kwargs.get("generator") is None:
+            shape = func(*args, **{**kwargs, "device": "meta"})
+            if shape.numel() > self.most:
+                return shape
+        return func(*args, **kwargs)
+
+
+FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+
+
 def build_on_meta(config: PreTrainedConfig, compute: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build the causal language model of `config` without allocating its weights.
+    """Build the causal language model of `config` without allocating its weights; buffers that no file holds are real.
 
     Raises:
         InputError: the architecture is no causal language model.
     """
+    model = _built(config, compute, trust_remote_code, LARGEST)
+    if any(
+        buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ):
+        model = _built(config, compute, trust_remote_code, math.inf)
+    model.config.return_dict = True  # a config may ask for bare tuples
+    return model.eval().requires_grad_(False)
+
+
+def _built(config: PreTrainedConfig, compute: torch.dtype, trust_remote_code: bool, most: float) -> PreTrainedModel:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -179,9 +228,9 @@ def build_on_meta(config: PreTrainedConfig, compute: torch.dtype, trust_remote_c
             "llmprune prunes decoder-only language models; remote code needs --trust-remote-code",
         ),
         init_empty_weights(include_buffers=False),
+        LargeOnMeta(most),
     ):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=compute, trust_remote_code=trust_remote_code
         )
-    model.config.return_dict = True  # a config may ask for bare tuples
-    return model.eval().requires_grad_(False)
+    return model

@@ -165,9 +165,8 @@ class RunContext:
     @property
     def hidden_bytes(self) -> int:
         """Bytes of the hidden states that enter a block and leave it, in all streams."""
-        hidden = self.source.config.get_text_config().hidden_size
         element = self.skeleton.compute.itemsize * (2 if self.recipe.dense_stream else 1)
-        return 2 * math.prod(self.shape) * int(hidden) * element
+        return 2 * math.prod(self.shape) * self.skeleton.width * element
 
     @property
     def versions(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ from llmprune.pruning.criteria import load_criterion
 from llmprune.pruning.methods import Cost, load_method
 from llmprune.pruning.recipe import EFFORTS, Recipe
 from llmprune.sources.generated import generation_batch_size, model_bytes, window_bytes
+from llmprune.streaming.check_stream import WINDOW
 from llmprune.streaming.expert_statistics import POOLED_TOKENS
 from llmprune.streaming.perplexity import CHUNK_ELEMENTS
 from llmprune.streaming.stream import BATCH_TOKENS, BLOCK_MEMORY
@@ -66,7 +67,7 @@ class Task:
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""
-        return int(self.skeleton.config.get_text_config().hidden_size)
+        return self.skeleton.width
 
     @property
     def vocabulary(self) -> int:
@@ -170,7 +171,7 @@ def _rerouting(task: Task) -> float:
 
 def memory(task: Task) -> int:
     """Peak memory in bytes above that of the libraries: the maximum over the stages of a run."""
-    stages = [_reading(task), _pruning(task)]
+    stages = [_reading(task), _checking(task), _pruning(task)]
     if task.own:
         stages.append(_writing(task))
     if task.evaluation:
@@ -187,6 +188,12 @@ def _reading(task: Task) -> int:
     written = min(HELD_BYTES, sum(outside)) + max(outside, default=0)
     loaded = _loaded(task, task.skeleton.before_blocks())
     return max(2 * largest, max(loaded, written) + _resting(task, task.tokens, _streams(task)))
+
+
+def _checking(task: Task) -> int:
+    """All that lies outside of the blocks, a block, and logits of the one window that runs through the whole model."""
+    logits = 3 * 4 * min(WINDOW, task.seq_len) * task.vocabulary
+    return _loaded(task, task.skeleton.outside()) + max(_block(task) * task.element, logits)
 
 
 def _writing(task: Task) -> int:

@@ -22,7 +22,7 @@ from llmprune.progress import Progress
 from llmprune.pruning.pattern import PatternScope, SparsityPattern, parse_pattern
 from llmprune.reporting.report import PruneReport
 from llmprune.runtime.files import sha256, write_json
-from llmprune.runtime.ownership import LOCK, clear, delete
+from llmprune.runtime.ownership import OWN, clear, delete
 from llmprune.streaming.block import Block
 from llmprune.streaming.cross_block_state import CannotBeSavedError
 from llmprune.streaming.perplexity import Perplexity
@@ -256,7 +256,7 @@ def _files_of(stream: Mapping[str, Any], folder: Path) -> dict[Path, str]:
 def _tidy(folder: Path, files: Mapping[Path, str]) -> None:
     """Remove files that nothing names."""
     for path in folder.iterdir():
-        if path not in files and path.name not in {STATE, LOCK, MODEL, GENERATED} and not path.name.startswith(RANK):
+        if path not in files and path.name not in {STATE, MODEL, GENERATED, *OWN} and not path.name.startswith(RANK):
             delete(path)
 
 

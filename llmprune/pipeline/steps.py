@@ -42,7 +42,9 @@ def check_weights(run: RunContext, progress: Progress) -> str:
         the sha256 of all weights.
     """
     progress.start("checking weights", run.skeleton.checkpoint.folder.nbytes, "B")
-    digest = run.skeleton.checkpoint.check_finite(progress.step)
+    held_in = {layer.name: layer.parameter for layer in run.plan.layers}
+    pruned = {held_in.get(name, f"{name}.weight") for name in run.chosen}
+    digest = run.skeleton.checkpoint.check_finite(progress.step, pruned)
     progress.finish()
     return digest
 

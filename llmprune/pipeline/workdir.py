@@ -18,7 +18,8 @@ from llmprune.pipeline.state import FORMAT, RESUME_HINT, STATE, VERSION, RunStat
 from llmprune.pipeline.steps import check_weights
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport
-from llmprune.runtime.files import is_occupied, sha256, sync
+from llmprune.runtime.files import is_occupied, sha256
+from llmprune.runtime.filesystem import sync
 from llmprune.runtime.ownership import delete, own_folder, remove
 
 REPLACED = "replaced"
@@ -121,7 +122,7 @@ def _publish(run: RunContext) -> None:
     except BaseException:
         _restore(run)
         raise
-    with suppress(OSError):  # some file systems cannot
+    with suppress(OSError):  # it is in place
         sync(run.out.parent)
 
 

@@ -58,9 +58,9 @@ def calibration_text(calibration: Mapping[str, Any]) -> str:
     seed = f", seed {calibration['seed']}" if calibration["seed"] is not None else ""
     more = calibration.get("self_generated", 0)
     generated = f", and {more} self-generated {'window' if more == 1 else 'windows'}" if more else ""
-    part = f"the first {characters:,} characters of " if (characters := calibration.get("characters")) else ""
+    part = f", from its first {characters:,} characters" if (characters := calibration.get("characters")) else ""
     size = f"{calibration['samples']} x {calibration['seq_len']} tokens"
-    return f"{size} of {part}{calibration['source']}{seed}{generated}{bos_text(calibration)}"
+    return f"{size} of {calibration['source']}{part}{seed}{generated}{bos_text(calibration)}"
 
 
 def bos_text(windows: Mapping[str, Any]) -> str:

@@ -11,19 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmprune.errors import InputError
+from llmprune.runtime.filesystem import sync, where_supported
 from llmprune.runtime.ownership import regular_files, scratch_folder
 
 UMASK = os.umask(0)
 os.umask(UMASK)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -37,7 +29,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~UMASK)
+        with where_supported():
+            temporary.chmod(0o666 & ~UMASK)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)

@@ -7,7 +7,6 @@ for whoever deletes or writes through a link reaches files elsewhere.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
@@ -16,8 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmprune.errors import InputError
+from llmprune.runtime.filesystem import HOLDER, lock, unlock, where_supported
 
 LOCK = "lock"
+OWN = frozenset({LOCK, HOLDER})
+"""The files that say whose a folder is."""
 MARK = b"llmprune keeps unfinished work in this folder and deletes it with all that is in it\n"
 
 
@@ -48,7 +50,7 @@ def _foreign(folder: Path) -> str:
         return ""
     if not folder.is_dir():
         return "is a file"
-    # In this order, for another process may be removing it: the lock goes last.
+    # In this order, for another process may be removing it: the lock goes behind all that it is for.
     if not _is_marked(folder / LOCK) and (stranger := _stranger(folder)):
         return f"was not made by llmprune: it holds {stranger!r}"
     _, links = regular_files(folder)
@@ -57,7 +59,7 @@ def _foreign(folder: Path) -> str:
 
 def _stranger(folder: Path) -> str:
     """A name in a folder without the mark; '' where there is none, or a lock that its process had no time to mark."""
-    names = sorted(os.listdir(folder))
+    names = sorted(set(os.listdir(folder)) - {HOLDER})
     lock = folder / LOCK
     return "" if not names or (names == [LOCK] and is_regular(lock) and not lock.stat().st_size) else names[0]
 
@@ -107,29 +109,27 @@ def own_folder(folder: Path, waiting: Callable[[], None] | None = None) -> Itera
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
             continue  # the process that worked there has just removed it
-        with os.fdopen(descriptor, "ab") as lock:
+        with os.fdopen(descriptor, "ab") as stream:
             if _acquire(descriptor, folder, waiting):
-                if os.fstat(descriptor).st_size == 0:
-                    lock.write(MARK)
-                    lock.flush()
-                    os.fsync(descriptor)
-                yield
+                try:
+                    if os.fstat(descriptor).st_size == 0:
+                        stream.write(MARK)
+                        stream.flush()
+                        with where_supported():
+                            os.fsync(descriptor)
+                    yield
+                finally:
+                    unlock(folder)
                 return
 
 
 def _acquire(descriptor: int, folder: Path, waiting: Callable[[], None] | None) -> bool:
     """Lock an open lock file; False if it is no longer the one in the folder."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if waiting is None:
-            raise InputError(
-                f"another llmprune is writing to {folder}", "wait for it to end, or choose another --out"
-            ) from None
-        waiting()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    lock(descriptor, folder, waiting)
     with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat())
+        if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+            return True
+    unlock(folder)
     return False
 
 
@@ -147,7 +147,7 @@ def scratch_folder(folder: Path, waiting: Callable[[], None] | None = None) -> I
 def clear(folder: Path, keep: Sequence[str] = ()) -> None:
     """Delete what a folder of ours holds, but for its lock and the names in `keep`."""
     for path in folder.iterdir():
-        if path.name not in {LOCK, *keep}:
+        if path.name not in {*OWN, *keep}:
             delete(path)
 
 
@@ -155,7 +155,7 @@ def remove(folder: Path, last: Sequence[str] = ()) -> None:
     """Delete a folder of ours as far as possible; the names in `last` go behind the others, then lock and folder."""
     with suppress(OSError):
         clear(folder, keep=last)
-        for name in (*last, LOCK):
+        for name in (*last, LOCK, HOLDER):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmprune.errors import InputError
 from llmprune.progress import Progress
-from llmprune.runtime.files import sync
+from llmprune.runtime.filesystem import sync
 from llmprune.runtime.ownership import scratch_folder
 
 

@@ -128,6 +128,6 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 _READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
-    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json,
+    ".jsonl": _json_lines, ".ndjson": _json_lines, ".jsonlines": _json_lines, ".json": _json,
     ".csv": _table(","), ".tsv": _table("\t"), ".parquet": _parquet,
 }  # fmt: skip

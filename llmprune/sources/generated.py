@@ -158,7 +158,7 @@ def window_bytes(skeleton: Skeleton, length: int) -> int:
     """Bytes of the key-value cache of a window of `length` tokens, and of the logits of its next token."""
     config = skeleton.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 0
-    size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    size = getattr(config, "head_dim", None) or skeleton.width // max(heads, 1)
     width = (getattr(config, "num_key_value_heads", None) or heads) * size
     # The cache is copied while it grows, a block at a time.
     cache = 2 * length * width * (len(skeleton.blocks) + 1) * skeleton.compute.itemsize

@@ -24,6 +24,11 @@ def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
+def text_ids(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text in parts, the same as of the text as a whole."""
+    return [token for piece in separable(text, tokenizer) for token in token_ids(piece, tokenizer)]
+
+
 def separable(text: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Cut a text where tokenising both sides apart gives the same ids as tokenising across.
 

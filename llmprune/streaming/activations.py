@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmprune.runtime.files import sha256, sync
+from llmprune.runtime.files import sha256
+from llmprune.runtime.filesystem import sync
 
 ALIGNMENT = 4096  # sums over a mapped tensor must come out as they do over an allocated one
 

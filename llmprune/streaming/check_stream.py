@@ -69,7 +69,6 @@ class _Walk:
         self.model = type(skeleton.model).__name__
         self.hidden = batch.entered().to(skeleton.device)
         self.called = 0
-        # Modules that several blocks share have one forward, replaced by the last.
         self._forwards = [block.forward for block in skeleton.blocks]
 
     def forward_of(self, index: int) -> Callable[..., Any]:

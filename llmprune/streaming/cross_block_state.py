@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmprune.errors import PruneError
-from llmprune.runtime.files import sha256, sync
+from llmprune.runtime.files import sha256
+from llmprune.runtime.filesystem import sync
 from llmprune.streaming.batch import Axes, Call, Carried
 from llmprune.streaming.capture import BlockInputs, Wrap
 

@@ -196,6 +196,7 @@ def call_order(module: nn.Module, layers: Collection[str], run: Callable[[], Ten
         layers: local names of the layers to be pruned, in definition order.
         run: lets a batch pass through it.
     """
+    linear = [local for local, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)]
     calls: Counter[str] = Counter()
     inputs: dict[str, Tensor] = {}
     other: set[str] = set()
@@ -215,13 +216,14 @@ def call_order(module: nn.Module, layers: Collection[str], run: Callable[[], Ten
     def handles() -> Iterator[RemovableHandle]:
         for local, part in module.named_modules():
             yield part.register_forward_pre_hook(partial(note, local), with_kwargs=True)
-        for local in layers:
+        for local in linear:
             yield module.get_submodule(local).register_forward_hook(partial(check, local), with_kwargs=True)
 
     with hooked(handles()), watch:
         run()
     dense = _obstacles(module, layers, calls) | dict.fromkeys(other, "another product than of weight and input")
-    dense |= dict.fromkeys(routers(module, watch, layers), "router")
+    dense |= dict.fromkeys(routers(module, watch, linear), "router")
+    dense = {local: dense[local] for local in layers if local in dense}
     groups = _grouped({local: tensor for local, tensor in inputs.items() if local not in dense})
     nbytes = _nbytes(module, [inputs[members[0]] for members in groups], groups)
     previous = -1
@@ -288,7 +290,7 @@ def _is_plain(layer: nn.Module, given: Tensor, output: Any) -> bool:
     """Whether a layer computes `x Wᵀ + b`; a subclass may do anything else with its weight."""
     if type(layer).forward in {nn.Linear.forward, Conv1D.forward, ExpertMatrix.forward}:
         return True
-    if not isinstance(layer, nn.Linear) or not isinstance(output, Tensor):
+    if not isinstance(layer, nn.Linear) or not isinstance(output, Tensor) or given.shape[-1] != layer.weight.shape[1]:
         return False
     plain = functional.linear(given, layer.weight, layer.bias)
     return output.shape == plain.shape and float((output - plain).norm()) <= SAME * float(plain.norm())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class GroupStatistics:
         """Statistics per token over the windows of all processes; the sums are used up.
 
         Raises:
-            InputError: they are not finite.
+            InputError: they are not finite, or so small that float32 does not hold their squares.
             PruneError: the processes are at different layers, or one has ended.
         """
         with mmap_large_allocations():
@@ -119,7 +120,15 @@ class GroupStatistics:
                 f"the inputs of layer {self.names[0]!r} hold NaN or Inf",
                 "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)",
             )
-        return all_reduce_statistics(stats, self.names, self.options.group)
+        total = all_reduce_statistics(stats, self.names, self.options.group)
+        square = float(total.gram.diagonal().mean(dtype=torch.float64))
+        if 0 < square < LEAST_SQUARE:
+            raise InputError(
+                f"the inputs of layer {self.names[0]!r} have a root mean square of {square**0.5:.1e}; below "
+                f"{LEAST_SQUARE**0.5:.0e} their squares leave the range of float32",
+                "the weights of a layer or a norm before it are that small; check the checkpoint",
+            )
+        return in_range(total, square)
 
     def _mean_square(self, rows: Tensor) -> float:
         """Of the first batch, of which other processes may have a part, or all."""
@@ -142,6 +151,27 @@ def inverse_residual_norm(residual: Tensor) -> Tensor:
     """
     size = residual.float().square().mean(-1).sqrt().flatten()[:, None]
     return size.clamp(min=torch.finfo(torch.float32).tiny ** 0.5).reciprocal()
+
+
+LEAST_SQUARE = 1e-30
+RANGE = 40
+
+
+def in_range(stats: InputStats, square: float) -> InputStats:
+    """Statistics of inputs and outputs in another unit, a power of two, where mean squares are beyond 2⁻⁴⁰ and 2⁴⁰.
+
+    Solutions do not depend on the unit, but their factorisations leave the range of float32 where it is far from 1.
+
+    Args:
+        stats: per token.
+        square: the mean square of the inputs.
+    """
+    exponent = round(math.log2(square)) if square > 0 else 0
+    if abs(exponent) <= RANGE:
+        return stats
+    squares = {name: getattr(stats, name) for name in REDUCED if name != "zero_fraction"}
+    scaled = {name: value * 2.0**-exponent for name, value in squares.items() if value is not None}
+    return replace(stats, **scaled, held=None if stats.held is None else in_range(stats.held, square))
 
 
 REDUCED = ("gram", "cross", "dense", "residual_cross", "output_cross", "output_energy", "zero_fraction")

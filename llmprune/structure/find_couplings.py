@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from llmprune.structure.float64 import Float64, random_copy
 from llmprune.structure.gradient_probe import Probe, Run
 
 TOLERANCE = 1e-10
+OUTPUT = ""
+"""Among what is seen in a run, all that the block returns or writes."""
+_Seen = dict[str, list[Tensor]]
 
 
 class OpaqueBlockError(Exception):
@@ -39,7 +43,8 @@ def find_couplings(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[
     for the others (query and key rows, value rows shared by heads) every input is differentiated.
 
     Every guess is verified: the copy's rows and columns are permuted, at random within the classes, and all outputs of
-    the run must be the same to `TOLERANCE`.
+    the run, and the inputs of all other weights, must be the same to `TOLERANCE`. (A few tokens need not show in the
+    outputs what another layer sees: an indexer that chooses among more tokens than there are.)
 
     Args:
         block: the block; it is left alone. No hooks of the caller's may be on it.
@@ -70,24 +75,49 @@ def _found(block: nn.Module, run: Run, hidden: Tensor, layers: Sequence[LayerRef
     if not guesses:
         return []
     with Float64(), torch.no_grad():
-        dense = _tensors(run(copy, noise))
+        dense = _seen(copy, run, noise)
         held = [guess for guess in guesses if _holds(guess, copy, run, noise, dense, generator)]
         return [replace(guess, removable=_is_removable(guess, copy, run, noise)) for guess in held]
 
 
 def _holds(
-    guess: Coupling, block: nn.Module, run: Run, hidden: Tensor, dense: list[Tensor], generator: torch.Generator
+    guess: Coupling, block: nn.Module, run: Run, hidden: Tensor, dense: _Seen, generator: torch.Generator
 ) -> bool:
-    """Whether a random permutation leaves the block's outputs unchanged, and one of the producers alone does not."""
+    """Whether a random permutation changes neither the block's outputs nor what other weights are given.
+
+    One of the producers alone must change the outputs.
+    """
     moves = [_cycle(slots.shape[1], generator) for slots in guess.classes]
     order = scatter(guess.classes, moves, guess.width)
     parameters = dict(block.named_parameters())
 
-    def distance(consumer: bool) -> float:
+    def permuted(consumer: bool) -> _Seen:
         with _swapped(parameters, permute(guess, order, parameters, consumer=consumer)):
-            return _distance(dense, _tensors(run(block, hidden)))
+            return _seen(block, run, hidden)
 
-    return distance(consumer=True) <= TOLERANCE < distance(consumer=False)
+    both = permuted(consumer=True)
+    others = [local for local in dense if local != guess.consumer]
+    return both.keys() == dense.keys() and (
+        max(_distance(dense[local], both[local]) for local in others)
+        <= TOLERANCE
+        < _distance(dense[OUTPUT], permuted(consumer=False)[OUTPUT])
+    )
+
+
+def _seen(block: nn.Module, run: Run, hidden: Tensor) -> _Seen:
+    """The outputs of a run, and the inputs of all modules that have weights of two or more dimensions."""
+    found: _Seen = {}
+
+    def note(local: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        found.setdefault(local, []).extend(_tensors((args, kwargs)))
+
+    with hooked(
+        part.register_forward_pre_hook(partial(note, local), with_kwargs=True)
+        for local, part in block.named_modules()
+        if local and any(parameter.dim() > 1 for parameter in part.parameters(recurse=False))
+    ):
+        outputs = _tensors(run(block, hidden))
+    return {**found, OUTPUT: outputs}
 
 
 def _is_removable(guess: Coupling, block: nn.Module, run: Run, hidden: Tensor) -> bool:

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from torch import Tensor
+
 from llmprune.errors import InputError
+from llmprune.model.blocks import FUSED, expert_counts, find_layers, find_other_weights
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.sparsity import WORDS, Kind, Removal
@@ -118,7 +121,17 @@ class _Planner:
                 f"{', '.join(map(str, widths.values()))} for the inputs of {cuts[0].name!r}: {reason}",
                 "this model cannot lose MLP channels; remove weights instead, e.g. --sparsity 2:4",
             )
-        return cuts, changes, f"{removal.name}: MLP channels {'; '.join(texts)}"
+        return cuts, changes, f"{removal.name}: MLP channels {'; '.join(texts)}{self._beside()}"
+
+    def _beside(self) -> str:
+        """That experts keep their channels, and how much of the blocks they are; '' where there are none."""
+        counts, fused = expert_counts(self.skeleton.config), 0
+        for index, block in enumerate(self.skeleton.blocks):
+            name = self.skeleton.block_name(index)
+            fused += sum(w.weights for w in find_other_weights(block, name, counts) if w.reason == FUSED)
+            fused += sum(layer.weights for layer in find_layers(block, name, self.skeleton.config) if layer.expert)
+        total = sum(parameter.numel() for parameter in self.skeleton.blocks.parameters())
+        return f"; the experts, {fused / total:.1%} of the block parameters, keep all of theirs" if fused else ""
 
     def _rounded(self, removal: Removal, old: int, round_to: int | None) -> tuple[int, int, str]:
         """The number of kept channels, the multiple it is rounded to, and why that is less than 64."""
@@ -193,8 +206,8 @@ class _Planner:
         """The last layer of the first block whose inputs are coupled with no rows."""
         known = {coupling.consumer for coupling in self.couplings[0]}
         sliced_parameters = {dependency.local for coupling in self.couplings[0] for dependency in coupling.dependencies}
-        layers = [name for name, module in self.skeleton.blocks[0].named_modules() if hasattr(module, "weight")]
-        matrices = [n for n in layers if self.skeleton.blocks[0].get_parameter(f"{n}.weight").dim() == 2]
+        weights = [(name, getattr(part, "weight", None)) for name, part in self.skeleton.blocks[0].named_modules()]
+        matrices = [name for name, weight in weights if isinstance(weight, Tensor) and weight.dim() == 2]
         left = [name for name in matrices if name not in known | sliced_parameters] or matrices or [""]
         return f"{self.skeleton.block_name(0)}.{left[-1]}"
 

@@ -142,10 +142,20 @@ def tokenizer() -> Any:
     return word_tokenizer(20)
 
 
+rows = st.lists(st.dictionaries(st.sampled_from(["text", "messages", "a"]), json_values, max_size=3), max_size=3)
+texts = (
+    st.binary(max_size=60)
+    | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | rows.map(lambda found: json.dumps(found).encode())
+    | rows.map(lambda found: "\n".join(map(json.dumps, found)).encode())
+    | st.text(alphabet='text,messages"\r\n\t w1', max_size=60).map(lambda text: f"text{text}".encode())
+)
+
+
 @many
-@given(raw=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_any_calibration_text(raw: bytes, tmp_path: Path, tokenizer: Any) -> None:
-    path = tmp_path / "text.txt"
+@given(raw=texts, ending=st.sampled_from(["txt", "jsonl", "json", "csv", "tsv", "parquet"]))
+def test_any_calibration_text(raw: bytes, ending: str, tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / f"text.{ending}"
     path.write_bytes(raw)
     try:
         reader = Reader(tokenizer, tmp_path, Progress())

@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Toy, ToyConfig, edit_tensor, job, save_tiny, text_file, token_file, toy_block
+from helpers import (
+    VOCAB,
+    Toy,
+    ToyConfig,
+    edit_tensor,
+    job,
+    save_tiny,
+    text_file,
+    token_file,
+    toy_block,
+    word_tokenizer,
+)
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -61,6 +72,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama of four blocks, tokens to calibrate on and text to evaluate on."""
     folder = tmp_path_factory.mktemp("given")
     save_tiny("llama", folder / "model", num_hidden_layers=BLOCKS)
+    tokenizer = word_tokenizer(VOCAB)
+    tokenizer.bos_token = "w1"
+    tokenizer.save_pretrained(folder / "model")
     token_file(folder / "tokens.safetensors")
     text_file(folder / "eval.txt", 300)
     return folder
@@ -308,6 +322,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "skip": ({"skip": ("*.q_proj",)}, "--skip was"),
     "dtype": ({"dtype": "bfloat16"}, "--dtype was None, now bfloat16"),
     "threads": ({"threads": 7}, r"--threads was \d+, now 7"),
+    "bos": ({"bos": "yes"}, "--bos was no, now yes"),
     "samples": ({"samples": 3}, "calibration tokens was .*, now"),
     "no evaluation": ({"evaluate": False}, "evaluation tokens was .*, now None"),
 }

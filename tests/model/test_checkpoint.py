@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import (
     Toy,
     ToyConfig,
+    edit_tensor,
+    job,
     on_disk,
     reload,
     rewrite,
     save_tiny,
     skeleton_of,
+    tiny_config,
+    tiny_model,
+    token_file,
     toy_block,
     with_entry,
     with_header,
@@ -26,11 +33,14 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter
+from transformers.core_model_loading import Chunk, Split, WeightConverter
 
+from llmprune import prune
 from llmprune.errors import InputError, PruneError
 from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder, read_header
+from llmprune.model.skeleton import LARGEST, build_on_meta
 from llmprune.model.tensor_file import join_files
 from llmprune.model.writer import ShardWriter
 
@@ -277,6 +287,103 @@ def test_one_matrix_on_disk_may_be_several_parameters(halves: Path) -> None:
     with skeleton.loaded(skeleton.block_parameters(1)):
         for name in skeleton.block_parameters(1):
             assert torch.equal(skeleton.model.get_parameter(name), model.get_parameter(name))
+
+
+def test_a_matrix_is_split_at_the_sizes_of_its_parameters_whichever_is_asked_for(tmp_path: Path) -> None:
+    folder = save_tiny("toy", tmp_path, kind="Uneven", tokenizer=False)
+
+    def fuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for at in range(2):
+            parts = [tensors.pop(f"layers.{at}.{name}.weight") for name in ("up", "gate")]
+            tensors[f"layers.{at}.both.weight"] = torch.cat(parts)
+        return tensors
+
+    expected = {name: tensor.clone() for name, tensor in reload(folder).state_dict().items()}
+    rewrite(folder, fuse)
+    rule = WeightConverter("both.weight", ["up.weight", "gate.weight"], operations=[Split(dim=0)])
+    register_checkpoint_conversion_mapping("toy", [rule], overwrite=True)
+    try:
+        skeleton = skeleton_of(folder)
+        assert all(torch.equal(skeleton.checkpoint[name], tensor) for name, tensor in expected.items())
+    finally:
+        register_checkpoint_conversion_mapping("toy", [], overwrite=True)
+
+
+@toy_block
+class Uneven(nn.Module):
+    """Two layers of different sizes that may be one matrix on disk."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.gate = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate(x) * self.up(x).chunk(2, -1)[0]
+
+
+def test_a_model_is_built_without_allocating_its_weights() -> None:
+    """Fused experts of 3.5 GiB in float32; rotary tables are real, and the same as elsewhere."""
+    config = tiny_config("mixtral", num_local_experts=8, hidden_size=4096, intermediate_size=14336)
+    allocated: list[int] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor) and not made.is_meta:
+                allocated.append(made.numel())
+            return made
+
+    with Watch():
+        model = build_on_meta(config, torch.float32)
+    assert max(allocated) <= LARGEST
+    assert sum(p.numel() for p in model.parameters()) > 2 * LARGEST
+    assert all(p.is_meta for p in model.parameters())
+    small = tiny_model("mixtral", hidden_size=256, num_attention_heads=16)
+    tables = {name: buffer for name, buffer in small.named_buffers() if "inv_freq" in name}
+    assert tables
+    assert all(torch.equal(dict(model.named_buffers())[name], buffer) for name, buffer in tables.items())
+
+
+def test_large_buffers_that_no_file_holds_are_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.model.skeleton.LARGEST", 4)
+    model = build_on_meta(tiny_config("gpt_neo"), torch.float32)
+    wanted = dict(tiny_model("gpt_neo").named_buffers())
+    assert wanted
+    assert all(torch.equal(buffer, wanted[name]) for name, buffer in model.named_buffers() if not buffer.is_meta)
+    lost = {name for name, buffer in model.named_buffers() if buffer.is_meta}
+    assert not lost - set(model.state_dict())
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+def test_weights_whose_squares_leave_the_range_are_refused_by_name(effort: str, tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(tiny, folder)
+    edit_tensor(folder, "model.layers.1.mlp.up_proj.weight", lambda t: t.fill_(1e-20))
+    with pytest.raises(InputError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' are 1\.0e-20 at most"):
+        prune(job(folder, tmp_path / "out", token_file(tmp_path / "tokens.safetensors"), effort=effort))
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+def test_the_unit_of_a_layers_inputs_changes_nothing(effort: str, factor: float, tiny: Path, tmp_path: Path) -> None:
+    """A norm so much smaller, and the layers behind it so much larger: the same function, and the same masks."""
+    scaled, tokens = tmp_path / "scaled", token_file(tmp_path / "tokens.safetensors")
+    shutil.copytree(tiny, scaled)
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, tensor in tensors.items():
+            if "post_attention_layernorm" in name:
+                tensor.mul_(factor)
+            if "gate_proj" in name or "up_proj" in name:
+                tensor.div_(factor)
+        return tensors
+
+    rewrite(scaled, change)
+    for name, source in (("a", tiny), ("b", scaled)):
+        prune(job(source, tmp_path / name, tokens, effort=effort))
+    a, b = on_disk(tmp_path / "a"), on_disk(tmp_path / "b")
+    assert all(torch.equal(a[name] == 0, b[name] == 0) for name in a)
+    assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-5) for name in a if "down_proj" in name)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])

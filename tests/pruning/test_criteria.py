@@ -188,6 +188,30 @@ def test_a_swap_finds_the_way_back_from_a_bad_choice() -> None:
     assert torch.allclose(search.weight, refitted(problem, problem.kept(search.removed)), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("count", [44, 60, 72])
+@pytest.mark.parametrize("factor", [1e-9, 1e-3, 1.0, 1e3, 1e9])
+def test_obs_removes_dead_inputs_first_whatever_the_unit_of_the_inputs(factor: float, count: int) -> None:
+    """60 of 172 channels are always zero, with the largest weights of all."""
+    problem = problem_of((1, 172, 1))
+    dead = torch.randperm(172, generator=torch.Generator().manual_seed(1)) < 60
+    live = (~dead).double()
+    weight = torch.where(dead, 100.0, 1.0) * problem.weight
+    gram = problem.gram * live * live[:, None]
+    chosen = [OBS().select(replace(problem, weight=weight, gram=gram * c**2), count).removed[0] for c in (1.0, factor)]
+    assert torch.equal(chosen[0], chosen[1])
+    assert int((chosen[0] & dead).sum()) == min(count, 60)
+
+
+@pytest.mark.parametrize("pools", [1, 2])
+def test_obs_counts_only_the_live_inputs_of_a_head(pools: int) -> None:
+    """What dead inputs are worth does not matter: the choice is that with their weights at zero."""
+    problem = problem_of((pools, 4, 3))
+    live = (torch.arange(12 * pools) % 4 != 0).double()
+    dead = replace(problem, gram=problem.gram * live * live[:, None] * 1e-6)
+    without = replace(dead, weight=dead.weight * live)
+    assert torch.equal(OBS().select(dead, 2).removed, OBS().select(without, 2).removed)
+
+
 @pytest.mark.parametrize("width", [96, 300])
 def test_removing_blocks_at_a_time_is_nearly_as_good_as_one_by_one(width: int) -> None:
     problem = problem_of((1, width, 1), rows=32)

@@ -76,6 +76,21 @@ def test_errors_before_and_after_compensation_are_means_over_the_layers_that_los
     )
 
 
+def test_how_windows_begin_is_said_where_it_is_known(report: PruneReport) -> None:
+    given, measured = report.calibration, report.evaluation
+    assert "BOS" not in calibration_text(given) + evaluation_text(measured)
+    for count, says in ((0, ", begun without BOS"), (1, ", begun with BOS"), (2, ", begun with BOS")):
+        assert calibration_text(given | {"bos_tokens": count}) == calibration_text(given) + says
+        assert evaluation_text(measured | {"bos_tokens": count}) == evaluation_text(measured) + says
+
+
+def test_the_part_of_a_long_text_that_was_drawn_from_is_said(report: PruneReport) -> None:
+    source = report.calibration["source"]
+    text = calibration_text(report.calibration | {"characters": 4_200_000})
+    assert f" tokens of {source}, from its first 4,200,000 characters, seed " in text
+    assert calibration_text(report.calibration | {"characters": None}) == calibration_text(report.calibration)
+
+
 def test_self_generated_windows_are_counted(report: PruneReport) -> None:
     given = report.calibration
     assert calibration_text(given).endswith(

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from llmprune.progress import Progress
 from llmprune.sources import tokenize, tokens
 from llmprune.sources.texts import Reader
-from llmprune.sources.tokenize import separable, token_ids
+from llmprune.sources.tokenize import separable, text_ids, token_ids
 from llmprune.sources.tokens import calibration_tokens, evaluation_tokens
 
 LLAMA3 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -95,6 +95,7 @@ def test_pieces_give_the_ids_of_the_whole(kind: str, part: int, monkeypatch: pyt
     assert len(pieces) >= len(text) // 1000 - 1
     assert max(map(len, pieces)) <= 1000 + 64
     assert [token for piece in pieces for token in token_ids(piece, tokenizer)] == token_ids(text, tokenizer)
+    assert text_ids([text], tokenizer) == token_ids(text, tokenizer)
 
 
 def test_a_text_that_cannot_be_cut_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:

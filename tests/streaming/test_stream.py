@@ -14,6 +14,7 @@ from helpers import (
     BATCH,
     LENGTH,
     TOY_BLOCKS,
+    Plain,
     chosen,
     edit_tensor,
     parameter_of,
@@ -335,6 +336,69 @@ def test_an_expert_that_only_a_later_batch_reaches_is_solved_on_its_inputs(memor
     expected = {"experts.0": 16, "experts.1": 8, "experts.2": 0}
     first = {name: tokens for name, tokens in seen.items() if name.startswith("layers.0.")}
     assert first == {f"layers.0.{e}.{layer}": n for e, n in expected.items() for layer in ("up", "down")}
+
+
+class Grouped(nn.Linear):
+    """Half of the rows see half of the inputs each, so its weight is `(out, in / 2)` of inputs twice as wide."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.weight.chunk(2)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a @ first.T, b @ second.T], -1) + self.bias
+
+
+@toy_block
+class Prism(nn.Module):
+    """A mixture under names of its own: three lenses, chosen by a two-layer prism; and a module that never runs."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.prism = nn.ModuleDict({"facet": nn.Linear(width, 8), "edge": nn.Linear(8, 3)})
+        self.lenses = nn.ModuleList(Plain(width) for _ in range(3))
+        self.halves = Grouped(width, 2 * width)
+        self.idle = nn.ModuleDict({"query": nn.Linear(width, width)})
+        self.back = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = self.prism["edge"](self.prism["facet"](x).relu()).softmax(-1)
+        value, choice = (score + 0.0).flatten(0, 1).topk(1)
+        parts = torch.stack([lens(x).flatten(0, 1) for lens in self.lenses], 1)
+        picked = parts.gather(1, choice[..., None].expand(-1, 1, x.shape[-1]))[:, 0] * value
+        return x + picked.view(x.shape) + self.back(self.halves(torch.cat([x, x], -1)))
+
+
+@every_mode
+def test_layers_that_no_gram_of_their_inputs_describes_stay_dense_and_say_why(memory: int, tmp_path: Path) -> None:
+    toy(tmp_path / "prism", "Prism")
+    stream = stream_of(tmp_path / "prism", random_tokens(), memory)
+    stored, _, _ = pruned(stream)
+    reasons = {
+        "prism.facet": "router", "prism.edge": "router", "halves": "another product than of weight and input",
+        "idle.query": "never called",
+    }  # fmt: skip
+    assert stream.dense == {f"layers.{i}.{name}": why for i in range(2) for name, why in reasons.items()}
+    lenses = {f"lenses.{n}.{part}" for n in range(3) for part in ("up", "down")}
+    assert stored.keys() == {f"layers.{i}.{name}.weight" for i in range(2) for name in {"back", *lenses}}
+    toy(tmp_path / "twice", "Twice")
+    twice = stream_of(tmp_path / "twice", random_tokens(), memory)
+    assert pruned(twice)[0].keys() == {"layers.0.two.weight", "layers.1.two.weight"}
+    assert set(twice.dense.values()) == {"called more than once in a block"}
+
+
+def test_a_choice_among_as_many_outputs_as_inputs_makes_no_router(tmp_path: Path) -> None:
+    """Sparse activations: the largest of all features are kept."""
+    stream = stream_of(toy(tmp_path, "Sparse"), random_tokens())
+    assert len(pruned(stream)[0]) == 4
+    assert not stream.dense
+
+
+@toy_block
+class Sparse(Pair):
+    """Keeps the four largest features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        return x + self.two(y * (y >= y.topk(4).values[..., -1:]))
 
 
 @every_mode

@@ -38,6 +38,8 @@ class OBS(Criterion):
     time while that lowers the loss, then fewer. For heads those that gain most are restored in turn, each in exchange
     for the cheapest.
 
+    Inputs that are always zero (`H_jj = 0`) have no loss, whatever their weights: units of such inputs go first.
+
     Args:
         damping: λ as a fraction of the mean diagonal of H.
         swaps: most rounds of swaps.
@@ -77,11 +79,12 @@ class Search:
     """
 
     def __init__(self, problem: RemovalProblem, damping: float) -> None:
-        self.units, self.target = problem.units, problem.weight
+        self.units = problem.units
+        self.target = problem.weight.masked_fill(problem.gram.diagonal() == 0, 0)
         self.removed = torch.zeros(problem.units.shape[:2], dtype=torch.bool, device=problem.weight.device)
         self.inverse, self.ridge, self.retries = damped_inverse(problem.gram, damping)
         self.gram = problem.gram
-        self.weight = problem.weight.clone()
+        self.weight = self.target.clone()
 
     def remove(self, count: int, block: int) -> float:
         """Remove `count` units from every pool, `block` at a time; returns the loss that this adds."""
