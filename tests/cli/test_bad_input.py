@@ -37,7 +37,7 @@ def test_a_missing_empty_binary_or_otherwise_encoded_text_is_refused(
 
 def test_a_folder_without_text_is_refused(refused: Callable[..., Outcome], flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
-    refused(*with_value(flags, "--calib", tmp_path / "none"), says="holds no .txt file")
+    refused(*with_value(flags, "--calib", tmp_path / "none"), says="holds no .txt and no .jsonl file")
 
 
 def test_too_little_text_says_how_much_there_is(
@@ -153,6 +153,7 @@ def test_a_checkpoint_that_misses_tensors_or_has_others_is_refused(
 
 
 def test_a_broken_index_is_refused(refused: Callable[..., Outcome], flags: list[str], copy: Path) -> None:
+    (copy / WEIGHTS).rename(copy / "model-00001-of-00001.safetensors")
     for content in (
         "{",
         "{}",

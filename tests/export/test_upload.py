@@ -32,9 +32,9 @@ Outcome = namedtuple("Outcome", "code out err")
 
 @pytest.fixture(scope="module")
 def pruned(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pruned folder with its perplexities."""
+    """A pruned folder in several files, with its perplexities."""
     out = tmp_path_factory.mktemp("pruned") / "tiny-pruned"
-    small = {"samples": 4, "seq_len": 32, "eval_windows": 3, "eval_context": 32}
+    small = {"samples": 4, "seq_len": 32, "eval_windows": 3, "eval_context": 32, "max_shard_size": "40kB"}
     prune(
         Job(str(tiny), "2:4", "wanda", calib=str(text), eval_text=str(text), out=out, command="llmprune ...", **small)
     )  # type: ignore[arg-type]
