@@ -201,5 +201,5 @@ def silence_libraries(debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers.utils.logging as hf_logging
 
-    hf_logging.set_verbosity_error()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)  # errors show what is in files, unescaped
     hf_logging.disable_progress_bar()

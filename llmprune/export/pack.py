@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ import torch
 from llmprune.errors import InputError, PruneError, printable
 from llmprune.export.packed import Layout, PackedFile, pack_file
 from llmprune.export.verify import LayerSelection, open_pruned
+from llmprune.model.bounded import Stored
+from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.reader import INDEX, PACKED, SINGLE, SafetensorsFolder, read_index
 from llmprune.model.skeleton import build_on_meta
 from llmprune.progress import Progress
@@ -140,8 +143,8 @@ def unpack(folder: Path, out: Path | None = None, *, progress: Progress | None =
         The folder that was written.
 
     Raises:
-        InputError: `folder` is not packed or damaged, `out` exists.
-        PruneError: a file is not what was packed, or cannot be written; nothing is left at `out`.
+        InputError: `folder` is not packed or damaged, a file is not what was packed, or `out` exists.
+        PruneError: it cannot be written; nothing is left at `out`.
     """
     files = packed_files(folder)
     name = folder.resolve().name
@@ -180,22 +183,29 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     config = options.pop("config", None) or own
     hint = "the folder is damaged; copy it again, or check the options"
     if not is_packed(folder):
-        SafetensorsFolder(folder)
+        stored = SafetensorsFolder(folder)
+        model = build_on_meta(deepcopy(config), torch.float32, trust, stored.stored)
+        if not getattr(config, "quantization_config", None):
+            Checkpoint(stored, model)  # transformers gives random values to what is missing
         with reading(f"transformers cannot load {folder}", hint):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, use_safetensors=True, trust_remote_code=trust, **options
             )
-        return model
+        return loaded
     files = packed_files(folder)
     # The automatic class asks for a folder of plain files; the class it stands for does not.
-    kind = type(build_on_meta(deepcopy(config), torch.float32, trust))
+    kind = type(build_on_meta(deepcopy(config), torch.float32, trust, packed_size(files.values())))
     tensors = {name: file.tensor(name) for file in files.values() for name in file.layout.plain}
     with reading(f"transformers cannot load {folder}", hint):
-        model = kind.from_pretrained(None, config=config, state_dict=tensors, trust_remote_code=trust, **options)
-        model.config.name_or_path = str(folder)
+        loaded, found = kind.from_pretrained(
+            None, config=config, state_dict=tensors, output_loading_info=True, trust_remote_code=trust, **options
+        )
+        if found["missing_keys"]:
+            raise ValueError(f"its files lack {min(found['missing_keys'])!r}")
+        loaded.config.name_or_path = str(folder)
         if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
-    return model
+            loaded.generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
+    return loaded
 
 
 def is_packed(folder: Path) -> bool:
@@ -226,6 +236,12 @@ def packed_files(folder: Path) -> dict[str, PackedFile]:
     for name in wanted:
         check_inside(folder / packed_name(name), folder)
     return {name: PackedFile(folder / packed_name(name)) for name in sorted(wanted)}
+
+
+def packed_size(files: Iterable[PackedFile]) -> Stored:
+    """What packed files hold: number of tensors, and of weights once unpacked."""
+    fields = [field for file in files for field in file.layout.plain.values()]
+    return Stored(len(fields), sum(prod(field.shape) for field in fields))
 
 
 def copy_others(folder: Path, target: Path, excluded: set[str], progress: Progress) -> None:

@@ -17,9 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llmprune.errors import InputError, PruneError
-from llmprune.export.positions import BITS, decode, encode, fits, shapes
-from llmprune.model.tensor_file import COPY_AGAIN, Field, Part, TensorFile, header_of, parse_fields, write_file
+from llmprune.errors import InputError
+from llmprune.export.positions import BITS, decode, encode, fits, nm_of, shapes
+from llmprune.model.header import Field, parse_header
+from llmprune.model.tensor_file import COPY_AGAIN, Part, TensorFile, header_of, write_file
 from llmprune.pruning.pattern import SparsityPattern, parse_pattern
 from llmprune.runtime.files import sha256
 from llmprune.runtime.foreign import about, parse_json, reading
@@ -27,6 +28,8 @@ from llmprune.runtime.foreign import about, parse_json, reading
 FORMAT = "llmprune-packed"
 VERSION = "1"
 VALUES, POSITIONS = ".values", ".positions"
+MOST_GROWTH = 64
+"""The largest number of weights for each stored value: what a small file claims to hold must not fill the memory."""
 _ORDERS = {"out,in": False, "in,out": True}
 
 
@@ -47,8 +50,11 @@ class Layout:
     def obstacle(self, name: str) -> str:
         """Why a tensor cannot be packed, whatever its values, or ''."""
         field = self.plain[name]
-        if field.itemsize not in BITS or len(field.shape) != 2:
+        if field.itemsize not in BITS or len(field.shape) != 2 or not field.nbytes:
             return f"{field.dtype} of shape {field.shape} has no whole bytes to store"
+        n, m = nm_of(self.pattern)
+        if m > MOST_GROWTH * (m - n):
+            return f"{self.pattern.name} would unpack to more than {MOST_GROWTH} times the values"
         if taken := {name + VALUES, name + POSITIONS} & self.plain.keys():
             return f"the file has another tensor {taken.pop()!r}"
         return self.pattern.mismatch(*self.shape(name))
@@ -151,7 +157,7 @@ class PackedFile:
             with about(path):
                 pattern = parse_pattern(metadata["pattern"])
             transposed = {name: _ORDERS[order] for name, order in parse_json(metadata["packed"]).items()}
-            _, plain = parse_fields(self.header)
+            _, plain = parse_header(self.header)
             if pattern.nm is None:
                 raise ValueError(f"the pattern {pattern.name} is not N:M")
             self.layout = Layout(pattern, plain, transposed)
@@ -201,10 +207,10 @@ class PackedFile:
         """Write the plain file.
 
         Raises:
-            PruneError: its hash differs from that of the file that was packed.
+            InputError: its hash differs from that of the file that was packed.
         """
         write_file(target, self.header.encode(), ((name, self.read(name)) for name in self.layout.plain))
         if (found := sha256(target)) != self.sha256:
-            raise PruneError(
+            raise InputError(
                 f"{self.file.path} unpacks to sha256 {found[:12]}, but {self.sha256[:12]} was packed", COPY_AGAIN
             )

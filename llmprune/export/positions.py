@@ -17,12 +17,12 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def position_bits(pattern: SparsityPattern) -> int:
     """Bits of a position in a group, `⌈log2 M⌉`."""
-    return (_nm(pattern)[1] - 1).bit_length()
+    return (nm_of(pattern)[1] - 1).bit_length()
 
 
 def shapes(pattern: SparsityPattern, rows: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shapes of the values and of the positions (bytes; every row begins a new one) of a weight `(rows, width)`."""
-    n, m = _nm(pattern)
+    n, m = nm_of(pattern)
     kept = width // m * (m - n)
     return (rows, kept), (rows, -(-kept * position_bits(pattern) // 8))
 
@@ -52,7 +52,7 @@ def encode(bits: Tensor, pattern: SparsityPattern) -> tuple[Tensor, Tensor]:
     """
     values_shape, positions_shape = shapes(pattern, *bits.shape)
     values, positions = bits.new_empty(values_shape), torch.empty(positions_shape, dtype=torch.uint8)
-    place = torch.arange(bits.shape[1]).remainder(_nm(pattern)[1])
+    place = torch.arange(bits.shape[1]).remainder(nm_of(pattern)[1])
     for rows, part, packed in _in_chunks(bits, values, positions):
         kept = pattern.project((rows != 0).float())
         part.copy_(rows[kept].view_as(part))
@@ -66,7 +66,7 @@ def decode(values: Tensor, positions: Tensor, pattern: SparsityPattern) -> Tenso
     Raises:
         ValueError: the positions of a group do not increase, or exceed it.
     """
-    n, m = _nm(pattern)
+    n, m = nm_of(pattern)
     keep = m - n
     rows, kept = values.shape
     bits = torch.zeros(rows, kept // keep * m, dtype=values.dtype)
@@ -80,7 +80,7 @@ def decode(values: Tensor, positions: Tensor, pattern: SparsityPattern) -> Tenso
     return bits
 
 
-def _nm(pattern: SparsityPattern) -> tuple[int, int]:
+def nm_of(pattern: SparsityPattern) -> tuple[int, int]:
     """N and M of a pattern that can be packed."""
     assert pattern.nm is not None
     return pattern.nm

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from zlib import crc32
 
@@ -15,7 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmprune.errors import InputError, UnreadableError
-from llmprune.runtime.foreign import JSON_BYTES, check_inside, open_regular, parse_json, read_json, reading, reason
+from llmprune.model import header
+from llmprune.model.bounded import Stored
+from llmprune.model.header import Field, read_header
+from llmprune.runtime.foreign import check_inside, open_regular, read_json, reading, reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -28,12 +30,26 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """File, dtype, shape and size in bytes of one tensor; uint8 stands for dtypes that no parameter may have."""
+    """Where a tensor stands: its file, and its first byte there; uint8 stands for dtypes that no parameter may have."""
 
     file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
+    at: int
+    field: Field
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its elements."""
+        return _DTYPES.get(self.field.dtype, torch.uint8)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.field.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.field.nbytes
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
@@ -49,7 +65,11 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         wanted = _index(folder)
         for file in sorted(set(wanted.values())) if wanted else [folder / SINGLE]:
             check_inside(file, folder)
-            self.entries.update(read_header(file))
+            self.entries.update(read_entries(file))
+            if len(self.entries) > header.MOST_TENSORS:
+                raise InputError(
+                    f"{folder} holds more than {header.MOST_TENSORS:,} tensors", "a model that large cannot be read"
+                )
         for name, file in wanted.items():
             if name not in self.entries or self.entries[name].file != file:
                 raise InputError(
@@ -59,10 +79,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
         try:
-            # Opened per read: a mapping that stays open would count every page ever touched as resident.
-            with safe_open(entry.file, framework="pt", device="cpu") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor.clone()
+            return read_tensor(entry) if entry.field.dtype in _DTYPES else _read_unusual(entry.file, name)
         except (SafetensorError, OSError) as error:
             raise UnreadableError(
                 f"tensor {name!r} of {entry.file} cannot be read: {error}", _DOWNLOAD_AGAIN
@@ -78,6 +95,11 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         """A tensor on the meta device, of the shape and dtype on disk."""
         entry = self.entries[name]
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+    @property
+    def stored(self) -> Stored:
+        """Number of tensors and of weights."""
+        return Stored(len(self), sum(prod(entry.shape) for entry in self.entries.values()))
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +127,7 @@ class HeadersOnly(SafetensorsFolder):
             return torch.zeros(entry.shape, dtype=entry.dtype)
         # A prime number of values, so that rows differ; drawing as many as there are weights would take long.
         drawn = 0.05 * torch.randn(8191, generator=torch.Generator().manual_seed(crc32(name.encode())))
-        size = math.prod(entry.shape)
+        size = prod(entry.shape)
         return drawn.to(entry.dtype).repeat(-(-size // len(drawn)))[:size].view(entry.shape)
 
 
@@ -163,37 +185,42 @@ def entry_of(file: Path, dtype: str, shape: Iterable[int], offsets: Iterable[int
     Raises:
         TypeError, ValueError: it cannot be.
     """
-    start, stop = offsets
-    return Entry(file, _DTYPES.get(dtype, torch.uint8), tuple(int(size) for size in shape), stop - start)
+    field = Field(dtype, tuple(shape), *offsets)
+    if fault := field.fault():
+        raise ValueError(f"a tensor {fault}")
+    return Entry(file, 0, field)
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_entries(file: Path) -> dict[str, Entry]:
     """The entries of the header of a safetensors file, checked against its size.
 
     Raises:
         InputError: the file is missing, truncated, or not safetensors.
     """
-
-    def bad(why: str) -> InputError:
-        return InputError(f"{file} is not a whole safetensors file: {why}", _DOWNLOAD_AGAIN)
-
     try:
         with open_regular(file) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or not 2 <= length <= min(size - 8, JSON_BYTES):
-                raise bad(f"its header claims {length:,} bytes of {size:,}, the most are {JSON_BYTES:,}")
-            header = parse_json(stream.read(length), unique=True)
+            text, _, fields = read_header(stream)
     except (OSError, ValueError) as error:
-        raise bad(reason(error)) from error
-    entries, end = {}, 0
-    try:
-        header.pop("__metadata__", None)
-        for name, item in header.items():
-            entries[name] = entry_of(file, item["dtype"], item["shape"], item["data_offsets"])
-            end = max(end, item["data_offsets"][1])
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise bad("its header has the wrong form") from error
-    if 8 + length + end != size:
-        raise bad(f"it has {size} bytes, its header says {8 + length + end}")
-    return entries
+        raise InputError(f"{file} is not a whole safetensors file: {reason(error)}", _DOWNLOAD_AGAIN) from error
+    return {name: Entry(file, 8 + len(text) + field.start, field) for name, field in fields.items()}
+
+
+def read_tensor(entry: Entry) -> Tensor:
+    """A tensor, in memory: of a mapping every page ever touched would count as resident.
+
+    Raises:
+        OSError: the file cannot be read, or has become shorter.
+    """
+    data = torch.empty(entry.nbytes, dtype=torch.uint8)
+    with open_regular(entry.file) as stream:
+        stream.seek(entry.at)
+        if (found := stream.readinto(data.numpy().data)) != entry.nbytes:  # type: ignore[attr-defined]
+            raise OSError(f"it has {found:,} of {entry.nbytes:,} bytes")
+    return data.view(entry.dtype).view(entry.shape)
+
+
+def _read_unusual(file: Path, name: str) -> Tensor:
+    """A tensor of a dtype that is only carried along."""
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor.clone()

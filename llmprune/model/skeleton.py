@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from llmprune.errors import InputError
 from llmprune.model.blocks import find_blocks
+from llmprune.model.bounded import Bounded, Stored
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.experts import WatchedParameter, attach_experts
 from llmprune.model.reader import SafetensorsFolder
@@ -48,8 +50,7 @@ class Skeleton:
         self.config = config
         self.compute = compute
         self.device = device or torch.device("cpu")
-        check_sizes(config, folder)
-        self.model = build_on_meta(config, compute, trust_remote_code)
+        self.model = build_on_meta(config, compute, trust_remote_code, folder.stored)
         attach_experts(self.model)
         self.checkpoint = Checkpoint(folder, self.model, dtype)
         self.block_path, self.blocks = find_blocks(self.model)
@@ -155,21 +156,24 @@ SIZES = (
 )  # fmt: skip
 
 
-def check_sizes(config: PreTrainedConfig, folder: SafetensorsFolder) -> None:
+def check_sizes(config: PreTrainedConfig, stored: Stored) -> None:
     """Compare what a config announces with what is there, before anything of that size is made.
 
     Raises:
         InputError: a size that is no number of at least 0, or larger than the number of weights, or of tensors.
     """
-    weights = sum(math.prod(entry.shape) for entry in folder.entries.values())
     text = config.get_text_config()
     for key in SIZES:
-        value = getattr(text, key, None)
-        most = len(folder) if key == "num_hidden_layers" else weights
+        try:
+            value = getattr(text, key, None)
+        except Exception:  # noqa: S112 - it differs from block to block, and such a config refuses to tell one for all
+            continue
+        most = stored.tensors if key == "num_hidden_layers" else stored.weights
         for size in value if isinstance(value, list | tuple) else [value]:
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= most):
                 raise InputError(
-                    f"the config says {key} {str(size)[:40]}, but {len(folder)} tensors hold {weights:,} weights",
+                    f"the config says {key} {str(size)[:40]}, but {stored.tensors} tensors hold "
+                    f"{stored.weights:,} weights",
                     "the config does not belong to these weights",
                 )
 
@@ -201,19 +205,32 @@ class LargeOnMeta(TorchFunctionMode):
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
 
 
-def build_on_meta(config: PreTrainedConfig, compute: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_on_meta(
+    config: PreTrainedConfig, compute: torch.dtype, trust_remote_code: bool = False, stored: Stored | None = None
+) -> PreTrainedModel:
     """Build the causal language model of `config` without allocating its weights; buffers that no file holds are real.
 
+    Args:
+        config: of the model.
+        compute: dtype of the parameters.
+        trust_remote_code: whether code that comes with the model may run.
+        stored: what is on disk, with which the sizes of a config of others are compared; None for a config of ours.
+
     Raises:
-        InputError: the architecture is no causal language model.
+        InputError: the architecture is no causal language model, or far larger than what is stored.
     """
-    model = _built(config, compute, trust_remote_code, LARGEST)
+    if stored is not None:
+        check_sizes(config, stored)
+    bound = nullcontext if stored is None else partial(Bounded, stored)
+    with bound():
+        model = _built(config, compute, trust_remote_code, LARGEST)
     if any(
         buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ):
-        model = _built(config, compute, trust_remote_code, math.inf)
+        with bound():
+            model = _built(config, compute, trust_remote_code, math.inf)
     model.config.return_dict = True  # a config may ask for bare tuples
     return model.eval().requires_grad_(False)
 

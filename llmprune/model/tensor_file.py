@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError
-from llmprune.model.reader import read_header
-from llmprune.runtime.foreign import open_regular, parse_json
+from llmprune.model.header import parse_header, read_header
+from llmprune.runtime.foreign import open_regular, reading
 
 COPY_AGAIN = "the file is damaged; copy it again, or make it again"
 Part = tuple[str, tuple[int, ...], int]
 """Dtype, shape and size in bytes of a tensor to write."""
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """The entry of a tensor in a header: dtype in safetensors' spelling, shape, range of bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.stop - self.start
-
-    @property
-    def bits(self) -> int:
-        """Width of one element by the name of its dtype: `BF16`, `F8_E4M3`, `BOOL`."""
-        found = re.search(r"\d+", self.dtype)
-        return int(found[0]) if found else 8
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element; 0 where it is no whole number of them."""
-        count = prod(self.shape)
-        return self.nbytes // count if count and self.nbytes % count == 0 else 0
-
-
-def parse_fields(header: str) -> tuple[dict[str, str], dict[str, Field]]:
-    """The metadata and the entries of a header, in the order of their bytes.
-
-    Raises:
-        ValueError: it is no header, or the tensors are not contiguous.
-    """
-    try:
-        items = parse_json(header, unique=True)
-        metadata = items.pop("__metadata__", None) or {}
-        found = {name: Field(i["dtype"], tuple(i["shape"]), *i["data_offsets"]) for name, i in items.items()}
-        fields = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"its header has the wrong form: {error!r}") from error
-    end = 0
-    for name, field in fields.items():
-        if field.start != end or field.stop < end:
-            raise ValueError(f"tensor {name!r} begins at byte {field.start}, the one before it ends at {end}")
-        end = field.stop
-    return metadata, fields
 
 
 class TensorFile:
@@ -79,15 +27,9 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        read_header(path)
         self.path = path
-        with open_regular(path) as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            self.header = stream.read(length)
-        try:
-            self.metadata, self.fields = parse_fields(self.header.decode())
-        except ValueError as error:
-            raise InputError(f"{path} is not a whole safetensors file: {error}", COPY_AGAIN) from error
+        with reading(f"{path} is not a whole safetensors file", COPY_AGAIN), open_regular(path) as stream:
+            self.header, self.metadata, self.fields = read_header(stream)
 
     def read(self, name: str) -> Tensor:
         """The bytes of a tensor, uint8, in memory."""
@@ -109,7 +51,7 @@ def header_of(metadata: Mapping[str, str], parts: Mapping[str, Part]) -> bytes:
 
 def write_file(path: Path, header: bytes, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write a safetensors file tensor by tensor, in any order."""
-    _, fields = parse_fields(header.decode())
+    _, fields = parse_header(header)
     with path.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         for name, tensor in tensors:

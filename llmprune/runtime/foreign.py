@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,12 +20,14 @@ from llmprune.errors import InputError, PruneError, first_line
 
 JSON_BYTES = 32 * 2**20
 """The largest JSON text that is parsed: as Python objects it takes up to 25 times as much memory."""
+CONFIG_BYTES = 2**20
+"""The largest config: it is copied many times while a model is built."""
 TEXT_BYTES = 256 * 2**20
 """The largest file that a library may be given to parse, such as a tokenizer."""
 CHAT_TEMPLATES = "additional_chat_templates"
 """The only folder inside a model folder that is read."""
 READ = {
-    "*config.json": JSON_BYTES, "*.index.json": JSON_BYTES, "*.safetensors": 2**63,
+    "config.json": CONFIG_BYTES, "*config.json": JSON_BYTES, "*.index.json": JSON_BYTES, "*.safetensors": 2**63,
     **dict.fromkeys(
         ("*.json", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.vocab", "*.spm", "*.bpe", "vocab.txt", "merges.txt",
          "spiece.*", "README.md"),
@@ -193,6 +195,25 @@ def reading(what: str, hint: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{what}: {reason(error)}", hint) from error
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Nothing reaches stdout and stderr of the process meanwhile: libraries in Rust print there what is in a file."""
+    kept: dict[int, int] = {}
+    for number in (1, 2):
+        with suppress(OSError):  # it is closed already
+            kept[number] = os.dup(number)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nowhere)
 
 
 @contextmanager

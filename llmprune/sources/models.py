@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune.errors import InputError
 from llmprune.model.reader import Entry, HeadersOnly, SafetensorsFolder
 from llmprune.progress import Progress
-from llmprune.runtime.foreign import check_folder, read_json, reading, user_path
+from llmprune.runtime.foreign import check_folder, muted, read_json, reading, user_path
 from llmprune.runtime.redact import HUB_ID
 from llmprune.sources.demo import demo_model
 from llmprune.sources.gguf import cached_gguf
@@ -18,6 +19,9 @@ from llmprune.sources.hub import Request, fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+MOST_OF_A_KIND = 2**14
+_COUNT = re.compile(r"(layers?|blocks?|heads?|experts?|labels|codebooks|groups|depth)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,21 @@ def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
 
 def _config_file(folder: Path) -> dict[str, Any]:
     with reading(f"{folder / 'config.json'} cannot be used", "download or save the model again"):
-        return read_json(folder / "config.json")
+        raw = read_json(folder / "config.json")
+        if wrong := _too_many(raw):
+            raise ValueError(wrong)
+    return raw
+
+
+def _too_many(value: Any, key: str = "") -> str:
+    """The first setting, at any depth, that asks for too many of something; configs make lists as long as it says."""
+    if isinstance(value, dict):
+        return next(filter(None, (_too_many(item, name) for name, item in value.items())), "")
+    if isinstance(value, list):
+        return next(filter(None, (_too_many(item, key) for item in value)), "")
+    if isinstance(value, int | float) and value > MOST_OF_A_KIND and _COUNT.search(key):
+        return f"{key} is {str(value)[:40]}, the most are {MOST_OF_A_KIND:,}"
+    return ""
 
 
 def _code_of(config: Any) -> str:
@@ -211,11 +229,16 @@ def load_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokeniz
     """
     from transformers import AutoTokenizer
 
-    with reading(
-        f"{source.folder} has no tokenizer that transformers can load",
-        "copy the tokenizer files into the folder, or use ready-made tokens: --calib FILE.safetensors --no-eval",
+    with (
+        reading(
+            f"{source.folder} has no tokenizer that transformers can load",
+            "copy the tokenizer files into the folder, or use ready-made tokens: --calib FILE.safetensors --no-eval",
+        ),
+        muted(),
     ):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        # Settings of a wrong type are found out when it is used.
+        tokenizer.decode(tokenizer("a text", verbose=False)["input_ids"])
     return tokenizer

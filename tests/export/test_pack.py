@@ -35,6 +35,7 @@ import llmprune
 from llmprune import InputError, PruneError, PruneReport, load, pack, prune, unpack
 from llmprune.cli.main import main
 from llmprune.export.pack import PackReport, is_packed
+from llmprune.export.packed import PackedFile
 from llmprune.export.upload import check_folder
 from llmprune.progress import Progress
 
@@ -295,6 +296,7 @@ def edited_metadata(raw: bytes, key: str, value: str) -> bytes:
     return with_header(header, raw[end:])
 
 
+HUGE = json.dumps({"w": {"dtype": "F32", "shape": [2**40, 2**21], "data_offsets": [0, 2**63 - 1]}})
 UP = "model.layers.0.mlp.up_proj.weight"
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda raw: b"",
@@ -337,7 +339,7 @@ def test_a_flipped_bit_never_gets_through(single: Path, tmp_path: Path) -> None:
         bad = bytearray(raw)
         bad[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
         (single / PACKED).write_bytes(bytes(bad))
-        with pytest.raises(PruneError):
+        with pytest.raises(InputError):
             unpack(single, tmp_path / "out")
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".*"))
@@ -352,6 +354,36 @@ def test_an_index_that_was_left_beside_a_whole_file_is_not_looked_at(plain: Path
     assert [path.name for path in packed.glob("*.safetensors")] == [PACKED]
     assert files(unpack(packed, tmp_path / "again")) == files(folder)
     assert load(packed).state_dict().keys() == load(folder).state_dict().keys()
+
+
+def claim(folder: Path, rows: int, m: int) -> int:
+    """Write a consistent packed file of one value for every `m` weights; the bytes that it claims to hold."""
+    size = 4 * rows * m
+    plain = {"w": {"dtype": "F32", "shape": [rows, m], "data_offsets": [0, size]}}
+    ends = 4 * rows, 4 * rows + rows * -(-(m - 1).bit_length() // 8)
+    metadata = {"format": "llmprune-packed", "version": "1", "pattern": f"{m - 1}:{m}", "sha256": "0" * 64}
+    metadata |= {"packed": json.dumps({"w": "out,in"}), "header": json.dumps(plain)}
+    parts = {
+        "w.values": {"dtype": "F32", "shape": [rows, 1], "data_offsets": [0, ends[0]]},
+        "w.positions": {"dtype": "U8", "shape": [rows, (ends[1] - ends[0]) // rows], "data_offsets": list(ends)},
+    }
+    (folder / PACKED).write_bytes(with_header({"__metadata__": metadata, **parts}, bytes(ends[1])))
+    return size
+
+
+def test_a_small_file_that_claims_to_hold_much_is_refused_unread(single: Path, tmp_path: Path) -> None:
+    assert claim(single, 16_000, 999_999) > 60 * 10**9
+    for action in (lambda: unpack(single, tmp_path / "out"), lambda: load(single)):
+        with pytest.raises(InputError, match=r"'w': 999998:999999 would unpack to more than 64 times the values"):
+            action()
+    assert claim(single, 4, 64) == 1024
+    PackedFile(single / PACKED)
+    claim(single, 4, 65)
+    with pytest.raises(InputError, match="64:65 would unpack"):
+        PackedFile(single / PACKED)
+    (single / PACKED).write_bytes(edited_metadata((single / PACKED).read_bytes(), "header", HUGE))
+    with pytest.raises(InputError, match="not a whole packed file"):
+        PackedFile(single / PACKED)
 
 
 def test_a_missing_shard_is_named(plain: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from transformers.core_model_loading import Chunk, Split, WeightConverter
 
 from llmprune import prune
 from llmprune.errors import InputError, PruneError
-from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder, read_header
+from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder, read_entries
 from llmprune.model.skeleton import LARGEST, build_on_meta
 from llmprune.model.tensor_file import join_files
 from llmprune.model.writer import ShardWriter
@@ -147,7 +147,7 @@ def test_random_damage_never_escapes_as_another_error(single: Path) -> None:
 
 
 def test_a_header_tells_dtype_shape_and_size(single: Path) -> None:
-    entries = read_header(single / SINGLE)
+    entries = read_entries(single / SINGLE)
     assert {name: (e.dtype, e.shape, e.nbytes) for name, e in entries.items()} == {
         "a": (torch.float32, (2, 3), 24),
         "b": (torch.int64, (4,), 32),
