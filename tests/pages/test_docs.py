@@ -11,7 +11,16 @@ from helpers import ROOT
 from test_floors import FLOORS
 
 from eval import record, sweep, tables
-from llmprune.cli.flags import build_parser, pack_parser, push_parser, report_parser, unpack_parser, verify_parser
+from llmprune.cli.flags import (
+    EXIT_CODES,
+    build_parser,
+    pack_parser,
+    push_parser,
+    report_parser,
+    unpack_parser,
+    verify_parser,
+)
+from llmprune.errors import InputError, Interrupted, PruneError
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS
 from llmprune.pruning.recipe import EFFORTS, STRUCTURED_EFFORTS
@@ -46,6 +55,13 @@ def test_what_the_readme_says_of_a_peer_was_recorded() -> None:
     assert re.search(rf"Model Optimizer \|.*\| {found[1]} \|", recorded)
     assert re.search(rf"llmprune \|.*\| {found[2]} \|", recorded)
     assert f"whole run {found[3]}" in recorded
+
+
+def test_the_exit_codes_of_the_page_are_those_of_the_help_and_of_the_errors() -> None:
+    page = (ROOT / "docs" / "reference" / "exit-codes.md").read_text(encoding="utf-8")
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert codes == {int(code) for code in re.findall(r"^  (\d+) ", EXIT_CODES, re.MULTILINE)}
+    assert codes == {0} | {error.exit_code for error in (PruneError, InputError, Interrupted)}
 
 
 def test_the_first_commands_of_the_readme_do_everything() -> None:
