@@ -261,7 +261,7 @@ def gates(given: Path) -> dict[str, Gate]:
     """All gates by name."""
     tokens, words = prune_with("tokens.safetensors"), prune_with("words.txt")
     return {
-        "config": Gate(6, "model", "config.json", damaged_config, tokens),
+        "config": Gate(8, "model", "config.json", damaged_config, tokens),
         "index": Gate(3, "shards", INDEX, damaged_json, tokens),
         "header": Gate(12, "model", SINGLE, damaged_safetensors, tokens),
         "gguf": Gate(
