@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.export.positions import BITS, decode, encode, fits, nm_of, shapes
 from llmprune.model.header import Field, parse_header
+from llmprune.model.reader import TORCH_DTYPES, read_unusual
 from llmprune.model.tensor_file import COPY_AGAIN, Part, TensorFile, header_of, write_file
 from llmprune.pruning.pattern import SparsityPattern, parse_pattern
 from llmprune.runtime.files import sha256
@@ -197,11 +196,11 @@ class PackedFile:
         Raises:
             InputError: its positions are damaged.
         """
-        with safe_open(self.file.path, framework="pt") as file:
-            if name not in self.layout.transposed:
-                return cast("Tensor", file.get_tensor(name)).clone()
-            dtype = file.get_slice(name + VALUES)[:0].dtype
-        return self.read(name).view(dtype).view(self.layout.plain[name].shape)
+        field = self.layout.plain[name]
+        if not field.itemsize:
+            with reading(f"tensor {name!r} of {self.file.path} cannot be read", COPY_AGAIN):
+                return read_unusual(self.file.path, name)
+        return self.read(name).view(TORCH_DTYPES[field.dtype]).view(field.shape)
 
     def unpack(self, target: Path) -> None:
         """Write the plain file.

@@ -26,6 +26,11 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+TORCH_DTYPES = _DTYPES | {
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""Dtypes of whole bytes by safetensors' spelling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
         try:
-            return read_tensor(entry) if entry.field.dtype in _DTYPES else _read_unusual(entry.file, name)
+            return read_tensor(entry) if entry.field.itemsize else read_unusual(entry.file, name)
         except (SafetensorError, OSError) as error:
             raise UnreadableError(
                 f"tensor {name!r} of {entry.file} cannot be read: {error}", _DOWNLOAD_AGAIN
@@ -216,11 +221,11 @@ def read_tensor(entry: Entry) -> Tensor:
         stream.seek(entry.at)
         if (found := stream.readinto(data.numpy().data)) != entry.nbytes:  # type: ignore[attr-defined]
             raise OSError(f"it has {found:,} of {entry.nbytes:,} bytes")
-    return data.view(entry.dtype).view(entry.shape)
+    return data.view(TORCH_DTYPES[entry.field.dtype]).view(entry.shape)
 
 
-def _read_unusual(file: Path, name: str) -> Tensor:
-    """A tensor of a dtype that is only carried along."""
+def read_unusual(file: Path, name: str) -> Tensor:
+    """A tensor whose elements are no whole bytes; it is only carried along."""
     with safe_open(file, framework="pt", device="cpu") as opened:
         tensor: Tensor = opened.get_tensor(name)
         return tensor.clone()

@@ -365,18 +365,6 @@ def test_a_size_that_cannot_be_is_refused(key: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "key",
-    ["pad_token_id", "rope_parameters", "rms_norm_eps", "hidden_act", "dtype", "layer_types", "return_dict",
-     "max_position_embeddings", "attention_bias", "architectures"],
-)  # fmt: skip
-def test_any_other_setting_is_understood_or_refused(key: str, copy: Path, text: Path, tmp_path: Path) -> None:
-    for value in [*ODD, None, 0]:
-        edit_config(copy, **{key: value})
-        with suppress(InputError):
-            prune(job(copy, tmp_path / "out", text, samples=2, seq_len=8, method="magnitude", overwrite=True))
-
-
-@pytest.mark.parametrize(
     "name", ["config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors.index.json"]
 )
 def test_deep_json_is_refused(name: str, copy: Path) -> None:

@@ -1,19 +1,40 @@
-"""Whatever is in a file or a flag: it is understood, or refused in our words; nothing else happens."""
+"""Whatever is in a file or a flag: it is understood, or refused in our words; nothing else happens.
+
+`FUZZ=20000` tries so many inputs in place of 2,000.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
-from helpers import with_header, word_tokenizer
+from commands import REPORT
+from gguf_files import write_gguf
+from helpers import rewrite, save_tiny, text_file, token_file, with_header, word_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from mutations import (
+    Mutator,
+    damaged_bytes,
+    damaged_config,
+    damaged_gguf,
+    damaged_json,
+    damaged_safetensors,
+)
 from safetensors.torch import save
 
+from llmprune import load
+from llmprune.cli.main import main
 from llmprune.errors import InputError
 from llmprune.knobs import SIZE
 from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder
@@ -21,11 +42,12 @@ from llmprune.pipeline.state import STATE, read_state
 from llmprune.progress import Progress
 from llmprune.pruning.sparsity import parse_sparsity
 from llmprune.sources.texts import Reader
-from llmprune.sources.tokens import calibration_tokens, load_tokens, save_tokens, token_batch
+from llmprune.sources.tokens import calibration_tokens, load_tokens
 
+FUZZ = int(os.environ.get("FUZZ", "2000"))
 many = settings(
     deadline=None,
-    max_examples=int(os.environ.get("FUZZ", "300")),
+    max_examples=FUZZ // 20,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 json_values = st.recursive(
@@ -100,7 +122,7 @@ def test_any_index(raw: bytes, tmp_path: Path) -> None:
     read_all(tmp_path)
 
 
-def load(path: Path) -> None:
+def load_batch(path: Path) -> None:
     try:
         batch = load_tokens(path, None, None, 50)
         assert 0 <= int(batch.tokens.min()) <= int(batch.tokens.max()) < 50
@@ -113,19 +135,7 @@ def load(path: Path) -> None:
 def test_any_bytes_for_tokens(raw: bytes, tmp_path: Path) -> None:
     path = tmp_path / "tokens.safetensors"
     path.write_bytes(raw)
-    load(path)
-
-
-@many
-@given(st.data())
-def test_damaged_token_files(tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "tokens.safetensors"
-    save_tokens(token_batch(torch.arange(24).view(4, 6), "some", 0), path)
-    raw = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw)
-    load(path)
+    load_batch(path)
 
 
 @many
@@ -134,7 +144,7 @@ def test_any_metadata_of_tokens(metadata: Any, tokens: list[list[int]], tmp_path
     path = tmp_path / "tokens.safetensors"
     matrix = torch.tensor(tokens, dtype=torch.int64)
     path.write_bytes(save({"tokens": matrix}, {"llmprune": json.dumps(metadata), "format": "pt"}))
-    load(path)
+    load_batch(path)
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +209,197 @@ def test_any_size(text: str) -> None:
 )
 def test_sizes(text: str, wanted: int) -> None:
     assert SIZE.read(text) == wanted
+
+
+# Damaged files
+
+
+SECONDS, MEMORY = 5.0, 2**30
+"""The most that an input may take: of a processor's time, and above what was resident before."""
+SMALL = [
+    "--sparsity",
+    "2:4",
+    "--method",
+    "magnitude",
+    "--samples",
+    "2",
+    "--seq-len",
+    "8",
+    "--no-eval",
+    "--device",
+    "cpu",
+]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A file that is damaged, and the command that reads it.
+
+    Args:
+        share: of all inputs, in percent.
+        base: folder to copy, below which the file is.
+        file: its name, or a glob.
+        mutator: of its bytes.
+        commands: of which one is run, given the copy and the folder of all bases.
+    """
+
+    share: int
+    base: str
+    file: str
+    mutator: Mutator
+    commands: Callable[[Path, Path], list[list[str]]]
+
+
+def prune_with(name: str) -> Callable[[Path, Path], list[list[str]]]:
+    """The command that prunes the copy, calibrated on a file beside it."""
+    return lambda copy, given: [
+        ["--model", str(copy), "--calib", str(given / name), "--out", str(copy.parent / "out"), "--quiet", *SMALL]
+    ]
+
+
+def gates(given: Path) -> dict[str, Gate]:
+    """All gates by name."""
+    tokens, words = prune_with("tokens.safetensors"), prune_with("words.txt")
+    return {
+        "config": Gate(8, "model", "config.json", damaged_config, tokens),
+        "index": Gate(3, "shards", INDEX, damaged_json, tokens),
+        "header": Gate(12, "model", SINGLE, damaged_safetensors, tokens),
+        "gguf": Gate(
+            4, "gguf", "tiny.gguf", damaged_gguf(given / "gguf" / "tiny.gguf"),
+            lambda copy, given: [
+                ["--cache-dir", str(copy.parent / "cache"), *tokens(copy / "tiny.gguf", given)[0][:4],
+                 "--out", str(copy.parent / "out"), "--quiet", *SMALL]
+            ],
+        ),
+        "tokens": Gate(
+            3, "tokens", "tokens.safetensors", damaged_safetensors,
+            lambda copy, given: [
+                [*tokens(given / "model", copy)[0][:4], "--out", str(copy.parent / "out"), "--quiet", *SMALL]
+            ],
+        ),
+        "packed": Gate(
+            10, "packed", "*.packed.safetensors", damaged_safetensors,
+            lambda copy, given: [["unpack", str(copy), "--out", str(copy.parent / "out")], ["load", str(copy)]],
+        ),
+        "report": Gate(
+            12, "pruned", REPORT, damaged_json,
+            lambda copy, given: [
+                ["verify", str(copy)], ["report", str(copy)], ["pack", str(copy), "--out", str(copy.parent / "out")],
+            ],
+        ),
+        "tokenizer": Gate(2, "model", "tokenizer.json", damaged_json, words),
+        "tokenizer_config": Gate(2, "model", "tokenizer_config.json", damaged_json, words),
+        "generation": Gate(
+            2, "model", "generation_config.json", damaged_json,
+            lambda copy, given: [
+                ["report", str(given / "pruned"), "--generate", "2", "--dense", str(copy), "--prompt", "w1 w2"],
+                ["load", str(copy)],
+            ],
+        ),
+        "text": Gate(1, "text", "words.txt", damaged_bytes, lambda copy, given: words(given / "model", copy)),
+    }  # fmt: skip
+
+
+GATES = ("config", "index", "header", "gguf", "tokens", "packed", "report", "tokenizer", "tokenizer_config",
+         "generation", "text")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of each kind to damage."""
+    folder = tmp_path_factory.mktemp("given")
+    for name in ("gguf", "tokens", "text"):
+        (folder / name).mkdir()
+    save_tiny("llama", folder / "model")
+    shutil.copytree(folder / "model", folder / "shards")
+    rewrite(folder / "shards", lambda tensors: tensors, shards=2)
+    write_gguf(folder / "gguf" / "tiny.gguf")
+    for place in (folder, folder / "tokens"):
+        token_file(place / "tokens.safetensors")
+    for place in (folder, folder / "text"):
+        text_file(place / "words.txt")
+    [command] = prune_with("tokens.safetensors")(folder / "model", folder)
+    assert main(command) == 0
+    (folder / "out").rename(folder / "pruned")
+    assert main(["pack", str(folder / "pruned"), "--out", str(folder / "packed")]) == 0
+    return folder
+
+
+FORBIDDEN = {"socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}
+ALLOWED = ("ninja", ["ninja", "--version"])
+"""What transformers asks for where it builds one old model type."""
+happened: list[str] = []
+sys.addaudithook(lambda event, values: happened.append(event) if event in FORBIDDEN and values[:2] != ALLOWED else None)
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Everything below a folder, with size and date of the files; what is whole in a cache may stay."""
+    found = {}
+    for path in folder.rglob("*"):
+        if "cache" in path.parts and not any(part.startswith(".") for part in path.parts):
+            continue
+        status = path.lstat()
+        found[str(path)] = (status.st_size, status.st_mtime_ns) if path.is_file() else (0, 0)
+    return found
+
+
+def resident(key: str) -> int:
+    """`VmRSS` or `VmHWM` of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{key}:")[2].split()[0])
+
+
+def run_command_or_load(command: list[str]) -> int:
+    """The exit code of a command, that of `llmprune.load` included."""
+    if command[0] != "load":
+        return main(command)
+    try:
+        load(command[1])
+    except InputError as error:
+        sys.stderr.write(f"error: {error.message}\nhint: {error.hint}\n")
+        return 2
+    return 0
+
+
+def faults(gate: Gate, seed: int, given: Path, place: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """What goes wrong with a damaged file."""
+    shutil.rmtree(place, ignore_errors=True)
+    copy = shutil.copytree(given / gate.base, place / gate.base)
+    random = Random(seed)
+    path = next(copy.glob(gate.file))
+    path.write_bytes(gate.mutator(path.read_bytes(), random))
+    command = random.choice(gate.commands(copy, given))
+    before = contents(place)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+    memory = resident("VmRSS")
+    happened.clear()
+    capfd.readouterr()
+    started = time.process_time()
+    code = run_command_or_load(command)
+    took, memory = time.process_time() - started, resident("VmHWM") - memory
+    said = capfd.readouterr()
+    starts = [line.partition(":")[0] for line in said.err.splitlines() if line.startswith(("error:", "hint:"))]
+    violated = command[0] == "verify" and code == 1 and "VIOLATED" in said.out
+    wrong = {
+        f"exit code {code}: {said.err[-300:]}": code not in (0, 2) and not violated,
+        f"not two lines: {said.err[-300:]}": code == 2 and starts != ["error", "hint"],
+        f"{took:.1f} s": took > SECONDS,
+        f"{memory >> 20} MiB": memory > MEMORY,
+        f"it did {happened}": bool(happened),
+        f"it left {contents(place).keys() ^ before.keys()}": code == 2 and contents(place) != before,
+        f"it shows {said.err + said.out!r}": not (said.err + said.out).replace("\n", "").isprintable(),
+    }
+    return [text for text, is_wrong in wrong.items() if is_wrong]
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_damaged_file_is_understood_or_refused(
+    name: str, given_files: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gate = gates(given_files)[name]
+    found = {
+        seed: wrong
+        for seed in range(FUZZ * gate.share // 100)
+        if (wrong := faults(gate, seed, given_files, tmp_path / "place", capfd))
+    }
+    assert not found

@@ -21,9 +21,13 @@ from llmprune.cli.flags import (
     verify_parser,
 )
 from llmprune.errors import InputError, Interrupted, PruneError
+from llmprune.export import packed
+from llmprune.model import bounded, header
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS
 from llmprune.pruning.recipe import EFFORTS, STRUCTURED_EFFORTS
+from llmprune.runtime import foreign
+from llmprune.sources import gguf_header, models
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -62,6 +66,21 @@ def test_the_exit_codes_of_the_page_are_those_of_the_help_and_of_the_errors() ->
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
     assert codes == {int(code) for code in re.findall(r"^  (\d+) ", EXIT_CODES, re.MULTILINE)}
     assert codes == {0} | {error.exit_code for error in (PruneError, InputError, Interrupted)}
+
+
+def test_the_bounds_of_the_security_page_are_those_of_the_code() -> None:
+    page = re.sub(r"\s+", " ", TEXTS["SECURITY.md"])
+    for sentence in (
+        f"configs up to {foreign.CONFIG_BYTES >> 20} MiB, other JSON up to {foreign.JSON_BYTES >> 20} MiB",
+        f"tokenizers and templates up to {foreign.TEXT_BYTES >> 20} MiB",
+        f"headers of safetensors up to {foreign.JSON_BYTES >> 20} MiB and {header.MOST_TENSORS:,} tensors",
+        f"up to {models.MOST_OF_A_KIND:,} layers, heads, experts or labels",
+        f"may take up to {bounded.MOST_BYTES >> 20} MiB (or 8 bytes for each stored weight)",
+        f"up to {bounded.MOST_TENSORS} tensors for each stored one",
+        f"may unpack to {packed.MOST_GROWTH} times its values",
+        f"may announce {gguf_header.MOST_ITEMS:,} items",
+    ):
+        assert sentence in page, sentence
 
 
 def test_the_first_commands_of_the_readme_do_everything() -> None:
