@@ -53,7 +53,8 @@ def compare_with_whole(run: RunContext, progress: Progress) -> None:
     """Check that one short window comes out of the stream as it does out of the whole model."""
     progress.start("checking the stream", len(run.skeleton.blocks))
     tokens, scores = run.data.calibration.tokens, run.data.evaluation is not None
-    check_stream(run.skeleton, tokens, scores, progress.step)
+    # One window is the least there is; what is caught here is that even it is too much.
+    with_oom_retry(lambda _: check_stream(run.skeleton, tokens, scores, progress.step), 1, progress)
     progress.finish()
 
 

@@ -58,7 +58,7 @@ FORM: Mapping[str, Any] = {
     "method": {"name": _text, "*": _anything},
     "recipe": {"*": _scalar},
     "calibration": {"source": _text, "samples": _whole, "seq_len": _whole, "seed": _scalar, "sha256": _text,
-                    "*": _scalar},
+                    "characters?": (_whole,), "*": _scalar},
     "evaluation": ({
         "source": _text, "samples": _whole, "seq_len": _whole, "dense": _PERPLEXITY, "pruned": _PERPLEXITY,
         "*": _scalar,
