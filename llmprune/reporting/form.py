@@ -45,25 +45,25 @@ WORDS = {
     _whole: "a whole number", _number: "a number", _finite: "a finite number", _text: "text", _scalar: "a single value",
     _shape: "two sizes", _scope: "a scope",
 }  # fmt: skip
-_PERPLEXITY = {"value": _number, "error": _number, "*": _scalar}
+_PERPLEXITY = {"value": _number, "error": _number, "windows?": _whole, "context?": _whole, "*": _scalar}
+_WINDOWS = {"source": _text, "samples": _whole, "seq_len": _whole, "seed": (_whole,), "bos_tokens?": _whole,
+            "characters?": (_whole,), "*": _scalar}  # fmt: skip
 FORM: Mapping[str, Any] = {
     "llmprune": _text,
     "command": _text,
     "versions": {"*": _text},
-    "model": {"name": _text, "revision": _text, "parameters": _whole, "parameters_left?": _whole, "*": _scalar},
+    "model": {"name": _text, "revision": _text, "parameters": _whole, "parameters_left?": _whole, "blocks?": _whole,
+              "*": _scalar},
     "sparsity": {
         "pattern": _text, "meaning": _text, "scope": _scope, "fraction": _finite, "note": _text, "removed": [_text],
         "config?": {"*": _whole}, "*": _anything,
     },
     "method": {"name": _text, "*": _anything},
     "recipe": {"*": _scalar},
-    "calibration": {"source": _text, "samples": _whole, "seq_len": _whole, "seed": _scalar, "sha256": _text,
-                    "characters?": (_whole,), "*": _scalar},
-    "evaluation": ({
-        "source": _text, "samples": _whole, "seq_len": _whole, "dense": _PERPLEXITY, "pruned": _PERPLEXITY,
-        "*": _scalar,
-    },),
-    "coverage": {"block_parameters": _whole, "fraction": _finite, "skipped": {"*": _whole}, "*": _scalar},
+    "calibration": _WINDOWS | {"sha256": _text, "tokens?": _whole, "self_generated?": _whole},
+    "evaluation": (_WINDOWS | {"dense": _PERPLEXITY, "pruned": _PERPLEXITY, "overlap?": _number},),
+    "coverage": {"block_parameters": _whole, "covered?": _whole, "fraction": _finite, "skipped": {"*": _whole},
+                 "*": _scalar},
     "layers": [{
         "name": _text, "shape": _shape, "pattern": _text, "pruned": _whole, "unpruned_zeros": _whole,
         "error": _number, "status": _text, "tokens": _whole, "stats": {"*": _number},

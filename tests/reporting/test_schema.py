@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from helpers import ROOT
 
 from llmprune import InputError, PruneReport
+from llmprune.reporting.form import FORM, WORDS
 from llmprune.reporting.report import FILE
 from llmprune.reporting.schema import RENAMED_IN_2, SCHEMA, upgraded
 
@@ -83,3 +86,27 @@ def test_a_schema_that_is_not_known_is_refused(first: dict[str, Any], tmp_path: 
         PruneReport.read(tmp_path)
     assert str(tmp_path) in refused.value.message
     assert "update" in refused.value.hint
+
+
+def form_of(path: str) -> Any:
+    """What the form of a report says of a documented key."""
+    form: Any = FORM
+    for step in path.replace("[]", "").split("."):
+        while isinstance(form, tuple | list):
+            form = form[0]
+        if not isinstance(form, Mapping):
+            break
+        form = next((form[key] for key in (step, f"{step}?", "*") if key in form), None)
+    return form[0] if isinstance(form, tuple) else form
+
+
+def test_every_number_of_a_report_is_checked_to_be_one() -> None:
+    """What is put into words is formatted as a number, which fails for anything else."""
+    page = (ROOT / "docs" / "reference" / "report.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.*\[\]]+)` \| (?:integer|number)\b", page, re.MULTILINE)
+    assert len(rows) > 50
+    numbers = {"a whole number", "a number", "a finite number"}
+    loose = {path for path in rows if WORDS.get(form_of(path)) not in numbers}
+    # Read with checks of their own, or shown as they are.
+    elsewhere = ("schema", "method.", "recipe.", "machine.", "processes.")
+    assert {path for path in loose if not path.startswith(elsewhere)} == set()
