@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
 from llmprune.job import Job
+from llmprune.model.auto_class import auto_class, text_section
 from llmprune.model.blocks import find_layers
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.skeleton import Skeleton
@@ -57,6 +58,7 @@ _LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 16,
 }  # fmt: skip
 _INDEXER = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 _BYTES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
 EXTRA: dict[str, dict[str, Any]] = {
     "biogpt": {"hidden_dropout_prob": 0.0},
@@ -157,23 +159,48 @@ EXTRA: dict[str, dict[str, Any]] = {
         "adapter_rank": 8,
     },
     "zaya": {**_MOE, "num_experts_per_tok": 1, "router_hidden_size": 32, "num_hidden_layers": 3},
+    **dict.fromkeys(("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text", "glm4v_text"), _MROPE),
 }  # fmt: skip
 """What a model type needs beside that."""
+VISION: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "depth", "max_num_tiles"), 1), "num_attention_heads": 2, "num_heads": 2,
+    "num_key_value_heads": 2, "hidden_size": 32, "embed_dim": 32, "intermediate_size": 64, "head_dim": 16,
+    "global_head_dim": 16, "image_size": 16, "patch_size": 4, "num_position_embeddings": 16,
+    **dict.fromkeys(
+        ("out_hidden_size", "vision_output_dim", "projection_dim", "projector_input_dim", "projector_output_dim"), 64
+    ),
+    "fullatt_block_indexes": [0], "deepstack_visual_indexes": [0],
+}  # fmt: skip
+"""Given to the vision part of a wrapper where it knows the name."""
 
 
 def tiny_config(model_type: str, **options: Any) -> PreTrainedConfig:
-    """A config of two small blocks."""
+    """A config of two small blocks; of a wrapper, with a vision tower of one."""
     known = AutoConfig.for_model(model_type)
-    names = {*known.to_dict(), *getattr(known, "attribute_map", {})}
-    wanted = {name: value for name, value in COMMON.items() if name in names}
-    return AutoConfig.for_model(model_type, **{**wanted, **EXTRA.get(model_type, {}), **options})
+    if not (section := text_section(known)):
+        return AutoConfig.for_model(model_type, **{**_known(known, COMMON), **EXTRA.get(model_type, {}), **options})
+    text = tiny_config(known.get_text_config().model_type).to_dict() | options
+    vision = known.vision_config or known.sub_configs["vision_config"]()
+    tower = {**_known(vision, VISION), "model_type": vision.model_type}
+    special = {key: VOCAB - 1 for key in known.to_dict() if re.search(r"token_(id|index)$", key)}
+    return AutoConfig.for_model(model_type, **{**special, section: text, "vision_config": tower})
+
+
+def _known(config: PreTrainedConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    names = {*config.to_dict(), *getattr(config, "attribute_map", {})}
+    return {name: value for name, value in settings.items() if name in names}
+
+
+def auto_model(config: PreTrainedConfig) -> Any:
+    """The automatic class for a config."""
+    return getattr(transformers, auto_class(config))
 
 
 def tiny_model(model_type: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A random float32 model; vectors (norms, biases) are random too, so that none can be forgotten."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **options), dtype=torch.float32).eval()
-    return shaken(model)
+    config = tiny_config(model_type, **options)
+    return shaken(auto_model(config).from_config(config, dtype=torch.float32).eval())
 
 
 @torch.no_grad()
@@ -229,7 +256,9 @@ def save_tiny(
         seed: of the weights.
         options: of the config.
     """
-    model = tiny_model(model_type, seed, **options).to(dtype)
+    model = tiny_model(model_type, seed, **options)
+    if dtype != torch.float32:  # complex buffers must stay
+        model = model.to(dtype)
     model.config.dtype = dtype
     (model.base_model if base else model).save_pretrained(folder, max_shard_size=shard)
     if base:
@@ -241,7 +270,7 @@ def save_tiny(
     for old, new in (rename or {}).items():
         rewrite(folder, lambda tensors, old=old, new=new: {k.replace(old, new): v for k, v in tensors.items()})
     if tokenizer:
-        word_tokenizer(model.config.vocab_size).save_pretrained(folder)
+        word_tokenizer(model.config.get_text_config().vocab_size).save_pretrained(folder)
     return folder
 
 
@@ -341,7 +370,7 @@ def chosen(skeleton: Skeleton) -> frozenset[str]:
 
 def reload(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """What plain transformers makes of a folder; experts run one by one, as the stream has them run."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = auto_model(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).eval()
     model.set_experts_implementation("eager")
     for parameter in model.parameters():  # a product's last bits depend on where a tensor lies in its file
         parameter.data = parameter.data.clone()
@@ -377,7 +406,7 @@ def weight_of(model: PreTrainedModel, layer: str) -> Tensor:
         experts = model.config.ffn_config.moe_num_experts
         parameter = parameter.view(experts, -1, parameter.shape[1])
     matrix = parameter[index]
-    return matrix.T if attribute in TRANSPOSED.get(model.config.model_type, ()) else matrix
+    return matrix.T if attribute in TRANSPOSED.get(model.config.get_text_config().model_type, ()) else matrix
 
 
 def stream_through(skeleton: Skeleton, tokens: Tensor, **options: Any) -> BlockStream:

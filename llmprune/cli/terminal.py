@@ -17,6 +17,7 @@ from llmprune.reporting.words import (
     duration,
     error_text,
     evaluation_text,
+    loader_of,
     parameters_text,
     perplexity_text,
     pruned_text,
@@ -127,7 +128,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         ("time", f"{duration(seconds['total'])}; pruning {duration(seconds['prune'])}, {solves}{_shared(report)}"),
         ("memory", f"peak {size(report.peak_memory)}"),
         ("saved to", report.out),
-        ("load with", f'AutoModelForCausalLM.from_pretrained("{report.out}")'),
+        ("load with", f'{loader_of(report.model)}.from_pretrained("{report.out}")'),
     ]
     return rows
 

@@ -17,6 +17,7 @@ import torch
 from llmprune.errors import InputError, PruneError, printable
 from llmprune.export.packed import Layout, PackedFile, pack_file
 from llmprune.export.verify import LayerSelection, open_pruned
+from llmprune.model.auto_class import CAUSAL, auto_class
 from llmprune.model.bounded import Stored
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.reader import INDEX, PACKED, SINGLE, SafetensorsFolder, read_index
@@ -167,13 +168,13 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     Code that comes with the model runs only with `trust_remote_code=True`.
 
     Args:
-        folder: of a causal language model.
+        folder: of a language model, or of one inside of a wrapper for images.
         options: for `from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:
         InputError: no folder, or damaged.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    import transformers
 
     folder = user_path(folder)
     if not folder.is_dir():
@@ -188,7 +189,7 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
         if not getattr(config, "quantization_config", None):
             Checkpoint(stored, model)  # transformers gives random values to what is missing
         with reading(f"transformers cannot load {folder}", hint):
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            loaded: PreTrainedModel = getattr(transformers, auto_class(config) or CAUSAL).from_pretrained(
                 folder, config=config, use_safetensors=True, trust_remote_code=trust, **options
             )
         return loaded
@@ -204,7 +205,7 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
             raise ValueError(f"its files lack {min(found['missing_keys'])!r}")
         loaded.config.name_or_path = str(folder)
         if (folder / "generation_config.json").exists():
-            loaded.generation_config = GenerationConfig.from_pretrained(folder, trust_remote_code=False)
+            loaded.generation_config = transformers.GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     return loaded
 
 

@@ -151,7 +151,7 @@ def verify_folder(folder: Path, selection: LayerSelection = BY_REPORT, trust_rem
     """Check the pattern of a folder's layers, and the sizes in its config; arguments as of `open_pruned`."""
     skeleton, goal, layers = open_pruned(folder, selection, trust_remote_code)
     sizes = PruneReport.read(folder).sparsity.get("config", {}) if selection.sparsity is None else {}
-    settings = skeleton.config.to_dict()
+    settings = skeleton.config.get_text_config().to_dict()
     found = {key: (wanted, settings.get(key)) for key, wanted in sizes.items()}
     nonuniform = len({pattern for _, pattern in layers}) > 1
     return FolderCheck(str(folder), goal, check_layers(skeleton.checkpoint, layers), found, nonuniform)

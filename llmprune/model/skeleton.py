@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from llmprune.errors import InputError
+from llmprune.model.auto_class import CAUSAL, auto_class
 from llmprune.model.blocks import find_blocks
 from llmprune.model.bounded import Bounded, Stored
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.experts import WatchedParameter, attach_experts
 from llmprune.model.reader import SafetensorsFolder
+from llmprune.model.tower import closed, parts_beside
 from llmprune.runtime.foreign import reading
 from llmprune.runtime.memory import mmap_large_allocations
 
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 
 class Skeleton:
-    """A causal language model whose parameters are on the meta device (its rotary buffers are real).
+    """A language model whose parameters are on the meta device (its rotary buffers are real).
+
+    It may be the tower of a wrapper; the parts beside the tower are never loaded, only copied.
 
     Args:
         config: of the model.
@@ -54,6 +58,9 @@ class Skeleton:
         attach_experts(self.model)
         self.checkpoint = Checkpoint(folder, self.model, dtype)
         self.block_path, self.blocks = find_blocks(self.model)
+        self.beside = tuple(parts_beside(self.model))
+        for part in self.beside:
+            closed(self.model, part, compute, self.device)
         for owner in self.model.modules():
             for name, buffer in owner._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":
@@ -78,8 +85,19 @@ class Skeleton:
         return [name for name in self.checkpoint if name.startswith(prefix)]
 
     def outside(self) -> list[str]:
-        """Names of the parameters and persistent buffers outside the blocks: embeddings, last norm, head."""
-        return [name for name in self.checkpoint if not name.startswith(self.block_path + ".")]
+        """Names of what text passes through outside the blocks: embeddings, last norm, head."""
+        beside = tuple(f"{part}." for part in (self.block_path, *self.beside))
+        return [name for name in self.checkpoint if not name.startswith(beside)]
+
+    def text_parameters(self) -> list[str]:
+        """Names of all parameters and persistent buffers that text passes through."""
+        left = set(self.parameters_beside())
+        return [name for name in self.checkpoint if name not in left]
+
+    def parameters_beside(self) -> list[str]:
+        """Names of the parameters and persistent buffers of a wrapper that text does not pass through."""
+        parts = tuple(f"{part}." for part in self.beside)
+        return [name for name in self.checkpoint if name.startswith(parts)] if parts else []
 
     def before_blocks(self) -> list[str]:
         """Those of them that a forward needs up to the last block: all but an untied head."""
@@ -92,8 +110,8 @@ class Skeleton:
         return self.checkpoint.shared(name)
 
     def export_outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Names on disk and tensors outside the blocks, those that the model does not use included."""
-        yield from self.checkpoint.export(self.outside(), {})
+        """Names on disk and tensors outside the blocks, those that text or the model does not use included."""
+        yield from self.checkpoint.export([*self.outside(), *self.parameters_beside()], {})
         for name in self.checkpoint.unused:
             yield name, self.checkpoint.stored(self.checkpoint.folder[name])
 
@@ -208,7 +226,9 @@ FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch
 def build_on_meta(
     config: PreTrainedConfig, compute: torch.dtype, trust_remote_code: bool = False, stored: Stored | None = None
 ) -> PreTrainedModel:
-    """Build the causal language model of `config` without allocating its weights; buffers that no file holds are real.
+    """Build the language model of `config`, with all that a wrapper holds beside it, without allocating its weights.
+
+    Buffers that no file holds are real.
 
     Args:
         config: of the model.
@@ -217,7 +237,7 @@ def build_on_meta(
         stored: what is on disk, with which the sizes of a config of others are compared; None for a config of ours.
 
     Raises:
-        InputError: the architecture is no causal language model, or far larger than what is stored.
+        InputError: the architecture is no language model, or far larger than what is stored.
     """
     if stored is not None:
         check_sizes(config, stored)
@@ -236,9 +256,10 @@ def build_on_meta(
 
 
 def _built(config: PreTrainedConfig, compute: torch.dtype, trust_remote_code: bool, most: float) -> PreTrainedModel:
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
+    kind = getattr(transformers, auto_class(config) or CAUSAL)
     with (
         reading(
             f"model type {config.model_type!r} cannot be built as a causal language model",
@@ -247,7 +268,5 @@ def _built(config: PreTrainedConfig, compute: torch.dtype, trust_remote_code: bo
         init_empty_weights(include_buffers=False),
         LargeOnMeta(most),
     ):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=compute, trust_remote_code=trust_remote_code
-        )
+        model: PreTrainedModel = kind.from_config(config, dtype=compute, trust_remote_code=trust_remote_code)
     return model

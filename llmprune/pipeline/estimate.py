@@ -191,8 +191,9 @@ def _reading(task: Task) -> int:
 
 
 def _checking(task: Task) -> int:
-    """All that lies outside of the blocks, a block, and logits of the one window that runs through the whole model."""
-    logits = 3 * 4 * min(WINDOW, task.seq_len) * task.vocabulary
+    """All that lies outside of the blocks, a block, and logits of the windows that run through the whole model."""
+    windows = 2 if task.evaluation and task.skeleton.beside else 1
+    logits = 3 * 4 * windows * min(WINDOW, task.seq_len) * task.vocabulary
     return _loaded(task, task.skeleton.outside()) + max(_block(task) * task.element, logits)
 
 

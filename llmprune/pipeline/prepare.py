@@ -257,7 +257,7 @@ def _data(job: Job, source: Source, cache: Path, progress: Progress) -> Data:
 
 def _compute_dtype(source: Source, device: torch.device) -> torch.dtype:
     """The dtype of forwards: float32 on the CPU; on an accelerator the config's."""
-    own = source.config.dtype
+    own = source.config.dtype or source.config.get_text_config().dtype
     if device.type == "cpu" or own not in {torch.float16, torch.bfloat16}:
         return torch.float32
     assert isinstance(own, torch.dtype)

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from llmprune.job import knobs
 from llmprune.knobs import flag_of
+from llmprune.model.auto_class import auto_class, text_section
 from llmprune.model.companions import copy_companions, copy_json
 from llmprune.model.selection import Plan
+from llmprune.model.skeleton import Skeleton
+from llmprune.model.tower import tower_name
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.timing import Clock
 from llmprune.pruning.pattern import SparsityPattern
@@ -37,6 +40,7 @@ from llmprune.streaming.batch_shards import BatchSharding
 from llmprune.streaming.block import Block
 from llmprune.streaming.perplexity import Perplexity
 from llmprune.streaming.schedule import Group
+from llmprune.structure.config_search import with_changes
 
 PATHS = frozenset({"out", "calib", "eval_text", "cache_dir"})
 """Fields of a job that name a place on this machine, or a data set; `model` does so unless it is on the Hub."""
@@ -163,6 +167,8 @@ def initial_report(run: RunContext) -> PruneReport:
             "parameters": plan.parameters,
             "parameters_left": plan.parameters - run.structure.removed_parameters(run.skeleton),
             "blocks": len(run.skeleton.blocks),
+            "loader": auto_class(config),
+            **wrapper_facts(run.skeleton),
         },
         sparsity={
             "pattern": run.sparsity.name,
@@ -191,6 +197,15 @@ def initial_report(run: RunContext) -> PruneReport:
         out=str(run.out),
         warnings=[*filter(None, (run.left_out, run.data.warning))],
     )
+
+
+def wrapper_facts(skeleton: Skeleton) -> dict[str, Any]:
+    """The language tower of a wrapper, and what beside it stays as it was; empty where a model is nothing else."""
+    if not skeleton.beside:
+        return {}
+    parts = [skeleton.model.get_submodule(part) for part in skeleton.beside]
+    beside = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    return {"tower": tower_name(skeleton.model), "beside": ", ".join(skeleton.beside), "parameters_beside": beside}
 
 
 def flags_of(names: Collection[str]) -> set[str]:
@@ -290,10 +305,15 @@ def pruned_config(run: RunContext, source: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = without_origins(source)
     for leftover in ("quantization_config", "compression_config", "sparsity_config"):
         config.pop(leftover, None)
-    if run.structure.changes:
+    if changes := run.structure.changes:
+        section = text_section(run.config)
+        if section not in config and changes.keys() & config.keys():
+            section = ""  # older wrappers say the sizes of their language model beside those of the rest
         # A config may say a number under another name, which must not contradict it.
-        aliases = {old for old, new in run.config.attribute_map.items() if new in run.structure.changes}
-        config = {key: value for key, value in config.items() if key not in aliases} | run.structure.changes
+        aliases = {old for old, new in run.config.get_text_config().attribute_map.items() if new in changes}
+        old = config.get(section, {}) if section else config
+        kept = {key: value for key, value in old.items() if key not in aliases}
+        config = with_changes({**config, section: kept} if section else kept, section, changes)
     if run.job.dtype:
         # Older readers know the older name only.
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]

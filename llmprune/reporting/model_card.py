@@ -8,18 +8,21 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmprune.errors import printable
+from llmprune.model.auto_class import CAUSAL
 from llmprune.reporting.report import PruneReport
 from llmprune.reporting.words import (
     bos_text,
     calibration_text,
     error_text,
     evaluation_text,
+    loader_of,
     markdown,
     parameters_text,
     perplexity_text,
     recipe_text,
     removes_only,
     size,
+    tower_text,
 )
 from llmprune.runtime.foreign import read_json, read_text, reading
 from llmprune.runtime.redact import HUB_ID
@@ -32,10 +35,10 @@ TITLES = ("\n# {}\n", "\n- name: {}\n")
 """The lines of a card that hold the name of the model."""
 LOAD = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, {texts}
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {loader}.from_pretrained("{name}")
+{texts_name} = {texts}.from_pretrained("{name}")
 ```
 
 {readers}{note}.
@@ -70,6 +73,8 @@ def model_card(report: PruneReport, source: Path) -> str:
         source: folder of the dense model; its card gives licence, language and base model.
     """
     name, zeros = printable(Path(report.out).name), report.sparsity["fraction"] > 0
+    loader = loader_of(report.model)
+    texts = "AutoTokenizer" if loader == CAUSAL else "AutoProcessor"
     rows = "\n".join(f"| {markdown(key)} | {markdown(value)} |" for key, value in _facts(report))
     parts = [
         f"---\n{_metadata(report, source, name)}\n---",
@@ -79,7 +84,14 @@ def model_card(report: PruneReport, source: Path) -> str:
         f"| | |\n|---|---|\n{rows}",
         *(f"> {markdown(warning)}" for warning in report.warnings),
         "## Load",
-        LOAD.format(name=name, readers=_readers(report), note=report.sparsity["note"]),
+        LOAD.format(
+            name=name,
+            loader=loader,
+            texts=texts,
+            texts_name=texts.removeprefix("Auto").lower(),
+            readers=_readers(report),
+            note=report.sparsity["note"],
+        ),
         "## How it was made",
         _made(report),
         *(["## Continue", CONTINUE] if zeros else []),
@@ -89,7 +101,8 @@ def model_card(report: PruneReport, source: Path) -> str:
 
 def _readers(report: PruneReport) -> str:
     """What reads the folder."""
-    removed = report.sparsity["removed"]
+    # Of wrappers, no other reader was tried.
+    removed = [] if report.model.get("parameters_beside") else report.sparsity["removed"]
     zeros = ZEROS if report.sparsity["fraction"] > 0 else ""
     return zeros + (RUNS if removed else "") + (HEADS if any(text.startswith("heads") for text in removed) else "")
 
@@ -139,7 +152,7 @@ def _metadata(report: PruneReport, source: Path, name: str) -> str:
     data = ModelCardData(
         base_model=_base(report, inherited),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if loader_of(report.model) == CAUSAL else "image-text-to-text",
         tags=["pruned", *(["sparse"] if report.sparsity["fraction"] else []), "llmprune", report.method["name"]],
         model_name=name if report.evaluation else None,
         eval_results=_results(report) or None,
@@ -215,6 +228,7 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
         text = evaluation_text(evaluation)
         facts += [(f"perplexity, {key} ({text})", perplexity_text(evaluation[key])) for key in ("dense", "pruned")]
     facts += [
+        *([("pruned part", text)] if (text := tower_text(report.model)) else []),
         *[("removed", text) for text in report.sparsity["removed"]],
         *([("parameters", parameters_text(report.model))] if report.sparsity["removed"] else []),
         *([] if removes_only(report.sparsity) else [("pattern", pattern)]),

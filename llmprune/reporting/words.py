@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llmprune.errors import printable
+from llmprune.model.auto_class import CAUSAL, WRAPPER
 from llmprune.pruning.recipe import Recipe
 
 
@@ -82,6 +83,19 @@ def coverage_text(coverage: Mapping[str, Any]) -> str:
     text = f"pruned layers hold {coverage['fraction']:.1%} of {total / 1e6:.1f} M block parameters"
     dense = [f"{reason} {weights / total:.1%}" for reason, weights in coverage["skipped"].items()]
     return text + (f"; left dense: {', '.join(dense)}" if dense else "")
+
+
+def loader_of(model: Mapping[str, Any]) -> str:
+    """The automatic class that loads a model; reports of older versions know one only."""
+    return WRAPPER if model.get("loader") == WRAPPER else CAUSAL
+
+
+def tower_text(model: Mapping[str, Any]) -> str:
+    """What of a wrapper was pruned, and what stayed; '' where a model is nothing but its language model."""
+    if not (beside := model.get("parameters_beside")):
+        return ""
+    inside = f"{model['tower']}, the language model inside; unchanged beside it: {model['beside']}"
+    return f"{inside} ({count(beside)} of {count(model['parameters'])} parameters)"
 
 
 def removes_only(sparsity: Mapping[str, Any]) -> bool:

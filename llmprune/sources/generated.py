@@ -70,7 +70,7 @@ def generate(
     Plain ancestral sampling (temperature 1, no top-k, no top-p) but for end-of-text tokens: no window ends early.
 
     Args:
-        skeleton: the model; all of it is in memory meanwhile.
+        skeleton: the model; all of it that text passes through is in memory meanwhile.
         prompts: `(windows, prompt)`, int64.
         length: of the windows, in tokens.
         seed: of the draws.
@@ -89,7 +89,7 @@ def generate(
     settings = _settings(more)
     written = []
     devices = [skeleton.device] if skeleton.device.type == "cuda" else []
-    with skeleton.loaded(list(skeleton.checkpoint)), torch.random.fork_rng(devices):
+    with skeleton.loaded(skeleton.text_parameters()), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             given = prompts[start : start + batch_size].to(skeleton.device)
@@ -166,8 +166,9 @@ def window_bytes(skeleton: Skeleton, length: int) -> int:
 
 
 def model_bytes(skeleton: Skeleton) -> int:
-    """Bytes of all parameters in the dtype they are computed in."""
-    entries = skeleton.checkpoint.folder.entries.values()
+    """Bytes of all parameters that text passes through, in the dtype they are computed in."""
+    checkpoint = skeleton.checkpoint
+    entries = (checkpoint.folder.entries[name] for name in checkpoint.disk_names(skeleton.text_parameters()))
     return sum(math.prod(entry.shape) for entry in entries) * skeleton.compute.itemsize
 
 

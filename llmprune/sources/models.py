@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmprune.errors import InputError
+from llmprune.model.auto_class import auto_class
 from llmprune.model.reader import Entry, HeadersOnly, SafetensorsFolder
 from llmprune.progress import Progress
 from llmprune.runtime.foreign import check_folder, muted, read_json, reading, user_path
@@ -201,20 +202,19 @@ def _code_of(config: Any) -> str:
 
 
 def _refuse_non_decoders(config: PreTrainedConfig) -> None:
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    kind = ""
-    if getattr(config, "is_encoder_decoder", False):
+    kind, known = "", auto_class(config)
+    tower = config.get_text_config() if known else config
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, tower)):
         kind = "an encoder-decoder model"
-    elif any(hasattr(config, key) for key in ("vision_config", "audio_config", "speech_config")):
-        kind = "a multi-modal model"
+    elif not known and any(hasattr(config, key) for key in ("vision_config", "audio_config", "speech_config")):
+        kind = "a multi-modal model without a language model for text and images"
     elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         kind = "an encoder-only model"
     if kind:
         raise InputError(f"{config.model_type!r} is {kind}", "llmprune prunes decoder-only language models")
-    own = getattr(config, "auto_map", None) or {}
-    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in own:
+    if not known:
         raise InputError(
             f"model type {config.model_type!r} cannot be built as a causal language model",
             "llmprune prunes decoder-only language models; remote code needs --trust-remote-code",

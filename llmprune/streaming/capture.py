@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmprune.errors import InputError, PruneError
 from llmprune.model.skeleton import Skeleton
+from llmprune.model.tower import TEXT_ALONE
 from llmprune.runtime.foreign import reason
 from llmprune.runtime.oom import out_of_memory
 from llmprune.streaming.activations import Activations
@@ -125,6 +126,9 @@ def run_model(skeleton: Skeleton, tokens: Tensor) -> Any:
     except Exception as error:
         if out_of_memory(error):
             raise
+        if skeleton.beside:
+            name = type(skeleton.model).__name__
+            raise InputError(f"{name} cannot run on text alone: {reason(error)}", TEXT_ALONE) from error
         raise InputError(
             f"{type(skeleton.model).__name__} cannot run with the settings of its config: {reason(error)}",
             "the config is damaged, or of another version of the model",

@@ -32,15 +32,20 @@ def check_stream(
     Args:
         skeleton: the model.
         tokens: `(samples, length)`, int64.
-        scores: whether logits are compared too.
+        scores: whether perplexity is to be measured: logits are compared too, and the tokens of a wrapper must not
+            see later ones.
         step: called after every block.
 
     Raises:
         InputError: blocks are called twice, or not at all; or the relative difference `‖a − b‖ / ‖b‖` of the output of
-            a block, or of the logits, is more than rounding.
+            a block, or of the logits, is more than rounding. With `scores`, in a wrapper, the same of the hidden
+            states of all positions but the last, when another token stands there.
     """
     window = tokens[:1, :WINDOW]
-    inputs = capture_block_inputs(skeleton, window, 1)
+    causal = scores and bool(skeleton.beside)
+    if causal:
+        window = torch.cat([window, _with_another_end(window, skeleton.config.get_text_config().vocab_size)])
+    inputs = capture_block_inputs(skeleton, window, len(window))
     with skeleton.loaded(skeleton.outside()):
         walk = _Walk(skeleton, inputs.batches[0], step)
         with forwards_replaced(skeleton.blocks, walk.forward_of):
@@ -48,7 +53,10 @@ def check_stream(
         if walk.called < len(skeleton.blocks):
             raise InputError(f"{walk.model} calls {walk.called} of its {len(skeleton.blocks)} blocks", CHAIN)
         if scores:
-            _check_scores(skeleton, window, walk.hidden, inputs, output.logits)
+            stored = inputs.wrap.axes.stored(walk.hidden)
+            if causal:
+                _check_causal(skeleton, stored)
+            _check_scores(skeleton, window, stored, inputs, output.logits)
 
 
 class _Walk:
@@ -97,9 +105,23 @@ class _Walk:
             )
 
 
-def _check_scores(skeleton: Skeleton, window: Tensor, hidden: Tensor, inputs: BlockInputs, wanted: Tensor) -> None:
+def _with_another_end(window: Tensor, vocabulary: int) -> Tensor:
+    """The window with another last token."""
+    return torch.cat([window[:, :-1], (window[:, -1:] + 1) % vocabulary], 1)
+
+
+def _check_causal(skeleton: Skeleton, hidden: Tensor) -> None:
+    """Compare what has left the last block in two windows, `(2, length, ...)`, that differ in their last token."""
+    if (difference := relative_difference(hidden[1, :-1], hidden[0, :-1])) > _tolerance(skeleton):
+        raise InputError(
+            f"in {type(skeleton.model).__name__} tokens see those that come after them: the last one changes the "
+            f"others by {difference:.1%}",
+            "perplexity does not measure such a model; leave it out with --no-eval",
+        )
+
+
+def _check_scores(skeleton: Skeleton, window: Tensor, stored: Tensor, inputs: BlockInputs, wanted: Tensor) -> None:
     """Compare the logits of a part of the positions at a time, as perplexity is measured."""
-    stored = inputs.wrap.axes.stored(hidden)
     half = max(window.shape[1] // 2, 1)
     pairs = zip(torch.split(window, half, 1), torch.split(stored, half, 1), strict=True)
     found = torch.cat([logits(skeleton, tokens, part, inputs.wrap) for tokens, part in pairs], 1)

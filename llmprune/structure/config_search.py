@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune.errors import InputError
+from llmprune.model.auto_class import text_section
 from llmprune.model.skeleton import build_on_meta
 from llmprune.structure.slicing import Shapes
 
@@ -24,10 +25,10 @@ def channel_settings(config: PreTrainedConfig, widths: Mapping[int, int]) -> Ite
     """Candidate settings for new MLP widths, likely ones first.
 
     Args:
-        config: of the model.
+        config: of the model; its language model's part is searched.
         widths: old width -> new width.
     """
-    settings = config.to_dict()
+    settings = config.get_text_config().to_dict()
     for pairs in product(*(list(_width_settings(settings, old, new)) for old, new in widths.items())):
         yield dict(pairs)
 
@@ -50,11 +51,12 @@ def head_settings(config: PreTrainedConfig, heads: int, groups: int, width: int)
     """Candidate settings for a number of query heads, kv heads, and the head dimension.
 
     Args:
-        config: of the model.
+        config: of the model; its language model's part is searched.
         heads: new number of query heads.
         groups: new number of kv heads.
         width: head dimension; it does not change, but many configs derive it from the number of heads unless it is set.
     """
+    config = config.get_text_config()
     settings = config.to_dict()
     wanted = {"num_attention_heads": heads, "num_key_value_heads": groups, "num_kv_heads": groups}
     names = {name: getattr(config, "attribute_map", {}).get(name, name) for name in wanted}
@@ -66,8 +68,15 @@ def head_settings(config: PreTrainedConfig, heads: int, groups: int, width: int)
 
 
 def changed_config(config: PreTrainedConfig, changes: Mapping[str, int]) -> PreTrainedConfig:
-    """A copy of a config with some settings changed, validated as a new one is."""
-    return type(config).from_dict({**config.to_dict(), **changes})
+    """A copy of a config with some settings of its language model changed, validated as a new one is."""
+    return type(config).from_dict(with_changes(config.to_dict(), text_section(config), changes))
+
+
+def with_changes(settings: Mapping[str, Any], section: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with changes in one of their sections; in themselves where it is ''."""
+    if not section:
+        return {**settings, **changes}
+    return {**settings, section: {**settings.get(section, {}), **changes}}
 
 
 def find_settings(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    VISION,
     block_prefix,
     edit_tensor,
     job,
@@ -36,8 +39,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.pytorch_utils import Conv1D
 
-from llmprune import PruneReport, prune
+from llmprune import InputError, PruneReport, prune
 from llmprune.export.verify import verify_folder
+from llmprune.model.reader import SafetensorsFolder
 from llmprune.streaming.perplexity import perplexity
 
 NAMES = """
@@ -46,9 +50,13 @@ olmo olmo2 cohere starcoder2 granite smollm3 glm4 nemotron xglm biogpt exaone4
 mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v3 mamba jamba lfm2
 llama4_text dbrx jetmoe granitemoe nemotron_h longcat_flash
 """
+WRAPPERS = "gemma4 qwen3_vl mistral3 llama4 glm4v idefics3"
+"""Models for images and text: a language model, which is pruned, beside a vision tower, which is not."""
+BESIDE = r"vision|visual|projector|connector"
+"""In names of what lies beside the language model."""
 Case = tuple[str, dict[str, Any]]
 CASES: dict[str, Case] = {
-    **{name: (name, {}) for name in NAMES.split()},
+    **{name: (name, {}) for name in (NAMES + WRAPPERS).split()},
     "falcon-new-decoder": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-alibi-sequential": ("falcon", {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
@@ -59,7 +67,8 @@ CASES: dict[str, Case] = {
 }
 METHODS = [(method, sparsity) for method, sparsity in (("wanda", "50%"), ("magnitude", "4:8"))]
 MIXTURES = """
-mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v3 jamba llama4_text dbrx jetmoe granitemoe nemotron_h longcat_flash
+mixtral qwen2_moe qwen3_moe olmoe gpt_oss deepseek_v3 jamba llama4 llama4_text dbrx jetmoe granitemoe nemotron_h
+longcat_flash
 """
 MOE = set(MIXTURES.split())
 
@@ -111,6 +120,8 @@ def assert_only_layers_changed(run: Run) -> None:
     assert touched <= dense.keys()
     changed = {name for name in dense if not torch.equal(dense[name], pruned[name])}
     assert touched <= changed
+    assert not [name for name in changed if re.search(BESIDE, name)]
+    assert type(run.pruned) is type(run.dense)
     # Channels that change places take their biases and scales along.
     for name in changed - touched:
         assert dense[name].dim() == 1 or name.endswith("_bias"), name
@@ -210,13 +221,15 @@ def test_tied_embeddings_stay_tied(run: Run) -> None:
         head = model.get_output_embeddings()
         return head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
-    assert tied(run.pruned) == tied(run.dense) == bool(run.dense.config.get_text_config().tie_word_embeddings)
+    config = run.dense.config if run.name in WRAPPERS.split() else run.dense.config.get_text_config()
+    assert tied(run.pruned) == tied(run.dense) == bool(config.tie_word_embeddings)
 
 
 def test_every_matrix_of_every_expert_is_pruned(run: Run) -> None:
     assert "fused experts" not in run.report.coverage["skipped"]
     pruned = {parameter_of(run.pruned, name) for name in run.layers}
-    fused = {n for n, p in run.pruned.named_parameters() if p.dim() == 3 and "conv" not in n}
+    inside = block_prefix(run.layers)
+    fused = {n for n, p in run.pruned.named_parameters() if p.dim() == 3 and "conv" not in n and n.startswith(inside)}
     assert fused <= pruned
     assert (len(pruned) < len(run.layers)) == (run.name in MOE)
 
@@ -237,7 +250,7 @@ def test_other_methods_and_patterns_are_exact_too(model_type: str, method: str, 
         assert torch.equal(pruned[name][kept], dense[name][kept])
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "mixtral", "qwen2_5_vl"])
 def test_reported_perplexity_is_that_of_plain_transformers(model_type: str, tmp_path: Path) -> None:
     calib, text = text_file(tmp_path / "calib.txt"), text_file(tmp_path / "eval.txt", 200, seed=2)
     options = {"evaluate": True, "eval_text": str(text), "eval_context": 32, "eval_windows": 5}
@@ -454,3 +467,89 @@ def test_a_weight_that_blocks_share_is_written_once(tmp_path: Path) -> None:
     names = [name for file in run.out.glob("*.safetensors") for name in load_file(file)]
     assert len(names) == len(set(names))
     assert sum(name.endswith(".up") for name in run.layers) <= 1
+
+
+@pytest.mark.parametrize("model_type", ["llava", "internvl", "paligemma"])
+def test_what_lies_beside_the_language_model_of_a_wrapper_is_copied(model_type: str, tmp_path: Path) -> None:
+    source = save_tiny(model_type, tmp_path / "source", dtype=torch.bfloat16)
+    (source / "preprocessor_config.json").write_text('{"size":  7}')
+    run = run_of(source, tmp_path, model_type, method="wanda")
+    assert_lawful(run)
+    dense, pruned = on_disk(source), on_disk(run.out)
+    beside = {name for name in dense if re.search(BESIDE, name)}
+    assert beside
+    assert all(torch.equal(dense[name].view(torch.uint8), pruned[name].view(torch.uint8)) for name in beside)
+    assert (run.out / "preprocessor_config.json").read_bytes() == (source / "preprocessor_config.json").read_bytes()
+    assert json.loads((run.out / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    model, card = run.report.model, (run.out / "README.md").read_text()
+    assert (model["tower"], model["loader"]) == ("model.language_model", "AutoModelForImageTextToText")
+    assert model["beside"] == "model.vision_tower, model.multi_modal_projector"
+    assert model["parameters_beside"] == sum(dense[name].numel() for name in beside)
+    assert "AutoProcessor" in card
+    assert "model.language_model, the language model inside; unchanged beside it: model.vision_tower" in card
+
+
+def test_the_view_of_a_wrapper_as_a_language_model_is_pruned_to_the_same_bytes(tmp_path: Path) -> None:
+    whole = run_of(save_tiny("llama4", tmp_path / "whole"), tmp_path, effort="fast")
+    (tmp_path / "t").mkdir()
+    shutil.copytree(whole.source, tmp_path / "text")
+    settings = json.loads((whole.source / "config.json").read_text())
+    (tmp_path / "text" / "config.json").write_text(json.dumps({**settings, "architectures": ["Llama4ForCausalLM"]}))
+    text = run_of(tmp_path / "text", tmp_path / "t", effort="fast")
+    assert [type(run.pruned).__name__ for run in (whole, text)] == [
+        "Llama4ForConditionalGeneration", "Llama4ForCausalLM",
+    ]  # fmt: skip
+    a, b = on_disk(whole.out), on_disk(text.out)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_streams_like(text.out, AutoModelForCausalLM.from_pretrained(whole.out).eval())
+
+
+def test_blocks_are_those_of_the_language_model_and_no_other_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VISION, "intermediate_size", 1024)
+    source = save_tiny("qwen2_5_vl", tmp_path / "source")
+    skeleton, read = skeleton_of(source), set()
+    towers = [skeleton.model.model.visual, skeleton.model.model.language_model]
+    vision, text = (sum(p.numel() for p in tower.parameters()) for tower in towers)
+    assert vision > text
+    assert skeleton.block_path == "model.language_model.layers"
+    tensor = SafetensorsFolder.__getitem__
+    monkeypatch.setattr(SafetensorsFolder, "__getitem__", lambda self, name: read.add(name) or tensor(self, name))
+    streamed_logits(skeleton, random_tokens())
+    assert {name for name in on_disk(source) if not re.search(BESIDE, name)} == read
+
+
+@pytest.mark.parametrize(("model_type", "flat"), [("gemma3", False), ("qwen2_vl", True)])
+def test_a_wrapper_loses_channels_where_its_config_says_the_widths(model_type: str, flat: bool, tmp_path: Path) -> None:
+    source = save_tiny(model_type, tmp_path / "source")
+    settings = json.loads((source / "config.json").read_text())
+    if flat:
+        settings = settings.pop("text_config") | settings
+        (source / "config.json").write_text(json.dumps(settings))
+    run = run_of(source, tmp_path, sparsity="channels:50%", method="wanda")
+    found = json.loads((run.out / "config.json").read_text())
+    section = found if flat else found["text_config"]
+    assert section.pop("intermediate_size") == 64
+    (settings if flat else settings["text_config"]).pop("intermediate_size")
+    assert found == settings
+    assert_streams_like(run.out, run.pruned)
+    assert verify_folder(run.out).sizes == {"intermediate_size": (64, 64)}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "says"),
+    [
+        ("blip", {}, "cannot run on text alone.*pixel_values"),
+        ("paligemma", {"evaluate": True}, "tokens see those that come after them"),
+    ],
+)
+def test_a_wrapper_whose_language_model_needs_more_than_text_is_refused(
+    model_type: str, options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    source, text = save_tiny(model_type, tmp_path / "source"), text_file(tmp_path / "eval.txt")
+    sizes = {"eval_text": str(text), "eval_context": 32}
+    with pytest.raises(InputError, match=says):
+        prune(job(source, tmp_path / "out", token_file(tmp_path / "t.safetensors"), **sizes, **options))
+    assert not (tmp_path / "out").exists()

@@ -26,7 +26,8 @@ FREE = ("versions", "fingerprint", "method.options", "sparsity.config", "coverag
 STATS = "layers[].stats."
 GENERATION = {f"generations[].{key}" for key in ("prompt", "dense", "pruned")}
 SPREAD = {"processes", *(f"processes.{key}" for key in ("world_size", "tokens", "rows"))}
-SOMETIMES = {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD
+WRAPPER = {"model.tower", "model.beside", "model.parameters_beside"}
+SOMETIMES = {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD | WRAPPER
 
 
 @pytest.fixture(scope="module")
