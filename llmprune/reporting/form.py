@@ -52,8 +52,8 @@ FORM: Mapping[str, Any] = {
     "llmprune": _text,
     "command": _text,
     "versions": {"*": _text},
-    "model": {"name": _text, "revision": _text, "parameters": _whole, "parameters_left?": _whole, "blocks?": _whole,
-              "*": _scalar},
+    "model": {"name": _text, "revision": _text, "parameters": _whole, "parameters_left?": _whole,
+              "parameters_beside?": _whole, "blocks?": _whole, "*": _scalar},
     "sparsity": {
         "pattern": _text, "meaning": _text, "scope": _scope, "fraction": _finite, "note": _text, "removed": [_text],
         "config?": {"*": _whole}, "*": _anything,
