@@ -44,7 +44,8 @@ def probe_experts(skeleton: Skeleton) -> None:
     products = _products(skeleton, wanted)
     for first, *others in kinds.values():
         for name, layouts in products[first].items():
-            if len(layouts) == 1 and next(iter(layouts)).count > 1:
+            stacked = skeleton.blocks[first].get_parameter(name).dim() == 3
+            if len(layouts) == 1 and (stacked or next(iter(layouts)).count > 1):
                 for index in (first, *others):
                     path, _, attribute = name.rpartition(".")
                     attach(skeleton.blocks[index].get_submodule(path), attribute, next(iter(layouts)))

@@ -158,12 +158,20 @@ def make_plan(
         others = find_other_weights(block, skeleton.block_name(index), experts)
         skipped += [other for other in others if other.name not in tied]
     if not layers:
-        raise InputError("there is no layer left to prune", "loosen --only and --skip")
+        raise InputError(_nothing_left(skeleton, found, skipped), "loosen --only and --skip")
     parameters = {name: p.numel() for name, p in skeleton.model.named_parameters() if name not in tied}
     inside = [size for name, size in parameters.items() if name.startswith(f"{skeleton.block_path}.")]
     return Plan(
         tuple(layers), tuple(skipped), sum(inside), sum(parameters.values()), skeleton.checkpoint.out_bytes(), notes
     )
+
+
+def _nothing_left(skeleton: Skeleton, found: list[LayerRef], skipped: list[Skipped]) -> str:
+    """Why none of the layers of a model is to be pruned."""
+    dense = {item.name: item.reason for item in skipped}
+    reasons = sorted({dense.get(layer.name, "tied to another part of the model") for layer in found})
+    text = f"there is no layer left to prune in {type(skeleton.model).__name__}"
+    return f"{text}: all {len(found)} are {', '.join(reasons)}" if reasons else text
 
 
 def _storage_obstacle(skeleton: Skeleton, weight: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from llmprune.model.bounded import Bounded, Stored
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.experts import WatchedParameter, attach_experts
 from llmprune.model.reader import SafetensorsFolder
-from llmprune.model.tower import closed, parts_beside
+from llmprune.model.tower import parts_beside, put_aside
 from llmprune.runtime.foreign import reading
 from llmprune.runtime.memory import mmap_large_allocations
 
@@ -60,7 +60,7 @@ class Skeleton:
         self.block_path, self.blocks = find_blocks(self.model)
         self.beside = tuple(parts_beside(self.model))
         for part in self.beside:
-            closed(self.model, part, compute, self.device)
+            put_aside(self.model, part, compute, self.device, partial(self._loaded_part, part))
         for owner in self.model.modules():
             for name, buffer in owner._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":
@@ -132,6 +132,9 @@ class Skeleton:
         finally:
             for owner, attribute, tensor in previous.values():
                 self._restore(owner, attribute, tensor)
+
+    def _loaded_part(self, part: str) -> AbstractContextManager[None]:
+        return self.loaded([name for name in self.checkpoint if name.startswith(f"{part}.")])
 
     def _load(self, names: list[str]) -> None:
         shared: dict[str, Tensor] = {}

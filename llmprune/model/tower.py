@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-
-from llmprune.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,17 +42,29 @@ def _beside(module: nn.Module, prefix: str, passed: set[nn.Module]) -> Iterator[
             yield f"{prefix}{name}"
 
 
-def closed(model: PreTrainedModel, part: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Close a part of a model that text does not pass through: its call is refused, its parameters are one NaN each.
+def put_aside(
+    model: PreTrainedModel,
+    part: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    load: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Put aside a part beside the language model: its parameters are in memory only while it is called.
 
-    They take no memory, but tell their shapes and where the model is: some models ask that of any parameter.
+    Some models send text through their embedding of images, and use nothing of what comes out. In between the
+    parameters are one NaN each: they take no memory, but tell their shapes and where the model is, as some models ask
+    that of any parameter.
+
+    Args:
+        model: on the meta device.
+        part: its module name.
+        dtype: of the NaN.
+        device: of the NaN.
+        load: loads the parameters of the part as long as its context lasts.
     """
-
-    def refuse(*_: object) -> None:
-        raise InputError(f"{type(model).__name__} sends text through {part!r}", TEXT_ALONE)
-
-    module = model.get_submodule(part)
-    module.register_forward_pre_hook(refuse)
+    module, loaded = model.get_submodule(part), ExitStack()
+    module.register_forward_pre_hook(lambda *_: loaded.enter_context(load()))
+    module.register_forward_hook(lambda *_: loaded.close(), always_call=True)
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             value = torch.full((), torch.nan, dtype=dtype, device=device)

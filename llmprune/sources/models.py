@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, first_line
 from llmprune.model.auto_class import auto_class
 from llmprune.model.reader import Entry, HeadersOnly, SafetensorsFolder
 from llmprune.progress import Progress
@@ -138,7 +138,7 @@ def _decoder_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
                 f"the model is already quantised ({method})", "prune the original model, then quantise the result"
             )
     config = read_config(folder, trust_remote_code)
-    _refuse_non_decoders(config)
+    refuse_non_decoders(config)
     return config
 
 
@@ -201,17 +201,30 @@ def _code_of(config: Any) -> str:
     return next(filter(None, map(_code_of, config.values())), "")
 
 
-def _refuse_non_decoders(config: PreTrainedConfig) -> None:
+def refuse_non_decoders(config: PreTrainedConfig) -> None:
+    """Refuse the config of a model that has no decoder-only language model.
+
+    Raises:
+        InputError: what it is instead.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind, known = "", auto_class(config)
-    tower = config.get_text_config() if known else config
+    try:
+        tower = config.get_text_config() if known else config
+    except ValueError as error:
+        raise InputError(
+            f"{config.model_type!r} holds several language models: {first_line(error)}",
+            "llmprune prunes models of one; save the one to prune as a model of its own",
+        ) from error
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, tower)):
         kind = "an encoder-decoder model"
     elif not known and any(hasattr(config, key) for key in ("vision_config", "audio_config", "speech_config")):
         kind = "a multi-modal model without a language model for text and images"
     elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         kind = "an encoder-only model"
+    elif known and not hasattr(tower, "vocab_size"):
+        kind = "a model whose config names no vocabulary"
     if kind:
         raise InputError(f"{config.model_type!r} is {kind}", "llmprune prunes decoder-only language models")
     if not known:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.errors import InputError, PruneError
+from llmprune.model.auto_class import WRAPPER, auto_class
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.tower import TEXT_ALONE
 from llmprune.runtime.foreign import reason
@@ -126,7 +127,7 @@ def run_model(skeleton: Skeleton, tokens: Tensor) -> Any:
     except Exception as error:
         if out_of_memory(error):
             raise
-        if skeleton.beside:
+        if auto_class(skeleton.config) == WRAPPER:
             name = type(skeleton.model).__name__
             raise InputError(f"{name} cannot run on text alone: {reason(error)}", TEXT_ALONE) from error
         raise InputError(

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmprune.model.blocks import find_other_weights
+from llmprune.model.experts import ExpertMatrix
 
 CHOOSING = {"topk", "argmax", "argsort", "sort", "kthvalue", "multinomial"}
 MIXING = {
@@ -73,7 +74,13 @@ def routers(module: nn.Module, watch: RouterWatch, layers: Collection[str]) -> s
         for depth in range(len(parts) - 1, 0, -1):
             path = ".".join(parts[:depth])
             inner = {layer for layer in layers if layer.startswith(f"{path}.")}
-            if not inner <= called or find_other_weights(module.get_submodule(path), ""):
+            part = module.get_submodule(path)
+            if not inner <= called or find_other_weights(part, "") or _holds_experts(part):
                 break
             found |= inner
     return found
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds what is chosen, too; then other layers in it need not belong to the choice."""
+    return any(isinstance(part, ExpertMatrix) for part in module.modules())

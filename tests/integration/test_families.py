@@ -37,6 +37,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from llmprune import InputError, PruneReport, prune
@@ -487,6 +488,26 @@ def test_what_lies_beside_the_language_model_of_a_wrapper_is_copied(model_type: 
     assert model["parameters_beside"] == sum(dense[name].numel() for name in beside)
     assert "AutoProcessor" in card
     assert "model.language_model, the language model inside; unchanged beside it: model.vision_tower" in card
+
+
+def test_text_may_pass_through_what_lies_beside_the_language_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some wrappers run the embedding of images for text, too, and use nothing of it."""
+    plain = LlavaForConditionalGeneration.forward
+
+    def through(self: Any, input_ids: Tensor, **options: Any) -> Any:
+        image = self.model.multi_modal_projector(torch.ones(1, 1, VISION["hidden_size"]))
+        output = plain(self, input_ids=input_ids, **options)
+        output.logits = output.logits + image.mean()
+        return output
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", through)
+    source = save_tiny("llava", tmp_path / "source")
+    assert_streams_like(source, reload(source))
+    skeleton = skeleton_of(source)
+    streamed_logits(skeleton, random_tokens())
+    assert {p.stride() for p in skeleton.model.model.multi_modal_projector.linear_1.parameters()} == {(0, 0), (0,)}
 
 
 def test_the_view_of_a_wrapper_as_a_language_model_is_pruned_to_the_same_bytes(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from llmprune import PruneReport, prune
 from llmprune.errors import InputError, PruneError
+from llmprune.model.selection import make_plan
+from llmprune.pruning.pattern import NM
 from llmprune.streaming.block_types import all_couplings
 from llmprune.streaming.capture import logits
 from llmprune.streaming.stream import BlockStream
@@ -114,6 +116,7 @@ def test_routers_stay_dense(run: Run) -> None:
     assert bool(routers) == (run.name in ROUTERS)
     assert all(torch.equal(dense[name], pruned[name]) for name in routers)
     assert not {f"{layer.name}.weight" for layer in run.report.layers} & set(routers)
+    assert run.report.coverage["skipped"].get(ROUTER, 0) == sum(dense[name].numel() for name in routers)
 
 
 def test_every_weight_is_counted_once_and_every_reason_is_true(run: Run) -> None:
@@ -125,6 +128,31 @@ def test_every_weight_is_counted_once_and_every_reason_is_true(run: Run) -> None
     assert coverage["covered"] + sum(coverage["skipped"].values()) == matrices
     assert coverage["covered"] == sum(math.prod(layer.shape) for layer in run.report.layers)
     assert set(coverage["skipped"]) == REASONS.get(run.name, set(coverage["skipped"]))
+
+
+STATE_SPACE = [
+    "bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "kimi_linear", "lfm2_moe", "mamba2", "minimax",
+    "olmo_hybrid", "qwen3_5_text", "qwen3_next", "xlstm",
+]  # fmt: skip
+"""Models with blocks that hold a state instead of keys and values, beside those that are run whole."""
+
+
+@pytest.mark.parametrize("name", STATE_SPACE)
+def test_blocks_with_a_state_stream_bit_equal_and_all_their_linear_layers_are_planned(
+    name: str, tmp_path: Path
+) -> None:
+    folder, tokens = save_tiny(name, tmp_path / "source", tokenizer=False), random_tokens(3)
+    skeleton, whole = skeleton_of(folder), reload(folder)
+    assert torch.equal(streamed_logits(skeleton, tokens), whole_logits(whole, tokens))
+    plan = make_plan(skeleton_of(folder), NM(2, 4))
+    dense = {item.name for item in plan.skipped if item.reason == ROUTER}
+    linear = [
+        module
+        for module, part in whole.named_modules()
+        if isinstance(part, nn.Linear) and module.startswith(f"{skeleton.block_path}.") and module not in dense
+    ]
+    assert [layer.name for layer in plan.layers if layer.expert is None] == linear
+    assert not [module for module in linear if "experts" in module and "shared" not in module]
 
 
 @pytest.mark.parametrize("at_once", [2, 1])
@@ -268,6 +296,15 @@ def test_a_permutation_that_an_indexer_would_see_is_not_applied(tmp_path: Path) 
     assert "q_gate_proj" not in consumers
     assert "o_proj" in consumers
     assert torch.equal(streamed_logits(skeleton, tokens), whole_logits(reload(run.out), tokens))
+
+
+def test_hidden_states_of_several_streams_are_pruned_against_the_dense_model(tmp_path: Path) -> None:
+    """The residual stream `(batch, tokens, streams, hidden)` is no contiguous tensor, its routed rows neither."""
+    run = run_of("deepseek_v4", tmp_path, effort="balanced")
+    skeleton, tokens = skeleton_of(run.out), random_tokens(2, 48)
+    assert torch.equal(streamed_logits(skeleton, tokens), whole_logits(reload(run.out), tokens))
+    assert run.report.recipe["targets"] == "dense"
+    assert all(math.isfinite(layer.error) for layer in run.report.layers)
 
 
 def test_removing_channels_of_a_mixture_says_what_keeps_its_own(tmp_path: Path) -> None:
