@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmprune.sources.models import Source
 
 
@@ -22,3 +24,19 @@ def find_model(name: str) -> Source:
     from llmprune.sources.models import open_source
 
     return open_source(name, revision=None, cache=default_cache(), trust_remote_code=False, progress=Progress())
+
+
+def load_stock(folder: Path | str, **options: Any) -> Any:
+    """A model as plain transformers loads it, ready to compute: a wrapper for images with all that it holds.
+
+    Args:
+        folder: of the model.
+        options: of `from_pretrained`.
+    """
+    import transformers
+
+    from llmprune.model.auto_class import auto_class
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    loader = getattr(transformers, auto_class(config))
+    return loader.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, **options).eval()

@@ -21,7 +21,7 @@ from llmprune.runtime.redact import PART, WHOLE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/guides/after-pruning.md", "eval/LOG.md")
+PAGES = ("README.md", "docs/results.md", "docs/reference/families.md", "docs/guides/after-pruning.md", "eval/LOG.md")
 """What has tables of results (`eval.tables`)."""
 MADE = ("eval/results", *PAGES)
 """Files that hold results and the tables made of them: a change there is no change of the code that runs."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import record
-from eval.models import find_model
+from eval.models import find_model, load_stock
 from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive, seed, window
 from llmprune.errors import InputError
@@ -50,7 +50,6 @@ def build_parser() -> Parser:
 def gather(options: argparse.Namespace) -> tuple[list[GroupProblem], str]:
     """The layers of the blocks that share their inputs, with the Grams of these; and the hash of the tokens."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from llmprune.progress import Progress
     from llmprune.pruning.problem import GroupProblem, LayerProblem
@@ -61,9 +60,7 @@ def gather(options: argparse.Namespace) -> tuple[list[GroupProblem], str]:
     from llmprune.sources.tokens import calibration_tokens
 
     source = find_model(options.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    ).eval()
+    model = load_stock(source.folder, dtype=torch.float32)
     sizes = {"samples": options.samples, "seq_len": options.seq_len, "seed": options.seed}
     batch = calibration_tokens(
         options.calib, Reader(load_tokenizer(source, False), default_cache(), Progress()), **sizes

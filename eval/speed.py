@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import record
-from eval.models import find_model
+from eval.models import find_model, load_stock
 from llmprune.cli.shell import Parser, run_command, say
 from llmprune.cli.values import positive
 from llmprune.errors import PruneError
@@ -209,25 +209,21 @@ class Worker:
 def serve(task: dict[str, Any]) -> None:
     """The worker's side: answer every line of stdin with a line of JSON."""
     import torch
-    from transformers import AutoModelForCausalLM, logging
+    from transformers import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     dtype = {"dtype": task["dtype"]} if task["dtype"] else {}
-    model = (
-        AutoModelForCausalLM.from_pretrained(task["folder"], use_safetensors=True, trust_remote_code=False, **dtype)
-        .eval()
-        .to(task["device"])
-    )
+    model = load_stock(task["folder"], **dtype).to(task["device"])
     if task["sparse"]:
         from llmprune import accelerate
 
         accelerate(model)
     generator = torch.Generator().manual_seed(0)
     size = (task["batch"], task["prompt"])
-    prompt = torch.randint(3, model.config.vocab_size, size, generator=generator).to(task["device"])
+    prompt = torch.randint(3, model.config.get_text_config().vocab_size, size, generator=generator).to(task["device"])
     for line in sys.stdin:
         with torch.no_grad():
             answer = (

@@ -2,7 +2,7 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a JSON-lines file of `eval.sweep`, or a JSON
 file of `eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed`, `eval.solvers` or
-`eval.structured_scale` or `eval.zeros`. Figures are never typed.
+`eval.structured_scale` or `eval.zeros`, or that of `eval.families`. Figures are never typed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import sys
 import tomllib
 
-from eval import peers, processes, record, scale, solvers, speed, structured_scale, sweep, zero_shot, zeros
+from eval import families, peers, processes, record, scale, solvers, speed, structured_scale, sweep, zero_shot, zeros
 from llmprune.cli.shell import Parser, say
 
 MAKERS = {
@@ -36,6 +36,8 @@ def render(name: str) -> str:
         table = next(maker for mark, maker in MAKERS.items() if mark in result)
         return f"{table(result).strip()}\n\n{source}\n```\n{result['command']}\n```"
     path = record.RESULTS / f"{name}.jsonl"
+    if path == families.OUT:
+        return f"{families.table(record.rows(path))}\nFrom `eval/results/{path.name}`, by `python -m eval.families`."
     grid = tomllib.loads((record.ROOT / "eval" / "grids" / f"{name}.toml").read_text(encoding="utf-8"))
     cells, dense = sweep.recorded(grid, path)
     missing = len(sweep.cells(grid)) - len(cells)

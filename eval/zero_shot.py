@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import record
-from eval.models import find_model
+from eval.models import find_model, load_stock
 from llmprune.cli.shell import Parser, run_command, say, silence_libraries
 from llmprune.cli.values import positive
 
@@ -175,7 +175,6 @@ def _share(name: str, right: list[bool]) -> dict[str, float]:
 def score_files(options: argparse.Namespace, model_name: str, paths: list[Path]) -> dict[str, dict[str, Any]]:
     """The figures of every file."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from llmprune.runtime.device import pick_device
     from llmprune.sources.models import load_tokenizer
@@ -185,11 +184,7 @@ def score_files(options: argparse.Namespace, model_name: str, paths: list[Path])
     source = find_model(model_name)
     tokenizer = load_tokenizer(source, False)
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    model = (
-        AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-        .eval()
-        .to(device)
-    )
+    model = load_stock(source.folder, dtype=dtype).to(device)
     longest = getattr(source.config.get_text_config(), "max_position_embeddings", None) or 2048
     result = {}
     for name, questions in tasks.items():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers import ROOT
 
-from eval import record, sweep
+from eval import families, record, sweep
 
 FILES = sorted(record.RESULTS.glob("*.json*"))
 PAGES = sorted(page for folder in (".", "docs/**", "eval") for page in ROOT.glob(f"{folder}/*.md"))
@@ -45,7 +45,9 @@ def test_every_result_names_its_command_and_a_commit(path: Path) -> None:
         assert row["command"].startswith(("llmprune ", "python -m eval."))
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".jsonl"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.suffix == ".jsonl" and path != families.OUT], ids=lambda path: path.name
+)
 def test_every_row_is_a_cell_of_the_grid_of_that_name_once(path: Path) -> None:
     grid = tomllib.loads((ROOT / "eval" / "grids" / f"{path.stem}.toml").read_text(encoding="utf-8"))
     found, dense = sweep.read(path)
