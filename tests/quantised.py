@@ -152,6 +152,30 @@ def save_mxfp4(folder: Path, **options: Any) -> Path:
     return folder
 
 
+def save_fp4_experts(folder: Path) -> Path:
+    """A tiny DeepSeek-V4 whose experts are random bytes of two values each, and whose other matrices are float8."""
+    exponents = {"shape": lambda scale: scale.log2().round().add(127).to(torch.uint8).view(torch.float8_e8m0fnu)}
+    save_fp8("deepseek_v4", folder, suffix="_scale_inv", matrices=r"wq_[ab]\.weight$", **exponents)
+    chance = torch.Generator().manual_seed(0)
+
+    def edit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = {}
+        for name, tensor in tensors.items():
+            if not (expert := re.search(r"(.*experts\.\d+\.w\d\.)weight$", name)):
+                made[name.replace("weight_scale_inv", "scale")] = tensor
+                continue
+            rows, width = tensor.shape
+            made[name] = torch.randint(-128, 128, (rows, width // 2), generator=chance, dtype=torch.int8)
+            scales = torch.randint(120, 124, (rows, width // 32), generator=chance, dtype=torch.uint8)
+            made[f"{expert[1]}scale"] = scales.view(torch.float8_e8m0fnu)
+        return made
+
+    rewrite(folder, edit)
+    settings = {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
+    edit_config(folder, quantization_config=settings)
+    return folder
+
+
 def unpacked(blocks: Tensor, scales: Tensor) -> Tensor:
     """What bytes of MXFP4 mean, number by number: `(experts, in, out)`, in float32."""
 

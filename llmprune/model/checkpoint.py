@@ -189,9 +189,8 @@ class Checkpoint(Mapping[str, Tensor]):
                 entry = self.folder.entries[disk]
                 if state[name].is_floating_point() and not entry.dtype.is_floating_point:
                     raise InputError(
-                        f"{disk!r} is stored as {entry.field.dtype}, but {name!r} must be floating-point, and the "
-                        "config says nothing of a quantisation",
-                        "use the unquantised checkpoint, or the config that belongs to this one",
+                        f"{disk!r} is stored as {entry.field.dtype}, but {name!r} must be floating-point",
+                        "use the unquantised checkpoint, or the config that says how this one is quantised",
                     )
             if source.converter is None and (found := self.folder.entries[source.names[0]].shape) != state[name].shape:
                 raise InputError(

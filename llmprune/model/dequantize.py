@@ -1,7 +1,8 @@
 """What tensors of a checkpoint in FP8 or MXFP4 mean in floating point; each is made when it is read, and not kept.
 
 FP8: `w = q s`, an element in float8 times the scale of its block; the last blocks of a matrix may be smaller. MXFP4
-(OCP Microscaling Formats 1.0): 32 values of e2m1 share the scale `2^(e - 127)`.
+(OCP Microscaling Formats 1.0): 32 values of e2m1 share the scale `2^(e - 127)`; so do the experts of DeepSeek-V4, whose
+other matrices are FP8.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from llmprune.model.header import Field
 from llmprune.model.quantization import Block, Quantization
 from llmprune.model.reader import Entry, HeadersOnly, SafetensorsFolder, too_large
 
-PART = 2**22
+PART = 2**20
 """Elements that are in float32 at the same time."""
 GROUP = 32
 """Values of MXFP4 that share a scale."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of four bits."""
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
+PAIRS = "I8"
+"""Two values of four bits, where they have scales as those of float8."""
 SCALES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 """Dtypes of scales; a byte is an exponent, as in E8M0."""
 UNUSED = ("activation_scale", "input_scale", "input_scale_ub", "input_zero_point", "output_scale")
@@ -56,11 +59,11 @@ class Group(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """Float8 matrices, and a scale for every block of them.
+    """Matrices in float8, or of two values of four bits a byte, and a scale for every block of them.
 
     Args:
         values, scales: names on disk.
-        shape: of the values, `(..., out, in)`.
+        shape: of what they mean, `(..., out, in)`.
         block: its rows and columns.
     """
 
@@ -82,7 +85,7 @@ class Scaled:
         scales = scales.view(*(single if scales.numel() == prod(grid) else self.shape[:-2]), *grid)
         scales = scales.expand(*self.shape[:-2], *grid).reshape(-1, *grid)
         made = torch.empty(self.shape, dtype=dtype)
-        matrices = (tensor.view(-1, *self.shape[-2:]) for tensor in (raw[self.values], made))
+        matrices = (tensor.view(-1, *tensor.shape[-2:]) for tensor in (raw[self.values], made))
         for values, result, scale in zip(*matrices, scales, strict=True):
             _multiply(values, scale, self.block, result)
         return made
@@ -95,23 +98,31 @@ def _floats(scales: Tensor) -> Tensor:
     return scales.float()
 
 
+def _numbers(values: Tensor) -> Tensor:
+    """Values in float32; of a byte those of the low bits come first."""
+    if values.dtype not in (torch.int8, torch.uint8):
+        return values.float()
+    bits = values.view(torch.uint8)
+    return torch.tensor(E2M1)[torch.stack((bits & 15, bits >> 4), -1).int()].flatten(-2)
+
+
 def _multiply(values: Tensor, scales: Tensor, block: Block, result: Tensor) -> None:
     """Write the product of a matrix and its scales, some rows at a time.
 
     Args:
-        values: float8, `(out, in)`.
+        values: float8, `(out, in)`, or bytes, `(out, in / 2)`.
         scales: float32, `(ceil(out / block[0]), ceil(in / block[1]))`.
         block: rows and columns that share a scale.
         result: `(out, in)`.
     """
-    rows, width = values.shape
+    rows, width = result.shape
     step = max(PART // max(width, 1), 1)
     for at in range(0, rows, step):
         end = min(at + step, rows)
         factors = scales[torch.arange(at, end) // block[0]]
         if scales.shape[1] > 1:
-            factors = factors[:, torch.arange(width) // block[1]]
-        result[at:end] = values[at:end].float() * factors
+            factors = factors.repeat_interleave(block[1], dim=1)[:, :width]
+        result[at:end] = _numbers(values[at:end]) * factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +147,11 @@ class Packed:
     def read(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The values times their scales, computed in float32, expert by expert."""
         _, inputs, outputs = self.shape
-        table = torch.tensor(E2M1)
         made = torch.empty(self.shape, dtype=dtype)
         step = max(PART // max(inputs, 1), 1)
         for packed, exponents, result in zip(raw[self.blocks], raw[self.scales], made, strict=True):
             for at in range(0, outputs, step):
-                rows = packed[at : at + step]
-                values = table[torch.stack((rows & 15, rows >> 4), -1).int()].flatten(-2)
+                values = _numbers(packed[at : at + step])
                 values *= _floats(exponents[at : at + step])[..., None]
                 result[:, at : at + step] = values.view(-1, inputs).T
         return made
@@ -261,7 +270,7 @@ def _beside(name: str) -> list[str]:
 
 def _scaled(entries: Mapping[str, Entry], how: Quantization) -> Iterator[tuple[str, Group]]:
     for name, entry in entries.items():
-        if entry.field.dtype not in FLOAT8 or not (scale := _scale_of(name, entries)):
+        if entry.field.dtype not in (*FLOAT8, PAIRS) or not (scale := _scale_of(name, entries)):
             continue
         if f"{name}_zero_point" in entries:
             raise InputError(
@@ -269,7 +278,15 @@ def _scaled(entries: Mapping[str, Entry], how: Quantization) -> Iterator[tuple[s
                 "only symmetric FP8 is read; prune the original model, then quantise the result",
             )
         _check_dtype(scale, entries[scale], SCALES)
-        yield name, Scaled(name, scale, entry.shape, _block_of(name, entry.shape, scale, entries[scale].shape, how))
+        pairs = entry.field.dtype == PAIRS and entry.shape
+        shape = (*entry.shape[:-1], 2 * entry.shape[-1]) if pairs else entry.shape
+        yield (
+            name,
+            Scaled(name, scale, shape, _block_of(name, shape, scale, entries[scale].shape, FOURS if pairs else how)),
+        )
+
+
+FOURS = Quantization("two values a byte", ((1, GROUP),))
 
 
 def _check_dtype(name: str, entry: Entry, known: tuple[str, ...]) -> None:
@@ -284,7 +301,7 @@ def _block_of(name: str, shape: tuple[int, ...], scale: str, found: tuple[int, .
         InputError: there is another number of scales than of blocks.
     """
     if len(shape) < 2 or not prod(shape):
-        raise InputError(f"the float8 tensor {name!r} of {shape} is no matrix", ORIGINAL)
+        raise InputError(f"{name!r} of {shape} has scales, but is no matrix", ORIGINAL)
     *lead, rows, width = shape
     grid = _grid(shape, found)
     blocks = [(block[0] or rows, block[1] or width) for block in how.blocks]

@@ -42,7 +42,9 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     for section in _sections(config):
         for key in KEYS:
             if settings := section.get(key):
-                return _read(key, settings)
+                # DeepSeek-V4 says beside it how experts are stored.
+                beside = {"expert_dtype": config.get("expert_dtype")}
+                return _read(key, {**beside, **settings} if isinstance(settings, Mapping) else settings)
     return None
 
 
@@ -79,16 +81,15 @@ def _refused(what: Any) -> InputError:
 
 def _fine_grained(settings: Mapping[str, Any]) -> Quantization:
     """`fp8` (DeepSeek-V3, Qwen3): blocks of a fixed size, or a scale for each matrix."""
-    if settings.get("expert_dtype", "fp8") != "fp8":
-        raise _refused(f"fp8, experts in {settings['expert_dtype']}")
+    experts = ", experts in FP4" if settings.get("expert_dtype") == "fp4" else ""
     if "weight_block_size" not in settings:
         # Tools that scale whole matrices do not mention blocks; transformers takes the usual size then.
-        return Quantization("FP8", ((128, 128), TENSOR))
+        return Quantization(f"FP8{experts}", ((128, 128), TENSOR))
     size = settings["weight_block_size"]
     if size is None:
-        return Quantization("FP8")
+        return Quantization(f"FP8{experts}")
     block = _block(size, "weight_block_size")
-    return Quantization(f"FP8, blocks of {block[0]} x {block[1]}", (block,))
+    return Quantization(f"FP8, blocks of {block[0]} x {block[1]}{experts}", (block,))
 
 
 def _block(size: Any, name: str) -> Block:
