@@ -49,13 +49,12 @@ def build_parser() -> Parser:
 
 def open_model(name: str, device: str = "cpu") -> tuple[Skeleton, Any]:
     """A model without its weights in memory, and its tokenizer."""
-    from llmprune.model.reader import SafetensorsFolder
     from llmprune.model.skeleton import Skeleton
     from llmprune.runtime.device import pick_device
     from llmprune.sources.models import load_tokenizer
 
     source = find_model(name)
-    skeleton = Skeleton(source.config, SafetensorsFolder(source.folder), device=pick_device(device))
+    skeleton = Skeleton(source.config, source.weights(), device=pick_device(device))
     return skeleton, load_tokenizer(source, False)
 
 

@@ -21,6 +21,7 @@ from llmprune.reporting.words import (
     parameters_text,
     perplexity_text,
     pruned_text,
+    quantization_text,
     recipe_text,
     removes_only,
     size,
@@ -124,6 +125,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         ("method", f"{recipe_text(report.recipe)}, mean relative layer error {error_text(report)}"),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
         ("calibration", calibration_text(report.calibration)),
+        *_source_rows(report.model),
         ("size", f"{size(report.size['dense'])} dense, {size(report.size['pruned'])} pruned"),
         ("time", f"{duration(seconds['total'])}; pruning {duration(seconds['prune'])}, {solves}{_shared(report)}"),
         ("memory", f"peak {size(report.peak_memory)}"),
@@ -131,6 +133,10 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         ("load with", f'{loader_of(report.model)}.from_pretrained("{report.out}")'),
     ]
     return rows
+
+
+def _source_rows(model: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("source", text)] if (text := quantization_text(model)) else []
 
 
 def _removed_rows(sparsity: dict[str, Any], model: dict[str, Any]) -> list[tuple[str, str]]:
@@ -156,6 +162,7 @@ def plan_text(facts: dict[str, Any]) -> str:
     model, cost = facts["model"], facts["estimate"]
     rows = [
         ("model", f"{model['name']}: {model['class']}, {model['parameters'] / 1e6:.1f} M parameters"),
+        *_source_rows(model),
         ("blocks", f"{model['blocks']}, with {len(facts['layers'])} layers to prune"),
         ("sparsity", facts["sparsity"]["meaning"]),
         *_removed_rows(facts["sparsity"], model),

@@ -26,7 +26,7 @@ from llmprune.progress import Progress
 from llmprune.runtime.files import appearing_folder
 from llmprune.runtime.foreign import check_inside, reading, user_path
 from llmprune.runtime.ownership import is_regular, regular_files
-from llmprune.sources.models import read_config
+from llmprune.sources.models import read_config, stored_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,6 +107,11 @@ def pack(
         PruneError: it cannot be written; nothing is left at `out`.
     """
     skeleton, goal, layers = open_pruned(folder, LayerSelection(sparsity, only=only, skip=skip), trust_remote_code)
+    if form := stored_form(folder):
+        raise InputError(
+            f"the weights of {folder} are stored as {form.form}, and packing takes floating point",
+            "prune the model first; what a run writes is floating point",
+        )
     pattern = goal.pattern
     if pattern is None or pattern.nm is None:
         raise InputError(f"{goal.name} cannot be packed", "only N:M patterns keep the same number in every group")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from llmprune.errors import InputError, printable
 from llmprune.model.blocks import LayerRef
-from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.selection import make_plan, select
 from llmprune.model.skeleton import Skeleton
 from llmprune.progress import Progress
@@ -192,7 +191,7 @@ def open_pruned(
         str(folder), revision=None, cache=default_cache(), trust_remote_code=trust_remote_code, progress=Progress()
     )
     # Every shape is checked against the config when the skeleton is made.
-    skeleton = Skeleton(source.config, SafetensorsFolder(folder), trust_remote_code=trust_remote_code)
+    skeleton = Skeleton(source.config, source.weights(), trust_remote_code=trust_remote_code)
     if goal.pattern is None:
         return skeleton, goal, []
     plan = make_plan(skeleton, goal.pattern, only, skip, names)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import InputError
-from llmprune.model.reader import SafetensorsFolder
+from llmprune.model.reader import SafetensorsFolder, too_large
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,11 +186,11 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         for name, source in self._sources.items():
             for disk in source.names:
-                own = self.folder.entries[disk].dtype
-                if state[name].is_floating_point() and not own.is_floating_point:
+                entry = self.folder.entries[disk]
+                if state[name].is_floating_point() and not entry.dtype.is_floating_point:
                     raise InputError(
-                        f"{disk!r} is stored as {str(own).removeprefix('torch.')}, but {name!r} must be floating-point",
-                        "use the unquantised checkpoint",
+                        f"{disk!r} is stored as {entry.field.dtype}, but {name!r} must be floating-point",
+                        "use the unquantised checkpoint, or the config that says how this one is quantised",
                     )
             if source.converter is None and (found := self.folder.entries[source.names[0]].shape) != state[name].shape:
                 raise InputError(
@@ -297,10 +297,5 @@ class Checkpoint(Mapping[str, Tensor]):
                         "leave this layer out with --skip, or use an undamaged checkpoint",
                     )
                 if not bool(torch.isfinite(stored := self.stored(extremes)).all()):
-                    kind = str(stored.dtype).removeprefix("torch.")
-                    raise InputError(
-                        f"the weights of {name!r} reach {float(extremes.abs().max()):,.0f}, "
-                        f"the largest {kind} is {torch.finfo(stored.dtype).max:,.0f}",
-                        "store them in another type, such as --dtype bfloat16",
-                    )
+                    raise too_large(name, float(extremes.abs().max()), stored.dtype)
         return digest.hexdigest()

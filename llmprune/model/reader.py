@@ -136,6 +136,15 @@ class HeadersOnly(SafetensorsFolder):
         return drawn.to(entry.dtype).repeat(-(-size // len(drawn)))[:size].view(entry.shape)
 
 
+def too_large(name: str, largest: float, dtype: torch.dtype) -> InputError:
+    """The error that the weights of `name`, `largest` at most, leave the range of `dtype`."""
+    return InputError(
+        f"the weights of {name!r} reach {largest:,.0f}, the largest {str(dtype).removeprefix('torch.')} is "
+        f"{torch.finfo(dtype).max:,.0f}",
+        "store them in another type, such as --dtype bfloat16",
+    )
+
+
 _DOWNLOAD_AGAIN = "the file is damaged or incomplete; download or save the model again"
 
 

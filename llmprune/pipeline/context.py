@@ -20,7 +20,7 @@ from llmprune.pruning.recipe import Recipe
 from llmprune.pruning.sparsity import Sparsity
 from llmprune.pruning.structured_solver import StructuredSolver
 from llmprune.runtime.process_group import ProcessGroup
-from llmprune.sources.models import Source
+from llmprune.sources.models import DEQUANTIZED, Source
 from llmprune.sources.tokens import TokenBatch
 from llmprune.structure.cut import Structure
 
@@ -129,6 +129,13 @@ class RunContext:
     def config(self) -> PreTrainedConfig:
         """The config of the model that is made."""
         return self.structure.config
+
+    @property
+    def dequantized_dtype(self) -> str:
+        """The dtype of weights that the source stores in fewer bits; '' where it stores them plain."""
+        if self.source.quantization is None:
+            return ""
+        return self.job.dtype or str(DEQUANTIZED).removeprefix("torch.")
 
     @property
     def chosen(self) -> frozenset[str]:

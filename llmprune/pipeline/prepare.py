@@ -25,7 +25,7 @@ from llmprune.runtime.foreign import user_path
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.sources.demo import default_cache
 from llmprune.sources.generated import generation_batch_size
-from llmprune.sources.models import Source, load_tokenizer, open_source
+from llmprune.sources.models import DEQUANTIZED, Source, load_tokenizer, open_source
 from llmprune.sources.texts import Reader
 from llmprune.sources.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 from llmprune.streaming.block_reconstruction import LEAST_WINDOWS
@@ -85,14 +85,18 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
     if source.folder.resolve() == out.resolve():
         raise InputError(f"--out {out} is the model itself", "choose another folder")
     _check_positions(source, job)
+    dtype = getattr(torch, job.dtype) if job.dtype else None
     skeleton = Skeleton(
         source.config,
-        source.weights,
-        dtype=getattr(torch, job.dtype) if job.dtype else None,
+        source.weights(dtype),
+        dtype=dtype,
         compute=_compute_dtype(source, device),
         device=device,
         trust_remote_code=job.trust_remote_code,
     )
+    if source.quantization:
+        kind = str(dtype or DEQUANTIZED).removeprefix("torch.")
+        progress.note(f"the weights are stored as {source.quantization.form}; they are dequantised to {kind} as read")
     plan = make_plan(skeleton, sparsity.pattern, job.only, job.skip)
     for text in plan.notes:
         progress.note(text)

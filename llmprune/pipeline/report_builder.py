@@ -18,6 +18,7 @@ from llmprune.job import knobs
 from llmprune.knobs import flag_of
 from llmprune.model.auto_class import auto_class, text_section
 from llmprune.model.companions import copy_companions, copy_json
+from llmprune.model.quantization import without_quantization
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.tower import tower_name
@@ -168,6 +169,7 @@ def initial_report(run: RunContext) -> PruneReport:
             "parameters_left": plan.parameters - run.structure.removed_parameters(run.skeleton),
             "blocks": len(run.skeleton.blocks),
             "loader": auto_class(config),
+            **quantization_facts(run),
             **wrapper_facts(run.skeleton),
         },
         sparsity={
@@ -197,6 +199,13 @@ def initial_report(run: RunContext) -> PruneReport:
         out=str(run.out),
         warnings=[*filter(None, (run.left_out, run.data.warning))],
     )
+
+
+def quantization_facts(run: RunContext) -> dict[str, str]:
+    """How the source stores its weights, and the dtype they were dequantised to; empty where they are plain."""
+    if run.source.quantization is None:
+        return {}
+    return {"stored_as": run.source.quantization.form, "dequantized_to": run.dequantized_dtype}
 
 
 def wrapper_facts(skeleton: Skeleton) -> dict[str, Any]:
@@ -302,9 +311,7 @@ def write_companions(run: RunContext, report: PruneReport) -> None:
 
 def pruned_config(run: RunContext, source: Mapping[str, Any]) -> dict[str, Any]:
     """The source's config with the sizes and the dtype of the pruned model; all else stays."""
-    config: dict[str, Any] = without_origins(source)
-    for leftover in ("quantization_config", "compression_config", "sparsity_config"):
-        config.pop(leftover, None)
+    config: dict[str, Any] = without_quantization(without_origins(source))
     if changes := run.structure.changes:
         section = text_section(run.config)
         if section not in config and changes.keys() & config.keys():
@@ -314,10 +321,10 @@ def pruned_config(run: RunContext, source: Mapping[str, Any]) -> dict[str, Any]:
         old = config.get(section, {}) if section else config
         kept = {key: value for key, value in old.items() if key not in aliases}
         config = with_changes({**config, section: kept} if section else kept, section, changes)
-    if run.job.dtype:
+    if dtype := run.job.dtype or run.dequantized_dtype:
         # Older readers know the older name only.
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
-        config |= dict.fromkeys(names, run.job.dtype)
+        config |= dict.fromkeys(names, dtype)
     return config
 
 

@@ -223,9 +223,10 @@ def evaluate(run: RunContext, folder: Path, label: str, progress: Progress) -> P
 
 def skeleton_of(run: RunContext, folder: Path) -> Skeleton:
     """The skeleton of the model in `folder`, dense or pruned, computing as the run does."""
+    dense = folder == run.source.folder
     return Skeleton(
-        run.source.config if folder == run.source.folder else run.config,
-        SafetensorsFolder(folder),
+        run.source.config if dense else run.config,
+        run.skeleton.checkpoint.folder if dense else SafetensorsFolder(folder),
         compute=run.skeleton.compute,
         device=run.skeleton.device,
         trust_remote_code=run.job.trust_remote_code,

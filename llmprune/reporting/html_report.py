@@ -19,6 +19,7 @@ from llmprune.reporting.words import (
     parameters_text,
     perplexity_text,
     pruned_text,
+    quantization_text,
     recipe_text,
     removes_only,
     size,
@@ -297,6 +298,7 @@ def _provenance(report: PruneReport) -> list[str]:
     calibration = report.calibration
     rows = [
         ("model", f"{report.model['name']} {report.model['revision']}"),
+        *([("its weights", text)] if (text := quantization_text(report.model)) else []),
         ("calibration", calibration_text(calibration)),
         ("its sha256", calibration["sha256"]),
         *([("evaluation", report.evaluation["source"])] if report.evaluation else []),

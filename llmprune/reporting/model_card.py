@@ -19,6 +19,7 @@ from llmprune.reporting.words import (
     markdown,
     parameters_text,
     perplexity_text,
+    quantization_text,
     recipe_text,
     removes_only,
     size,
@@ -228,6 +229,7 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
         text = evaluation_text(evaluation)
         facts += [(f"perplexity, {key} ({text})", perplexity_text(evaluation[key])) for key in ("dense", "pruned")]
     facts += [
+        *([("dense weights", text)] if (text := quantization_text(report.model)) else []),
         *([("pruned part", text)] if (text := tower_text(report.model)) else []),
         *[("removed", text) for text in report.sparsity["removed"]],
         *([("parameters", parameters_text(report.model))] if report.sparsity["removed"] else []),

@@ -90,6 +90,13 @@ def loader_of(model: Mapping[str, Any]) -> str:
     return WRAPPER if model.get("loader") == WRAPPER else CAUSAL
 
 
+def quantization_text(model: Mapping[str, Any]) -> str:
+    """How the weights of the dense model are stored, and what they became; '' where they are plain."""
+    if not (form := model.get("stored_as")):
+        return ""
+    return f"stored as {form}; dequantised to {model.get('dequantized_to')}"
+
+
 def tower_text(model: Mapping[str, Any]) -> str:
     """What of a wrapper was pruned, and what stayed; '' where a model is nothing but its language model."""
     if not (beside := model.get("parameters_beside")):

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llmprune.errors import InputError, first_line
 from llmprune.model.auto_class import auto_class
+from llmprune.model.dequantize import dequantized
+from llmprune.model.quantization import Quantization, quantization_of
 from llmprune.model.reader import Entry, HeadersOnly, SafetensorsFolder
 from llmprune.progress import Progress
 from llmprune.runtime.foreign import check_folder, muted, read_json, reading, user_path
@@ -21,6 +25,8 @@ from llmprune.sources.hub import Request, fetch
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+DEQUANTIZED = torch.bfloat16
+"""The dtype of what was stored in fewer bits, where none is asked for."""
 MOST_OF_A_KIND = 2**14
 _COUNT = re.compile(r"(layers?|blocks?|heads?|experts?|labels|codebooks|groups|depth)$")
 
@@ -35,6 +41,7 @@ class Source:
         revision: the Hub commit, or ''.
         config: its configuration.
         entries: its tensors, where the files of the weights are still on the Hub; None where they are in the folder.
+        quantization: how its weights are stored in fewer bits; None where they are plain.
     """
 
     name: str
@@ -42,15 +49,19 @@ class Source:
     revision: str
     config: PreTrainedConfig
     entries: Mapping[str, Entry] | None = None
+    quantization: Quantization | None = None
 
-    @property
-    def weights(self) -> SafetensorsFolder:
-        """Its tensors.
+    def weights(self, dtype: torch.dtype | None = None) -> SafetensorsFolder:
+        """Its tensors, in floating point.
+
+        Args:
+            dtype: of those that are stored in fewer bits, and dequantised when they are read; None for bfloat16.
 
         Raises:
-            InputError: a file is damaged, or there is none.
+            InputError: a file is damaged, or there is none; quantised values and their scales disagree.
         """
-        return SafetensorsFolder(self.folder) if self.entries is None else HeadersOnly(self.folder, self.entries)
+        raw = SafetensorsFolder(self.folder) if self.entries is None else HeadersOnly(self.folder, self.entries)
+        return dequantized(raw, self.quantization, dtype or DEQUANTIZED) if self.quantization else raw
 
 
 def open_source(
@@ -62,7 +73,7 @@ def open_source(
     progress: Progress,
     headers_only: bool = False,
 ) -> Source:
-    """Find, download or convert a model; only decoder-only language models with unquantised weights are accepted.
+    """Find, download or convert a decoder-only language model whose weights can be had in floating point.
 
     Args:
         name: a folder, a Hub id, a GGUF file, or `demo`.
@@ -81,9 +92,10 @@ def open_source(
 
     folder = _local(name, cache, progress)
     if folder is not None:
-        return Source(name, folder, "", config_of(folder))
+        return Source(name, folder, "", config_of(folder), None, stored_form(folder))
     found = fetch(Request(name, revision, config_of, headers_only), progress)
-    return Source(name, found.folder, found.commit, config_of(found.folder), found.entries)
+    config, form = config_of(found.folder), stored_form(found.folder)
+    return Source(name, found.folder, found.commit, config, found.entries, form)
 
 
 def _local(name: str, cache: Path, progress: Progress) -> Path | None:
@@ -128,18 +140,27 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _decoder_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config of a decoder-only language model with unquantised weights; nothing else of the folder is needed."""
-    check_model_folder(folder)
-    raw = _config_file(folder)
-    for key in ("quantization_config", "compression_config"):
-        if raw.get(key):
-            method = raw[key].get("quant_method", key) if isinstance(raw[key], dict) else key
-            raise InputError(
-                f"the model is already quantised ({method})", "prune the original model, then quantise the result"
-            )
+    """The config of a decoder-only language model with plain weights, or with such as can be dequantised.
+
+    Nothing else of the folder is needed.
+    """
+    stored_form(folder)
     config = read_config(folder, trust_remote_code)
     refuse_non_decoders(config)
+    # The weights are plain floats when they are read.
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
     return config
+
+
+def stored_form(folder: Path) -> Quantization | None:
+    """How the weights of a model folder are stored in fewer bits; None where they are plain.
+
+    Raises:
+        InputError: in a form from which the original weights cannot be had back.
+    """
+    check_model_folder(folder)
+    return quantization_of(_config_file(folder))
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:

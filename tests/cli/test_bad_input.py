@@ -194,7 +194,6 @@ def test_what_is_no_decoder_only_language_model_is_refused(
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "awq", "bits": 4}, "awq"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"load_in_8bit": True}, "already quantised"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),

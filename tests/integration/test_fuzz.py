@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,7 +22,7 @@ import torch
 from commands import REPORT
 from gguf_files import write_gguf
 from helpers import rewrite, save_tiny, text_file, token_file, with_header, word_tokenizer
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from mutations import (
     Mutator,
@@ -37,6 +38,9 @@ from llmprune import load
 from llmprune.cli.main import main
 from llmprune.errors import InputError
 from llmprune.knobs import SIZE
+from llmprune.model.dequantize import dequantized
+from llmprune.model.header import ELEMENT_BITS
+from llmprune.model.quantization import Quantization, quantization_of, without_quantization
 from llmprune.model.reader import INDEX, SINGLE, SafetensorsFolder
 from llmprune.pipeline.state import STATE, read_state
 from llmprune.progress import Progress
@@ -101,6 +105,65 @@ def test_any_bytes_for_weights(raw: bytes, tmp_path: Path) -> None:
 def test_any_header_of_weights(header: Any, data: bytes, tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_bytes(with_header(header, data))
     read_all(tmp_path)
+
+
+SETTINGS = st.sampled_from(
+    ["quant_method", "format", "config_groups", "weights", "weight_block_size", "strategy", "type", "num_bits", "a",
+     "symmetric", "block_structure", "group_size", "sparsity_config", "quantization_config", "expert_dtype"]
+)  # fmt: skip
+WORDS = st.sampled_from(["fp8", "compressed-tensors", "mxfp4", "float-quantized", "float", "block", "group", "channel"])
+
+
+@many
+@given(
+    config=st.dictionaries(
+        SETTINGS,
+        st.recursive(WORDS | json_values, lambda inner: st.dictionaries(SETTINGS, inner, max_size=6), max_leaves=20),
+    )
+)
+def test_any_word_on_how_weights_are_stored(config: dict[str, Any]) -> None:
+    for told in (config, {"quantization_config": config}):
+        try:
+            quantization_of(told)
+            assert quantization_of(without_quantization(told)) is None
+        except InputError as error:
+            explained(error)
+
+
+@many
+@given(
+    dtypes=st.lists(st.sampled_from(["F8_E4M3", "I8", "U8", "F32", "F8_E8M0", "BF16"]), min_size=2, max_size=2),
+    shapes=st.lists(st.lists(st.integers(0, 40), max_size=4), min_size=2, max_size=2),
+    names=st.sampled_from([("a.weight", "a.weight_scale_inv"), ("a.weight", "a.scale"), ("a_blocks", "a_scales")]),
+    how=st.sampled_from([Quantization("", ((4, 4), (1, 0))), Quantization("", packed=True)]),
+)
+@example(
+    dtypes=["U8", "U8"],
+    shapes=[[2, 3, 2, 16], [2, 3, 2]],
+    names=("a_blocks", "a_scales"),
+    how=Quantization("", packed=True),
+)
+@example(
+    dtypes=["F8_E4M3", "F32"],
+    shapes=[[2, 9, 5], [2, 3, 2]],
+    names=("a.weight", "a.scale"),
+    how=Quantization("", ((4, 4),)),
+)
+def test_any_values_and_scales(
+    dtypes: list[str], shapes: list[list[int]], names: tuple[str, str], how: Quantization, tmp_path: Path
+) -> None:
+    header, end = {}, 0
+    for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+        start, end = end, end + math.prod(shape) * ELEMENT_BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    assume(end < 2**20)
+    (tmp_path / SINGLE).write_bytes(with_header(header, b"\x7d" * end))
+    try:
+        found = dequantized(SafetensorsFolder(tmp_path), how)
+        for name, tensor in found.items():
+            assert (tensor.shape, tensor.nbytes) == (found.entries[name].shape, found.entries[name].nbytes)
+    except InputError as error:
+        explained(error)
 
 
 @many

@@ -612,7 +612,7 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(work: Job, re
     fields = {"model": work.model, "sparsity": work.sparsity, "method": work.method, "calib": work.calib, "threads": 1}
     fields |= {"out": str(work.out), "device": "cpu", "eval_text": work.eval_text}
     fields |= {"eval_windows": work.eval_windows, "eval_context": work.eval_context}
-    command = [sys.executable, "-c", KILLED, json.dumps(fields), "20"]
+    command = [sys.executable, "-c", KILLED, json.dumps(fields), "10"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

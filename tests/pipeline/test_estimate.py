@@ -36,10 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES = {
-    "wanda": {"method": "wanda"},
     "sparsegpt": {"method": "sparsegpt"},
     "many tokens": {"method": "sparsegpt", "samples": 128},
-    "dense targets": {"method": "sparsegpt", "targets": "dense"},
     "balanced": {"effort": "balanced"},
     "own text": {"method": "sparsegpt", "self_calibration": 1.0},
     "evaluated": {"method": "magnitude", "evaluate": True},

@@ -26,8 +26,9 @@ FREE = ("versions", "fingerprint", "method.options", "sparsity.config", "coverag
 STATS = "layers[].stats."
 GENERATION = {f"generations[].{key}" for key in ("prompt", "dense", "pruned")}
 SPREAD = {"processes", *(f"processes.{key}" for key in ("world_size", "tokens", "rows"))}
+QUANTISED = {"model.stored_as", "model.dequantized_to"}
 WRAPPER = {"model.tower", "model.beside", "model.parameters_beside"}
-SOMETIMES = {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD | WRAPPER
+SOMETIMES = {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD | WRAPPER | QUANTISED
 
 
 @pytest.fixture(scope="module")
