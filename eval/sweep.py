@@ -138,7 +138,8 @@ def run_cell(settings: dict[str, Any], also: dict[str, Any], out: Path) -> tuple
     errors = {layer["name"]: round(layer["error"], 6) for layer in report.pop("layers")}
     for key in ("out", "command"):
         report.pop(key)
-    mean = sum(errors.values()) / len(errors)
+    known = list(errors.values()) or [mixture["error"] for mixture in report["mixtures"]]
+    mean = sum(known) / len(known)
     return stamp, {"mean_layer_error": mean, "layer_errors": errors, "texts": texts, **report}
 
 

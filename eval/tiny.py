@@ -274,7 +274,8 @@ def tiny_config(model_type: str, **options: Any) -> PreTrainedConfig:
     """A config of few small blocks, so many as show every kind; of a wrapper, with small towers beside them."""
     known = AutoConfig.for_model(model_type, **OPENING.get(model_type, {}))
     if not (section := _section(known)):
-        return AutoConfig.for_model(model_type, **_merged(_settings(known), options))
+        settings = _settings(known)
+        return AutoConfig.for_model(model_type, **_merged(_for_blocks(settings, options), options))
     text = tiny_config(known.get_text_config().model_type).to_dict() | options
     settings = {key: value for key, value in _small(known.to_dict()).items() if key not in known.sub_configs}
     settings |= {key: VOCAB - 1 for key in known.to_dict() if re.search(r"token_(id|index)$", key)}
@@ -282,6 +283,15 @@ def tiny_config(model_type: str, **options: Any) -> PreTrainedConfig:
         if name != section and (part := getattr(known, name, None) or (kind() if name == "vision_config" else None)):
             settings[name] = _tower(part)
     return AutoConfig.for_model(model_type, **_merged({**settings, section: text}, FIXES.get(model_type, {})))
+
+
+def _for_blocks(settings: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The settings with entries for as many blocks as are asked for, the last kind repeated where there are more."""
+    have, wanted = settings.get("num_hidden_layers"), options.get("num_hidden_layers")
+    if not have or not wanted or have == wanted:
+        return settings
+    lists = {key: value for key, value in settings.items() if isinstance(value, list) and len(value) == have}
+    return settings | {key: (value + value[-1:] * wanted)[:wanted] for key, value in lists.items()}
 
 
 def _section(config: PreTrainedConfig) -> str:

@@ -29,6 +29,7 @@ from llmprune.knobs import (
     spellings,
 )
 from llmprune.pruning.criteria import CRITERIA
+from llmprune.pruning.experts import EXPERT_CRITERIA
 from llmprune.pruning.methods import METHODS
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe, Stages, make_recipe
 
@@ -95,8 +96,8 @@ class Job(Stages):
     sparsity: str = knob(
         REQUIRED,
         "sparsity",
-        "2:4 (of every 4 weights 2 are pruned; any N:M), 50% or 0.5 (unstructured); channels:25% or heads:33% are "
-        "removed (structured: a smaller model); several with + between: channels:20%+2:4",
+        "2:4 (of every 4 weights 2 are pruned; any N:M), 50% or 0.5 (unstructured); channels:25%, heads:33% or "
+        "experts:25% are removed (structured: a smaller model); several with + between: channels:20%+2:4",
         TEXT,
         metavar="PATTERN",
         guesses=("pattern", "ratio", "s", "sparsity_ratio", "sparsity_type", "prune_ratio", "pruning_ratio", "amount"),
@@ -104,9 +105,9 @@ class Job(Stages):
     method: str = knob(
         AUTO,
         "recipe",
-        f"pruning method ({', '.join(METHODS)}), or criterion for channels and heads ({', '.join(CRITERIA)}); alone "
-        f"unless flags below add to it; {AUTO}: that of the effort",
-        choice((AUTO,), METHODS, CRITERIA),
+        f"pruning method ({', '.join(METHODS)}), or criterion for channels and heads ({', '.join(CRITERIA)}) or for "
+        f"experts ({', '.join(EXPERT_CRITERIA)}); alone unless flags below add to it; {AUTO}: that of the effort",
+        choice((AUTO,), METHODS, CRITERIA, EXPERT_CRITERIA),
         guesses=("algorithm", "pruner", "prune_method", "pruning_method", "criterion"),
     )
     effort: str = knob(
@@ -346,11 +347,13 @@ class Job(Stages):
     def recipe(self) -> Recipe:
         """The stages of the run, defaults applied."""
         asked = {stage.name: getattr(self, stage.name) for stage in fields(Stages)}
-        if not self.goal.removals:
-            return make_recipe(self.method, self.effort, asked)
-        method = self.method if self.method in METHODS else AUTO
-        criterion = self.method if self.method in CRITERIA else AUTO
-        return make_recipe(method if self.goal.pattern is not None else "", self.effort, asked, criterion)
+        goal, name = self.goal, self.method
+        if not goal.removals:
+            return make_recipe(name, self.effort, asked)
+        method = (name if name in METHODS else AUTO) if goal.pattern is not None else ""
+        criterion = (name if name in CRITERIA else AUTO) if goal.narrows else None
+        experts = (name if name in EXPERT_CRITERIA else AUTO) if goal.drops_experts else None
+        return make_recipe(method, self.effort, asked, criterion, experts)
 
     def at(self, effort: str) -> Job:
         """The same job at an effort."""

@@ -27,6 +27,7 @@ from llmprune.pipeline.steps import (
     generated_tokens,
     pattern_for,
     reconstruct,
+    remove_experts,
     verify_written,
 )
 from llmprune.pipeline.timing import Clock
@@ -116,6 +117,8 @@ def prune_blocks(
     progress.start("pruning", len(stream) - stream.done)
     builder.start_blocks()
     for block in stream:
+        with clock("experts") if run.procedure.experts else nullcontext():
+            builder.report.mixtures += remove_experts(run, stream, block)
         for group in stream.groups(block):
             pattern = pattern_for(run, group, patterns[block.index])
             with mmap_large_allocations():

@@ -115,19 +115,22 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 
 def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
     layers, seconds = report.layers, report.seconds
-    solves = f"{duration(seconds['solve'])} of it in {len(layers)} layer solves"
+    solves = f", {duration(seconds['solve'])} of it in {len(layers)} layer solves" if layers else ""
     raised = sum(layer.status != "ok" for layer in layers)
     rows = _perplexity_rows(report.evaluation) if report.evaluation is not None else []
     rows += [
         ("sparsity", report.sparsity["meaning"]),
         *_removed_rows(report.sparsity, report.model),
         *([] if removes_only(report.sparsity) else [("reached", pruned_text(report)), _coverage_row(report.coverage)]),
-        ("method", f"{recipe_text(report.recipe)}, mean relative layer error {error_text(report)}"),
+        (
+            "method",
+            f"{recipe_text(report.recipe)}, mean relative {'layer ' if layers else ''}error {error_text(report)}",
+        ),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
         ("calibration", calibration_text(report.calibration)),
         *_source_rows(report.model),
         ("size", f"{size(report.size['dense'])} dense, {size(report.size['pruned'])} pruned"),
-        ("time", f"{duration(seconds['total'])}; pruning {duration(seconds['prune'])}, {solves}{_shared(report)}"),
+        ("time", f"{duration(seconds['total'])}; pruning {duration(seconds['prune'])}{solves}{_shared(report)}"),
         ("memory", f"peak {size(report.peak_memory)}"),
         ("saved to", report.out),
         ("load with", f'{loader_of(report.model)}.from_pretrained("{report.out}")'),

@@ -77,6 +77,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.dtype = dtype
         self._model = model
         state = dict(model.state_dict(keep_vars=True))
+        self._shapes = {name: tensor.shape for name, tensor in state.items()}
         self._sources: dict[str, _Origin] = {}
         self._made: dict[_Origin, list[str]] = defaultdict(list)
         self._inverses: dict[int, bool] = {}
@@ -131,8 +132,13 @@ class Checkpoint(Mapping[str, Tensor]):
         made = rule.convert(source.target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def _revert(self, source: _Origin, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _revert(self, source: _Origin, values: Mapping[str, Tensor], fewer: bool = False) -> dict[str, Tensor]:
         """The tensors on disk, by name, that the conversion would make these parameters of: its inverse.
+
+        Args:
+            source: whence they are.
+            values: of the parameters.
+            fewer: whether some tensors may be missing, because parameters have lost experts.
 
         Raises:
             ValueError: the rule has no inverse, or one with other names.
@@ -147,7 +153,8 @@ class Checkpoint(Mapping[str, Tensor]):
             rule.add_tensor(target, name, pattern, tensor)
         found = rule.convert(target, model=self._model, config=self._model.config)
         disk = dict(zip(source.renamed, source.names, strict=True))
-        if (made := {self._without_prefix(name) for name in found}) != disk.keys():
+        made = {self._without_prefix(name) for name in found}
+        if not made <= disk.keys() or (made != disk.keys() and not fewer):
             raise ValueError(f"{min(made ^ disk.keys())!r} is not stored")
         pairs = ((disk[self._without_prefix(name)], value) for name, value in found.items())
         return {name: value[0] if isinstance(value, list) else value for name, value in pairs}
@@ -245,6 +252,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """Names on disk and tensors to write for the parameters `names`; `changed` (by module name) has new values."""
         new: dict[str, Tensor] = {}
         converted: dict[_Origin, None] = {}
+        gone: set[str] = set()
         for name, tensor in changed.items():
             source = self._sources[name]
             if source.converter is None:
@@ -252,9 +260,15 @@ class Checkpoint(Mapping[str, Tensor]):
             else:
                 converted[source] = None
         for source in converted:
-            values = {name: changed[name] if name in changed else self[name] for name in self._made[source]}
-            new |= self._revert(source, values)
+            made = self._made[source]
+            values = {name: changed[name] if name in changed else self[name] for name in made}
+            fewer = any(value.shape != self._shapes[name] for name, value in values.items())
+            found = self._revert(source, values, fewer)
+            gone.update(set(source.names) - found.keys())
+            new |= found
         for disk in self.disk_names(names):
+            if disk in gone:
+                continue
             tensor = new[disk] if disk in new else self.folder[disk]
             yield disk, self.stored(tensor).contiguous()
 

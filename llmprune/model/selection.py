@@ -27,6 +27,7 @@ class Plan:
         parameters: number of parameters of the model, tied ones once.
         out_bytes: size of the folder to be written.
         notes: on patterns of names that change nothing.
+        removed: number of weights in layers that are removed as a whole, with their experts.
     """
 
     layers: tuple[LayerRef, ...]
@@ -35,6 +36,7 @@ class Plan:
     parameters: int
     out_bytes: int
     notes: tuple[str, ...] = ()
+    removed: int = 0
 
     @property
     def names(self) -> frozenset[str]:
@@ -43,8 +45,8 @@ class Plan:
 
     @property
     def covered(self) -> int:
-        """Number of weights in the layers to prune."""
-        return sum(layer.weights for layer in self.layers)
+        """Number of weights in the layers to prune, or to remove."""
+        return sum(layer.weights for layer in self.layers) + self.removed
 
     @property
     def coverage(self) -> float:
@@ -69,6 +71,23 @@ class Plan:
         left = [] if sliced is None else [layer.name for layer in self.layers if layer.name not in sliced]
         dense = dict.fromkeys(left, "no channels or heads to lose")
         return replace(self.without(dense), out_bytes=self.out_bytes - saved)
+
+    def with_experts(self, kept: Mapping[str, int]) -> Plan:
+        """The plan of a model with fewer experts in some parameters.
+
+        Args:
+            kept: how many stay, by the full name of the parameter that holds their matrices.
+        """
+        layers, removed = [], 0
+        for layer in self.layers:
+            place, count = layer.expert, kept.get(layer.parameter)
+            if place is None or count is None:
+                layers.append(layer)
+            elif place.index < count:
+                layers.append(replace(layer, expert=replace(place, layout=replace(place.layout, count=count))))
+            else:
+                removed += layer.weights
+        return replace(self, layers=tuple(layers), removed=removed)
 
     def skipped_by_reason(self) -> dict[str, int]:
         """Number of weights that are kept dense, by reason."""

@@ -61,7 +61,20 @@ class Skeleton:
         self.beside = tuple(parts_beside(self.model))
         for part in self.beside:
             put_aside(self.model, part, compute, self.device, partial(self._loaded_part, part))
-        for owner in self.model.modules():
+        self._trust = trust_remote_code
+        self._place_buffers(self.model)
+
+    def blocks_of(self, config: PreTrainedConfig) -> nn.ModuleList:
+        """The blocks of a model that differs in the sizes of its config, on the meta device, with real buffers."""
+        model = build_on_meta(config, self.compute, self._trust)
+        attach_experts(model)
+        self._place_buffers(model)
+        found = model.get_submodule(self.block_path)
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def _place_buffers(self, model: PreTrainedModel) -> None:
+        for owner in model.modules():
             for name, buffer in owner._buffers.items():
                 if buffer is not None and buffer.device.type != "meta":
                     owner._buffers[name] = buffer.to(self.device)

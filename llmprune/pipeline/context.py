@@ -13,6 +13,7 @@ from llmprune.job import Job
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.output import workdir_of
+from llmprune.pruning.experts import ExpertCriterion
 from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import SparsityPattern
@@ -39,12 +40,14 @@ class Procedure:
         recipe: the stages, defaults applied.
         solver: solves the groups of layers.
         sharding: shares the solves among processes.
+        experts: chooses the experts to be removed; None where none are.
     """
 
     sparsity: Sparsity
     recipe: Recipe
     solver: LayerSolver | StructuredSolver
     sharding: RowSharding = field(default_factory=RowSharding)
+    experts: ExpertCriterion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class RunContext:
         procedure: how the sparsity is reached.
         skeleton: the dense model without weights.
         plan: the layers to be pruned.
-        structure: the smaller model, where channels or heads are removed; else without cuts.
+        structure: the smaller model, where channels, heads or experts are removed; else without cuts.
         data: the tokens.
         out: the folder to be made.
         left_out: why self-generated text had to be left out, or ''.
@@ -112,7 +115,7 @@ class RunContext:
 
     @property
     def pattern(self) -> SparsityPattern | None:
-        """Of the weights; None where only channels or heads are removed."""
+        """Of the weights; None where whole parts are removed and nothing else."""
         return self.sparsity.pattern
 
     @property

@@ -29,9 +29,9 @@ from llmprune.sources.models import DEQUANTIZED, Source, load_tokenizer, open_so
 from llmprune.sources.texts import Reader
 from llmprune.sources.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
 from llmprune.streaming.block_reconstruction import LEAST_WINDOWS
-from llmprune.streaming.block_types import all_block_types, all_couplings
+from llmprune.streaming.block_types import all_block_types, all_couplings, block_runs
 from llmprune.structure.cut import check_channel_scales, unchanged
-from llmprune.structure.plan import plan_structure
+from llmprune.structure.plan import BlockCouplings, plan_structure
 
 MOST_THREADS = 1024  # far more make the thread library end the process
 
@@ -103,11 +103,13 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
     any_tokens = torch.arange(64)[None] % source.config.get_text_config().vocab_size
     structure = unchanged(skeleton)
     if sparsity.removals:
-        couplings = all_couplings(skeleton, any_tokens)
+        couplings = all_couplings(skeleton, any_tokens) if sparsity.narrows else BlockCouplings()
+        runs = block_runs(skeleton, any_tokens)
         structure = plan_structure(
-            skeleton, sparsity.removals, couplings, job.round_to, sparsity.pattern, job.trust_remote_code
+            skeleton, sparsity.removals, couplings, runs, job.round_to, sparsity.pattern, job.trust_remote_code
         )
-        plan = plan.smaller(structure.sliced_layers if sparsity.pattern is None else None, structure.saved(skeleton))
+        sliced = structure.sliced_layers(skeleton) if sparsity.pattern is None else None
+        plan = plan.smaller(sliced, structure.saved(skeleton)).with_experts(structure.experts_left)
         for text in structure.summary:
             progress.note(text)
     if "channel_scale" in solver.needs:

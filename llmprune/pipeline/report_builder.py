@@ -100,8 +100,9 @@ class ReportBuilder:
         self._since = now
 
     def mean_block_error(self) -> float:
-        """Mean relative error of the layers since the last call."""
+        """Mean relative error of the layers since the last call; without such, of the last mixture."""
         errors = [layer.error for layer in self.report.layers[self._first :]]
+        errors = errors or [mixture.error for mixture in self.report.mixtures[-1:]]
         self._first = len(self.report.layers)
         return sum(errors) / max(len(errors), 1)
 

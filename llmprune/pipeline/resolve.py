@@ -8,6 +8,7 @@ from llmprune.errors import InputError
 from llmprune.job import Job
 from llmprune.pipeline.context import Procedure
 from llmprune.pruning.criteria import CRITERIA, load_criterion
+from llmprune.pruning.experts import EXPERT_CRITERIA, load_expert_criterion
 from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.methods import METHODS, load_method
 from llmprune.pruning.parallel import RowSharding
@@ -15,6 +16,8 @@ from llmprune.pruning.recipe import AUTO, Recipe
 from llmprune.pruning.sparsity import Sparsity, parse_sparsity
 from llmprune.pruning.structured_solver import StructuredSolver
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
+
+REMOVING = {*CRITERIA, *EXPERT_CRITERIA}
 
 
 def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
@@ -27,43 +30,53 @@ def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
     _check_method(job, sparsity)
     recipe, options = job.recipe, dict(job.options)
     # Options are those of the method that was named; of a pair, the method of the weights.
-    for_criterion = sparsity.pattern is None or (job.method in CRITERIA and job.method not in METHODS)
+    for_criterion = sparsity.pattern is None or (job.method in REMOVING and job.method not in METHODS)
+    for_experts = for_criterion and (not sparsity.narrows or job.method not in {AUTO, *CRITERIA})
     method = load_method(recipe.method, {} if for_criterion else options) if sparsity.pattern else None
     if method is not None:
         # Of a layer that loses rows later, a count over rows alone stays exact.
-        sparsity = parse_sparsity(job.sparsity, job.scope or ("row" if sparsity.removals else method.scope))
+        sparsity = parse_sparsity(job.sparsity, job.scope or ("row" if sparsity.narrows else method.scope))
     if job.scope and sparsity.scope != job.scope:
         raise InputError(
             f"--scope {job.scope} does not apply to {sparsity.name}",
             "leave it out: it is for unstructured ratios such as 50%",
         )
-    if sparsity.removals and job.scope == "layer":
+    if sparsity.narrows and job.scope == "layer":
         raise InputError("--scope layer cannot be exact where rows are removed", "use --scope row")
     if sparsity.removals and sparsity.pattern is None and (job.only or job.skip):
         raise InputError(
             f"--only and --skip do not apply to {sparsity.name}",
-            "a config has one width and one number of heads for all",
+            "a config has one width, one number of heads and one of experts for all",
         )
     if job.round_to and not any(removal.kind == "channels" for removal in sparsity.removals):
         raise InputError(f"--round-to does not apply to {sparsity.name}", "it is for channels:...")
     recipe = applicable(recipe, job, sparsity)
     sharding = RowSharding(group)
     inner = None if method is None else LayerSolver(method, recipe, sharding)
-    if inner is not None and not sparsity.removals:
-        return Procedure(sparsity, recipe, inner, sharding)
-    criterion = load_criterion(recipe.criterion, options if for_criterion else {})
-    return Procedure(sparsity, recipe, StructuredSolver(criterion, recipe, inner, sharding), sharding)
+    experts = None
+    if sparsity.drops_experts:
+        experts = load_expert_criterion(recipe.expert_criterion, options if for_experts else {})
+    if inner is not None and not sparsity.narrows:
+        return Procedure(sparsity, recipe, inner, sharding, experts)
+    criterion = None
+    if sparsity.narrows:
+        criterion = load_criterion(recipe.criterion, options if for_criterion and not for_experts else {})
+    return Procedure(sparsity, recipe, StructuredSolver(criterion, recipe, inner, sharding), sharding, experts)
 
 
 def _check_method(job: Job, sparsity: Sparsity) -> None:
     if (
         job.method == AUTO
         or (job.method in METHODS and sparsity.pattern)
-        or (job.method in CRITERIA and sparsity.removals)
+        or (job.method in CRITERIA and sparsity.narrows)
+        or (job.method in EXPERT_CRITERIA and sparsity.drops_experts)
     ):
         return
-    known = [*(METHODS if sparsity.pattern else ()), *(CRITERIA if sparsity.removals else ())]
-    what = "score for whole channels and heads" if sparsity.removals else "rule for single weights"
+    tables = {"rule for single weights": METHODS if sparsity.pattern else {}}
+    tables["score for whole experts"] = EXPERT_CRITERIA if sparsity.drops_experts else {}
+    tables["score for whole channels and heads"] = CRITERIA if sparsity.narrows else {}
+    known = list(dict.fromkeys(name for table in tables.values() for name in table))
+    what = [words for words, table in tables.items() if table][-1]
     raise InputError(
         f"--method {job.method} has no {what}, as {sparsity.name} needs", f"choose from {', '.join(known)}"
     )
@@ -80,13 +93,20 @@ def applicable(recipe: Recipe, job: Job, sparsity: Sparsity) -> Recipe:
             f"--allocate {job.allocate} does not apply to {sparsity.name}",
             all_alike or "a config has one width and one number for all",
         )
+    if job.guard is not None and not sparsity.drops_experts:
+        raise InputError(
+            f"--{'' if job.guard else 'no-'}guard does not apply to {sparsity.name}",
+            "leave it out: it is for experts:...",
+        )
     if pattern is not None:
         return replace(
             recipe,
             permute=recipe.permute and pattern.permutable,
             allocate=recipe.allocate if pattern.allocatable else "uniform",
-            steps=recipe.steps if sparsity.removals else len(pattern.steps(recipe.steps)),
+            steps=recipe.steps if sparsity.narrows else len(pattern.steps(recipe.steps)),
         )
+    if recipe.steps > 1 and not sparsity.narrows:
+        raise InputError(f"--steps {recipe.steps} does not apply to {sparsity.name}", "leave it out")
     if job.ridge:
         raise InputError(
             f"--ridge {job.ridge:g} does not apply to {sparsity.name}", "leave it out: held-out tokens choose the ridge"
@@ -95,7 +115,7 @@ def applicable(recipe: Recipe, job: Job, sparsity: Sparsity) -> Recipe:
 
 
 def _for_removal(recipe: Recipe, job: Job) -> Recipe:
-    """The recipe where channels or heads go and no weights after that: one fit, or none."""
+    """The recipe where channels, heads or experts go and no weights after that: one fit, or none."""
     if not recipe.compensate and job.targets == "dense":
         raise InputError("--targets dense has no meaning with --no-refit", "leave one of them out: nothing is fitted")
     targets = recipe.targets if recipe.compensate else "pruned"

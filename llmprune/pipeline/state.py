@@ -72,9 +72,10 @@ class WorkerState:
 
     def begin(self, skeleton: Skeleton, report: PruneReport) -> None:
         """Start behind the last finished block: put what was reported of the finished ones into the report."""
-        nothing: dict[str, Any] = {"layers": [], "reconstructions": [], "blocks": []}
+        nothing: dict[str, Any] = {"layers": [], "reconstructions": [], "mixtures": [], "blocks": []}
         found = PruneReport.from_json({**report.to_json(), **self.state.get("report", nothing)})
         report.layers, report.reconstructions, report.blocks = found.layers, found.reconstructions, found.blocks
+        report.mixtures = found.mixtures
 
     def check_compatible(self, fingerprint: Mapping[str, str]) -> None:
         """Rank 0 compares the fingerprint with that of an earlier run."""
@@ -212,7 +213,7 @@ class RunState(WorkerState):
             shards=[asdict(shard) for shard in self._writer.shards],
             dense=asdict(self.dense) if self.dense else None,
             patterns=names_of(self.patterns),
-            report={key: whole[key] for key in ("layers", "reconstructions", "blocks", "seconds")},
+            report={key: whole[key] for key in ("layers", "reconstructions", "mixtures", "blocks", "seconds")},
             streams=streams,
             rows=list(self.rows),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,15 +20,18 @@ from llmprune.pipeline.allocation import allocate
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.state import GENERATED, names_of, parsed
 from llmprune.progress import Progress
+from llmprune.pruning.experts.problem import Choice, super_experts
+from llmprune.pruning.experts.refit import refit
 from llmprune.pruning.linalg import clamped_ratio, error_terms
 from llmprune.pruning.pattern import SparsityPattern
-from llmprune.reporting.report import BlockReconstruction, PruneReport
+from llmprune.reporting.report import BlockReconstruction, MixtureReport, PruneReport
 from llmprune.runtime.oom import with_oom_retry
 from llmprune.sources.generated import generate, generation_batch_size, sample_prompts
 from llmprune.sources.tokens import TokenBatch, load_tokens, save_tokens, token_batch
 from llmprune.streaming.block import Block
 from llmprune.streaming.block_reconstruction import Peers, batch_tokens, reconstruct_block
 from llmprune.streaming.check_stream import check_stream
+from llmprune.streaming.expert_removal import FewerExperts
 from llmprune.streaming.perplexity import Perplexity, perplexity
 from llmprune.streaming.schedule import Group
 from llmprune.streaming.stream import BATCH_TOKENS, BlockStream, Observe, Resources
@@ -138,6 +142,7 @@ def block_stream(
         zero_threshold=solver.zero_threshold,
         shrink=recipe.shrinkage,
         reconstruct=recipe.reconstruct > 0,
+        experts=_fewer_experts(run),
     )
     resources = Resources(
         batch_tokens=at_once * windows.shape[1],
@@ -147,6 +152,11 @@ def block_stream(
         saved=saved[run.group.rank] if saved else None,
     )
     return BlockStream(run.skeleton, windows, observe, resources)
+
+
+def _fewer_experts(run: RunContext) -> FewerExperts | None:
+    mixtures = run.structure.mixtures
+    return None if mixtures is None else FewerExperts(mixtures, run.skeleton.blocks_of(mixtures.config))
 
 
 def block_patterns(
@@ -192,6 +202,36 @@ def errors_of(run: RunContext, group: Group, stored: Sequence[Tensor]) -> list[f
     ]
     totals = iter(run.group.sum([value for pair in sums for value in pair]))
     return [clamped_ratio(error, next(totals)) for error in totals]
+
+
+def remove_experts(run: RunContext, stream: BlockStream, block: Block) -> list[MixtureReport]:
+    """Remove whole experts from a block, and refit the output projections of the others; none where it loses none."""
+    removal, criterion = stream.experts(block), run.procedure.experts
+    if removal is None or criterion is None:
+        return []
+    use, cut = removal.use(), removal.cut
+    found = super_experts(use)
+    guarded = found if run.recipe.guard else torch.zeros_like(found)
+    kept = criterion.select(use, Choice(cut.count - cut.kept, cut.groups, guarded))
+    removal.remove(kept)
+    problem = removal.problem()
+    before, ridge = removal.error(), 0.0
+    if run.recipe.compensate:
+        fit = refit(problem, run.group)
+        removal.write(fit)
+        ridge = fit.ridge
+    return [
+        MixtureReport(
+            block=block.name,
+            experts=cut.count,
+            kept=kept.tolist(),
+            super_experts=found.nonzero().flatten().tolist(),
+            tokens=[int(number) for number in use.tokens],
+            error_uncompensated=before,
+            error=removal.error(),
+            ridge=ridge if ridge < math.inf else None,
+        )
+    ]
 
 
 def reconstruct(run: RunContext, stream: BlockStream, block: Block) -> list[BlockReconstruction]:

@@ -101,12 +101,22 @@ class Recipe:
         guesses=("allocation", "layerwise", "sparsity_distribution", "owl=owl"),
     )
     criterion: str = knob("", "recipe", "criterion for channels and heads; empty where none are removed", TEXT)
+    expert_criterion: str = knob("", "recipe", "criterion for whole experts; empty where none are removed", TEXT)
+    guard: bool = knob(
+        True,
+        "recipe",
+        "super experts, whose outputs are far beyond the others' in a block with massive activations, are not removed",
+        SWITCH,
+        applies_to="experts",
+        label="no guard",
+        guesses=("super_experts", "protect"),
+    )
     compensate: bool = knob(
         True,
         "recipe",
         "whether what is left of a layer compensates, by least squares, for the inputs that were removed",
         SWITCH,
-        applies_to="channels, heads",
+        applies_to="channels, heads, experts",
         label="no compensation",
     )
 
@@ -117,8 +127,8 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """The names of criterion and method."""
-        return "+".join(dict.fromkeys(filter(None, (self.criterion, self.method))))
+        """The names of criteria and method."""
+        return "+".join(dict.fromkeys(filter(None, (self.expert_criterion, self.criterion, self.method))))
 
     @property
     def dense_stream(self) -> bool:
@@ -150,6 +160,7 @@ class Stages:
     reconstruct: int | None = optional(Recipe, "reconstruct")
     self_calibration: float | None = optional(Recipe, "self_calibration")
     allocate: Allocate | None = optional(Recipe, "allocate")
+    guard: bool | None = optional(Recipe, "guard")
 
 
 EFFORTS = {
@@ -160,27 +171,36 @@ EFFORTS = {
     ),
 }
 STRUCTURED_EFFORTS = {
-    "fast": Recipe("", criterion="wanda"),
-    "balanced": Recipe("", targets="dense", criterion="wanda"),
-    "best": Recipe("", targets="dense", criterion="wanda", reconstruct=4),
+    "fast": Recipe("", criterion="wanda", expert_criterion="wanda"),
+    "balanced": Recipe("", targets="dense", criterion="wanda", expert_criterion="wanda"),
+    "best": Recipe("", targets="dense", criterion="wanda", expert_criterion="wanda", reconstruct=4),
 }
-"""What the efforts stand for where channels or heads are removed and no weights after that."""
+"""What the efforts stand for where channels, heads or experts are removed and no weights after that."""
 DEFAULT_EFFORT = "balanced"
 
 
-def make_recipe(method: str, effort: str, flags: Mapping[str, Any], criterion: str | None = None) -> Recipe:
+def make_recipe(
+    method: str, effort: str, flags: Mapping[str, Any], criterion: str | None = None, experts: str | None = None
+) -> Recipe:
     """The recipe that the user asked for.
 
     Args:
         method: a name of the METHODS table, alone unless flags add to it, or `auto` for what `effort` stands for; '' if
-            only channels or heads go.
+            nothing but channels, heads or experts goes.
         effort: a name of EFFORTS.
         flags: fields set by the user; None where nothing was said.
         criterion: a name of the CRITERIA table, or `auto`; None if no channels or heads go.
+        experts: a name of the EXPERT_CRITERIA table, or `auto`; None if no experts go.
     """
     base = EFFORTS[effort] if method == AUTO else Recipe(method)
-    if criterion is not None:
-        removal = STRUCTURED_EFFORTS[effort] if criterion == AUTO else Recipe("", criterion=criterion)
-        base = replace(base, criterion=removal.criterion) if method else removal
-        base = replace(base, compensate=flags.get("refit") is not False)
+    if criterion is not None or experts is not None:
+        usual = STRUCTURED_EFFORTS[effort]
+        if not method:
+            base = usual if AUTO in {criterion, experts} else Recipe("")
+        base = replace(
+            base,
+            criterion=usual.criterion if criterion == AUTO else criterion or "",
+            expert_criterion=usual.expert_criterion if experts == AUTO else experts or "",
+            compensate=flags.get("refit") is not False,
+        )
     return replace(base, **{key: value for key, value in flags.items() if value is not None})

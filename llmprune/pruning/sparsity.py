@@ -1,7 +1,7 @@
-"""What a run prunes: channels and heads, which are removed, and then weights by a pattern.
+"""What a run prunes: channels, heads and experts, which are removed, and then weights by a pattern.
 
-`channels:25%` takes MLP channels out of every block, `heads:33%` attention heads; `channels:20%+2:4` first makes the
-model smaller, then sparse.
+`channels:25%` takes MLP channels out of every block, `heads:33%` attention heads, `experts:25%` whole experts;
+`channels:20%+2:4` first makes the model smaller, then sparse.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, cast
 
 from llmprune.errors import InputError
 from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern, percent
 
-Kind = Literal["channels", "heads"]
-HINT = "channels:25%, heads:33%, a pattern such as 2:4 or 50%, or several of them with + between"
-WORDS: dict[Kind, str] = {"channels": "MLP channels", "heads": "attention heads"}
+Kind = Literal["channels", "heads", "experts"]
+HINT = "channels:25%, heads:33%, experts:25%, a pattern such as 2:4 or 50%, or several of them with + between"
+WORDS: dict[Kind, str] = {"channels": "MLP channels", "heads": "attention heads", "experts": "experts"}
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A ratio of the channels or heads of every block is removed.
+    """A ratio of the channels, heads or experts of every block is removed.
 
     Args:
         kind: of the units.
@@ -58,7 +58,7 @@ class Sparsity:
     """The removals of a run, then the pattern of the kept weights.
 
     Args:
-        removals: channels and heads, each kind once.
+        removals: channels, heads and experts, each kind once.
         pattern: of the kept weights; None if they are not pruned.
     """
 
@@ -69,6 +69,16 @@ class Sparsity:
     def name(self) -> str:
         """Canonical spelling, as `parse_sparsity` reads it."""
         return "+".join(part.name for part in (*self.removals, self.pattern) if part is not None)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether layers lose channels or heads."""
+        return any(removal.kind != "experts" for removal in self.removals)
+
+    @property
+    def drops_experts(self) -> bool:
+        """Whether whole experts are removed."""
+        return any(removal.kind == "experts" for removal in self.removals)
 
     @property
     def scope(self) -> str:
@@ -90,12 +100,15 @@ class Sparsity:
 
     def speed_note(self) -> str:
         """What it does to file size and speed."""
-        notes = ["The model is smaller and faster wherever it runs"] if self.removals else []
+        notes = []
+        if self.removals:
+            notes = [f"The model is smaller{' and faster' if self.narrows else ''} wherever it runs"]
+            notes[0] += "" if self.narrows else "; a token is sent to as many experts as before"
         return "; ".join(notes + ([self.pattern.speed_note()] if self.pattern is not None else []))
 
 
 def parse_sparsity(text: str, scope: Scope = "layer") -> Sparsity:
-    """Read `channels:25%`, `heads:0.33`, `2:4`, `50%`, and sums of them such as `channels:20%+2:4`.
+    """Read `channels:25%`, `heads:0.33`, `experts:25%`, `2:4`, `50%`, and sums of them such as `channels:20%+2:4`.
 
     Args:
         text: what the user typed.
@@ -107,12 +120,12 @@ def parse_sparsity(text: str, scope: Scope = "layer") -> Sparsity:
     removals: list[Removal] = []
     pattern: SparsityPattern | None = None
     for part in text.split("+"):
-        if match := re.fullmatch(r"\s*(channels|heads)\s*:\s*(\d{0,9}\.?\d{0,9})\s*(%?)\s*", part, re.ASCII):
+        if match := re.fullmatch(r"\s*(channels|heads|experts)\s*:\s*(\d{0,9}\.?\d{0,9})\s*(%?)\s*", part, re.ASCII):
             try:
                 ratio = Fraction(match[2]) / (100 if match[3] else 1)
             except ValueError:
                 raise InputError(f"unknown sparsity {text!r}", HINT) from None
-            removals.append(Removal("channels" if match[1] == "channels" else "heads", ratio))
+            removals.append(Removal(cast("Kind", match[1]), ratio))
         elif pattern is None:
             if ":" in part and part.partition(":")[0].strip().isalpha():
                 raise InputError(f"unknown sparsity {text!r}", HINT)

@@ -32,13 +32,13 @@ class StructuredSolver:
     """Removes inputs of layers, and prunes the weights of the others.
 
     Args:
-        criterion: chooses the inputs to be removed.
+        criterion: chooses the inputs to be removed; None where no layer loses any.
         recipe: its `steps`, `targets` and `compensate` count here.
         inner: prunes the kept weights, and layers that lose no inputs.
         sharding: the processes that must agree on the solutions.
     """
 
-    criterion: Criterion
+    criterion: Criterion | None
     recipe: Recipe
     inner: LayerSolver | None = None
     sharding: RowSharding = field(default_factory=RowSharding)
@@ -46,17 +46,19 @@ class StructuredSolver:
     @property
     def options(self) -> dict[str, float]:
         """The options of criterion and method."""
-        return asdict(self.criterion) | (self.inner.options if self.inner else {})  # type: ignore[call-overload, no-any-return]
+        own: dict[str, float] = asdict(self.criterion) if self.criterion else {}  # type: ignore[call-overload]
+        return own | (self.inner.options if self.inner else {})
 
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that criterion and method need beyond the Gram."""
-        return self.criterion.needs | (self.inner.needs if self.inner else frozenset())
+        parts: tuple[Criterion | LayerSolver | None, ...] = (self.criterion, self.inner)
+        return frozenset().union(*(part.needs for part in parts if part is not None))
 
     @property
     def zero_threshold(self) -> float | None:
         """Fraction of the root mean square up to which an input counts as zero, if zeros are counted."""
-        return self.criterion.zero_threshold
+        return self.criterion.zero_threshold if self.criterion else None
 
     def solve(self, problem: GroupProblem, pattern: SparsityPattern | None) -> GroupSolution:
         """Remove the inputs that `problem.removal` asks for, then prune the kept weights.
@@ -115,6 +117,7 @@ class StructuredSolver:
         Returns:
             `(k,)`, int64; and how often a diagonal was raised at most, of a choice or of a fit between two.
         """
+        assert self.criterion is not None
         target, gram = problem.weight, problem.gram
         kept = torch.arange(target.shape[1], device=target.device)
         done = retries = 0

@@ -69,6 +69,10 @@ FORM: Mapping[str, Any] = {
         "error": _number, "status": _text, "tokens": _whole, "stats": {"*": _number},
     }],
     "reconstructions": [{"block": _text, "before": _number, "after": _number, "skipped_steps?": _whole}],
+    "mixtures?": [{
+        "block": _text, "experts": _whole, "kept": [_whole], "super_experts": [_whole], "tokens": [_whole],
+        "error_uncompensated": _number, "error": _number, "ridge": (_number,),
+    }],
     "blocks?": [{"name": _text, "seconds": _finite, "peak_memory": _whole, "memory?": _whole,
                  "expert_tokens?": [_whole]}],
     "generations?": [{"prompt": _text, "dense": _text, "pruned": _text}],

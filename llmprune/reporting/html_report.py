@@ -47,6 +47,7 @@ STAGES = {
     "self_calibration": "self-calibration",
     "prune": "pruning, of it:",
     "allocate": "· allocation",
+    "experts": "· removing experts",
     "solve": "· solving layers",
     "error": "· measuring layer errors",
     "reconstruct": "· block-wise reconstruction",

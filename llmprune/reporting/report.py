@@ -49,6 +49,20 @@ class BlockReconstruction:
 
 
 @dataclass(frozen=True, slots=True)
+class MixtureReport:
+    """The experts that a block lost, and the error of the others' sum; see docs/reference/report.md."""
+
+    block: str
+    experts: int
+    kept: list[int]
+    super_experts: list[int]
+    tokens: list[int]
+    error_uncompensated: float
+    error: float
+    ridge: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class BlockReport:
     """Time and memory of a block; see docs/reference/report.md."""
 
@@ -84,6 +98,7 @@ class PruneReport:
     coverage: dict[str, Any]
     layers: list[LayerReport] = field(default_factory=list)
     reconstructions: list[BlockReconstruction] = field(default_factory=list)
+    mixtures: list[MixtureReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -113,9 +128,11 @@ class PruneReport:
         del value["schema"]
         layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in value["layers"]]
         reconstructions = [BlockReconstruction(**item) for item in value["reconstructions"]]
+        mixtures = [MixtureReport(**item) for item in value.get("mixtures", ())]
         blocks = [BlockReport(**block) for block in value.get("blocks", ())]
         generations = [Generation(**item) for item in value.get("generations", ())]
         lists = {"layers": layers, "reconstructions": reconstructions, "blocks": blocks, "generations": generations}
+        lists |= {"mixtures": mixtures}
         return cls(**{**value, **lists})
 
     @classmethod

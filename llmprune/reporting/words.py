@@ -106,7 +106,7 @@ def tower_text(model: Mapping[str, Any]) -> str:
 
 
 def removes_only(sparsity: Mapping[str, Any]) -> bool:
-    """Whether channels or heads are removed, and no weights are pruned by a pattern."""
+    """Whether channels, heads or experts are removed, and no weights are pruned by a pattern."""
     return bool(sparsity["removed"]) and not sparsity["fraction"]
 
 
@@ -126,6 +126,11 @@ class Figures(Protocol):
     @property
     def layers(self) -> Sequence[Any]:
         """The reports of the layers."""
+        ...
+
+    @property
+    def mixtures(self) -> Sequence[Any]:
+        """The reports of the mixtures that lost experts."""
         ...
 
     @property
@@ -151,7 +156,17 @@ def pruned_text(report: Figures) -> str:
 
 
 def error_text(report: Figures) -> str:
-    """The mean layer error; of layers with removed inputs also before and after compensation."""
+    """The mean layer error; of layers with removed inputs also before and after compensation; that of mixtures."""
+    texts = [_layer_error(report)] if report.layers or not report.mixtures else []
+    if report.mixtures:
+        pairs = [(mixture.error_uncompensated, mixture.error) for mixture in report.mixtures]
+        before, after = (sum(errors) / len(pairs) for errors in zip(*pairs, strict=True))
+        refitted = f" before compensation, {after:.4f} after" if report.recipe["compensate"] else ""
+        texts.append(f"of mixtures that lost experts {before:.4f}{refitted}")
+    return "; ".join(texts)
+
+
+def _layer_error(report: Figures) -> str:
     mean = f"{report.mean_error:.4f}"
     found = [
         (layer.stats["error_uncompensated"], layer.stats.get("error_compensated", layer.error), layer.error)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmprune.errors import InputError
 from llmprune.model.blocks import LayerRef, find_layers
-from llmprune.model.experts import storage_of
+from llmprune.model.experts import ExpertMatrix, WatchedParameter, storage_of
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.problem import LayerSolution
 from llmprune.streaming.batch import Batch, hidden_of, own_state
 from llmprune.structure.coupling import Coupling
+from llmprune.structure.expert_cut import ExpertCut
 from llmprune.structure.slicing import permute_and_slice
 
 OVERFLOW = "the model overflows on this text; check the checkpoint, or try other calibration text (--calib)"
@@ -33,18 +35,25 @@ class Block:
         layers: the layers to be pruned, by local name.
         changed: new values of parameters as they will be stored, by full name.
         advanced: whether the batches have passed.
+        dense_module: the block of the dense model; the same module unless experts are removed.
     """
 
     def __init__(self, skeleton: Skeleton, index: int, batches: list[Batch], chosen: frozenset[str]) -> None:
         self.skeleton, self.index, self.batches = skeleton, index, batches
         self.name = skeleton.block_name(index)
-        self.module = skeleton.blocks[index]
-        self.linear = find_layers(self.module, self.name, skeleton.config)
-        self.layers = {layer.local: layer for layer in self.linear if layer.name in chosen}
+        self.module = self.dense_module = skeleton.blocks[index]
+        self._chosen = chosen
+        self._find_layers()
         self.changed: dict[str, Tensor] = {}
         self.advanced = False
         self._dense_weights: dict[str, Tensor] = {}
         self._orders: list[tuple[Coupling, Tensor]] = []
+        self._kept_experts: Tensor | None = None
+        self._borrowed: list[tuple[dict[str, Any], str, Any]] = []
+
+    def _find_layers(self) -> None:
+        self.linear = find_layers(self.module, self.name, self.skeleton.config)
+        self.layers = {layer.local: layer for layer in self.linear if layer.name in self._chosen}
 
     @property
     def dense_stream(self) -> bool:
@@ -103,7 +112,7 @@ class Block:
         call = (batch.dense_calls if dense else batch.calls)[self.index]
         if isolated:
             (call,) = own_state([call])
-        return hidden_of(call.run(self.module, hidden.to(self.skeleton.device)))
+        return hidden_of(call.run(self.dense_module if dense else self.module, hidden.to(self.skeleton.device)))
 
     # Weights
 
@@ -133,6 +142,49 @@ class Block:
             ref.weight_in(self.changed[ref.parameter]).copy_(stored)
         ref.weight_in(parameter).copy_(stored)
         return stored.float()
+
+    # Experts
+
+    @torch.no_grad()
+    def remove_experts(self, smaller: nn.Module, cut: ExpertCut, kept: Tensor) -> None:
+        """Compute with some of the experts from now on; the dense module keeps all.
+
+        Args:
+            smaller: the block with fewer experts, without weights; it shares those that do not change until `close`.
+            cut: what gets smaller.
+            kept: the experts that stay, `(kept,)`, int64; they are numbered anew.
+        """
+        for local, slot in smaller.state_dict(keep_vars=True).items():
+            path, _, attribute = local.rpartition(".")
+            value = _tensor(self.module, local)
+            owner = smaller.get_submodule(path)
+            slots: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
+            self._borrowed.append((slots, attribute, slots[attribute]))
+            if local in cut.parts:
+                value = cut.sliced(local, value.detach(), kept)
+                self.changed[f"{self.name}.{local}"] = self.as_stored(local, value).contiguous().cpu()
+                if isinstance(slot, nn.Parameter):
+                    value = slot.filled(value) if isinstance(slot, WatchedParameter) else nn.Parameter(value, False)
+            slots[attribute] = value
+        self.module, self._kept_experts = smaller, kept
+        self._find_layers()
+
+    def close(self) -> None:
+        """Give back the module without weights that `remove_experts` was given."""
+        for slots, attribute, value in self._borrowed:
+            slots[attribute] = value
+        self._borrowed.clear()
+
+    def dense_expert(self, index: int) -> int:
+        """The number of an expert in the dense module."""
+        return index if self._kept_experts is None else int(self._kept_experts[index])
+
+    def dense_local(self, local: str) -> str:
+        """The local name of a layer in the dense module."""
+        if not isinstance(self.module.get_submodule(local), ExpertMatrix):
+            return local
+        owner, index, attribute = local.rsplit(".", 2)
+        return f"{owner}.{self.dense_expert(int(index))}.{attribute}"
 
     def reorder(self, coupling: Coupling, order: Tensor) -> None:
         """Give a layer the inputs `order (kept,)` in the file; inputs that it does not name are removed."""
@@ -223,6 +275,14 @@ class Block:
             self.changed[f"{self.name}.{local}"] = value
         else:
             part(self.changed[f"{self.name}.{parameter}"]).copy_(value)
+
+
+def _tensor(module: nn.Module, local: str) -> Tensor:
+    """A parameter or buffer of a block."""
+    path, _, attribute = local.rpartition(".")
+    found = getattr(module.get_submodule(path), attribute)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _storage(module: nn.Module, local: str) -> tuple[str, Callable[[Tensor], Tensor]]:

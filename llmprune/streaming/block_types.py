@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmprune.model.blocks import find_layers
 from llmprune.model.skeleton import Skeleton
@@ -19,6 +19,7 @@ from llmprune.streaming.residual import find_residual_adds
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.cut import Cut
 from llmprune.structure.expert_coupling import expert_couplings, has_experts
+from llmprune.structure.expert_plan import BlockRuns
 from llmprune.structure.find_couplings import OpaqueBlockError, find_couplings
 from llmprune.structure.plan import BlockCouplings
 
@@ -72,6 +73,12 @@ def all_couplings(skeleton: Skeleton, tokens: Tensor) -> BlockCouplings:
     return BlockCouplings(found, next(iter(types.opaque.values()), ""))
 
 
+def block_runs(skeleton: Skeleton, tokens: Tensor) -> BlockRuns:
+    """Calls of every block with hidden states, and such hidden states; arguments as of `all_couplings`."""
+    short = short_batch(skeleton, tokens)
+    return lambda index: (partial(run_isolated, short.calls[index]), short.entered().to(skeleton.device))
+
+
 class BlockTypes:
     """The block types of a model, each numbered by its first block; results are cached.
 
@@ -98,19 +105,19 @@ class BlockTypes:
         self._norm_scales: dict[int, dict[str, NormScale]] = {}
         self.opaque: dict[int, str] = {}
 
-    def order(self, index: int, layers: list[str], run: Callable[[], Tensor]) -> CallOrder:
+    def order(self, index: int, module: nn.Module, layers: list[str], run: Callable[[], Tensor]) -> CallOrder:
         """The call order of the layers of a block, see `call_order`."""
         first = self._first[index]
         if first not in self._orders:
-            self._orders[first] = call_order(self.skeleton.blocks[index], layers, run)
+            self._orders[first] = call_order(module, layers, run)
         return self._orders[first]
 
-    def residual_adds(self, index: int, run: Callable[[], Tensor]) -> dict[int, str]:
+    def residual_adds(self, index: int, module: nn.Module, run: Callable[[], Tensor]) -> dict[int, str]:
         """The residual adds of its layers, see `find_residual_adds`."""
         first = self._first[index]
         if first not in self._residual_adds:
             groups = self._orders[first].groups
-            self._residual_adds[first] = find_residual_adds(self.skeleton.blocks[index], groups, run)
+            self._residual_adds[first] = find_residual_adds(module, groups, run)
         return self._residual_adds[first]
 
     def couplings(self, index: int) -> list[Coupling]:
@@ -129,9 +136,9 @@ class BlockTypes:
                 self._couplings[first], self.opaque[first] = [], str(error)
         return self._couplings[first]
 
-    def movable(self, index: int) -> list[Coupling]:
+    def movable(self, index: int, module: nn.Module) -> list[Coupling]:
         """Its coupled channels, and those of its experts, whose number per expert is one setting of the config."""
-        return [*self.couplings(index), *expert_couplings(self.skeleton.blocks[index])]
+        return [*self.couplings(index), *expert_couplings(module)]
 
     @property
     def undescribed(self) -> list[int]:

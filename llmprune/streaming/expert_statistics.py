@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmprune.model.blocks import LayerRef
 from llmprune.pruning.problem import InputStats
@@ -106,18 +106,19 @@ class ExpertStatistics:
 
     def _rows(self, number: int, ref: LayerRef, routed: RoutedBatch, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """The inputs of a group for some tokens of a batch, in the pruned and in the dense model."""
-        rows = self._replayed(number, ref, routed.pruned, tokens)
+        assert ref.expert is not None
+        block, index = self.block, ref.expert.index
+        rows = self._replayed(number, block.module, ref, routed.pruned.sent(tokens, index))
         assert rows is not None
         if routed.dense is None or len(routed.dense.hidden) != len(routed.pruned.hidden):
             return rows, None
-        with self.block.dense():
-            return rows, self._replayed(number, ref, routed.dense, tokens)
+        with block.dense():
+            sent = routed.dense.sent(tokens, block.dense_expert(index))
+            return rows, self._replayed(number, block.dense_module, ref, sent)
 
-    def _replayed(self, number: int, ref: LayerRef, call: RoutedCall, tokens: Tensor) -> Tensor | None:
-        """The inputs of a group if these tokens, and no others, are sent to its expert."""
-        assert ref.expert is not None
+    def _replayed(self, number: int, module: nn.Module, ref: LayerRef, sent: tuple[Tensor, ...]) -> Tensor | None:
+        """The inputs of a group in a call of the experts of a block, or of the dense one."""
         stop = StopAtGroup(number)
-        module = self.block.module.get_submodule(owner_of(ref.local))
         with self._observed_by(stop), suppress(StopForward):
-            module(*call.sent(tokens, ref.expert.index))
+            module.get_submodule(owner_of(ref.local))(*sent)
         return None if stop.observation is None else stop.observation.inputs

@@ -69,6 +69,17 @@ class RoutedCall:
         """Numbers of the tokens that are sent to an expert, rising, int64."""
         return (self.index == expert).any(1).nonzero().flatten()
 
+    def gates_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """The tokens that are sent to an expert, as of `tokens_of`, and their gate values, `(n,)`, float32."""
+        tokens = self.tokens_of(expert)
+        here = self.index[tokens] == expert
+        return tokens, (self.weights[tokens].float() * here).sum(1)
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the call."""
+        return self.hidden, self.index, self.weights
+
     def sent(self, tokens: Tensor, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments of a call in which some of the tokens are all sent to one expert."""
         index = torch.full((len(tokens), 1), expert, dtype=self.index.dtype, device=self.index.device)

@@ -68,12 +68,22 @@ class GroupSchedule:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Group]:
-        with observed(self.block.module, self.order, self.analysis.residual_adds, lambda: self._observer):
+        with self._watched():
             for number, stats in self._pausing() if self.pausing else self._repeating():
                 yield self._group(self.order[number], stats)
                 # Memory of the group that was freed would be scattered by the activations that come next.
                 trim_heap()
         self.block.advanced = True
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Within, observers are told of forwards of the block, and of the dense one where that is another module."""
+        block, adds = self.block, self.analysis.residual_adds
+        with observed(block.module, self.order, adds, lambda: self._observer), ExitStack() as stack:
+            if block.dense_module is not block.module:
+                order = [[block.dense_local(local) for local in layers] for layers in self.order]
+                stack.enter_context(observed(block.dense_module, order, adds, lambda: self._observer))
+            yield
 
     def _group(self, layers: list[str], stats: InputStats) -> Group:
         block, first = self.block, layers[0]

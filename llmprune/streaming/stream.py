@@ -20,6 +20,7 @@ from llmprune.streaming.block import Block
 from llmprune.streaming.block_types import BlockAnalysis, BlockTypes, short_batch
 from llmprune.streaming.capture import capture_block_inputs
 from llmprune.streaming.cross_block_state import CrossBlockState, saved_wrap
+from llmprune.streaming.expert_removal import ExpertRemoval, FewerExperts
 from llmprune.streaming.schedule import GroupSchedule
 from llmprune.streaming.statistics import StatisticsOptions
 from llmprune.structure.cut import Cut
@@ -45,6 +46,7 @@ class Observe:
         zero_threshold: fraction of the root mean square up to which an input counts as zero, where zeros are counted.
         shrink: whether statistics of experts are shrunk towards those of all tokens.
         reconstruct: whether blocks are reconstructed; validation batches are then left out of the statistics.
+        experts: the experts that are removed, if any.
     """
 
     chosen: frozenset[str] = frozenset()
@@ -56,6 +58,7 @@ class Observe:
     zero_threshold: float | None = None
     shrink: bool = False
     reconstruct: bool = False
+    experts: FewerExperts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +131,25 @@ class BlockStream:
         for index in range(self.done, len(self)):
             with self.skeleton.loaded(self.skeleton.block_parameters(index)):
                 block = Block(self.skeleton, index, self.inputs.batches, self.observe.chosen)
-                yield block
-                block.finish()
+                try:
+                    yield block
+                    block.finish()
+                finally:
+                    block.close()
             self.done = index + 1
             for batch in self.inputs.batches:
                 batch.release(index)
             for stream in self._streams:
                 stream.turn()
             trim_heap()
+
+    def experts(self, block: Block) -> ExpertRemoval | None:
+        """The removal of experts from a block; None where it loses none. It comes before its groups."""
+        fewer = self.observe.experts
+        if fewer is None or block.name not in fewer.mixtures.cuts:
+            return None
+        cut, smaller = fewer.mixtures.cuts[block.name], fewer.blocks[block.index]
+        return ExpertRemoval(block, cut, smaller, self._statistics())
 
     def groups(self, block: Block) -> GroupSchedule:
         """The groups of a block in call order, to be solved one after the other."""
@@ -194,14 +208,14 @@ class BlockStream:
     def _analysis(self, block: Block) -> BlockAnalysis:
         """The analysis of a block; blocks of one type share it."""
         observe, index = self.observe, block.index
-        order = self.types.order(index, list(block.layers), block.trial)
+        order = self.types.order(index, block.module, list(block.layers), block.trial)
         residual = self._statistics().dense_targets or bool(observe.removed)
         prefix = f"{block.name}."
         return BlockAnalysis(
             order,
-            self.types.residual_adds(index, block.trial) if residual else {},
+            self.types.residual_adds(index, block.module, block.trial) if residual else {},
             self.types.norm_scales(index) if "norm_scale" in observe.needs else {},
-            {c.consumer: c for c in self.types.movable(index) if block.movable(c, order.dense)}
+            {c.consumer: c for c in self.types.movable(index, block.module) if block.movable(c, order.dense)}
             if observe.permute
             else {},
             {name.removeprefix(prefix): cut for name, cut in observe.removed.items() if name.startswith(prefix)},

@@ -15,6 +15,7 @@ from llmprune.errors import InputError
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.sparsity import Kind
 from llmprune.structure.coupling import Coupling, Producer
+from llmprune.structure.expert_cut import Mixtures
 from llmprune.structure.slicing import shapes_after
 
 if TYPE_CHECKING:
@@ -65,14 +66,15 @@ def removed_ratio(cuts: Sequence[Cut]) -> Fraction:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """The architecture after the removal of channels and heads.
+    """The architecture after the removal of channels, heads and experts.
 
     Args:
         cuts: one for every consumer layer that loses inputs.
         changes: settings of the config with new values.
         config: of the smaller model.
         summary: for every removal, the request and what is done.
-        ratios: of the channels and heads that are removed, over all blocks.
+        ratios: of the channels, heads and experts that are removed, over all blocks.
+        mixtures: the cuts of experts; None where none are removed.
     """
 
     cuts: tuple[Cut, ...]
@@ -80,6 +82,7 @@ class Structure:
     config: PreTrainedConfig
     summary: tuple[str, ...]
     ratios: Mapping[Kind, Fraction]
+    mixtures: Mixtures | None = None
 
     def saved(self, skeleton: Skeleton) -> int:
         """Bytes that the written tensors lose."""
@@ -87,32 +90,43 @@ class Structure:
 
     def removed_parameters(self, skeleton: Skeleton) -> int:
         """Number of parameters that the model loses."""
-        return sum(n for _, n in self._removed(skeleton))
+        parameters = dict(skeleton.model.named_parameters())
+        return sum(n for name, n in self._removed(skeleton) if name in parameters)
 
     def _removed(self, skeleton: Skeleton) -> Iterator[tuple[str, int]]:
         """Name of every tensor that gets smaller, and how many values it loses."""
         tensors = dict(skeleton.model.state_dict())
-        for name, shape in shapes_after([cut.example for cut in self.cuts], tensors).items():
+        shapes = shapes_after([cut.example for cut in self.cuts], tensors)
+        for name, shape in (shapes | (self.mixtures.shapes(tensors) if self.mixtures else {})).items():
             if shape != tuple(tensors[name].shape):
                 yield name, tensors[name].numel() - math.prod(shape)
+
+    @property
+    def experts_left(self) -> dict[str, int]:
+        """How many experts stay, by the full name of every tensor that has a part for each."""
+        cuts = self.mixtures.cuts.values() if self.mixtures else ()
+        return {f"{cut.block}.{local}": cut.kept for cut in cuts for local in cut.parts}
 
     @property
     def by_name(self) -> dict[str, Cut]:
         """The cuts by the full names of their consumers."""
         return {cut.name: cut for cut in self.cuts}
 
-    @property
-    def sliced_layers(self) -> frozenset[str]:
-        """Full names of all layers that lose rows or inputs."""
+    def sliced_layers(self, skeleton: Skeleton) -> frozenset[str]:
+        """Full names of all layers that lose rows or inputs, or belong to mixtures that lose experts."""
         return frozenset(
             f"{cut.block}.{local}"
             for cut in self.cuts
             for local in (cut.coupling.consumer, *(dependency.local for dependency in cut.coupling.dependencies))
+        ) | frozenset(
+            f"{cut.block}.{local}"
+            for cut in (self.mixtures.cuts.values() if self.mixtures else ())
+            for local in cut.layers(skeleton.model.get_submodule(cut.block))
         )
 
 
 def unchanged(skeleton: Skeleton) -> Structure:
-    """The structure of a model that loses neither channels nor heads."""
+    """The structure of a model that loses neither channels nor heads nor experts."""
     return Structure((), {}, skeleton.config, (), {})
 
 

@@ -17,6 +17,8 @@ from llmprune.pruning.sparsity import WORDS, Kind, Removal
 from llmprune.structure.config_search import changed_config, channel_settings, find_settings, head_settings
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.cut import Cut, Structure, removed_ratio
+from llmprune.structure.expert_cut import Mixtures
+from llmprune.structure.expert_plan import BlockRuns, plan_experts
 from llmprune.structure.heads import check_share, head_options, head_text, head_units
 from llmprune.structure.slicing import shapes_after
 
@@ -26,11 +28,11 @@ class BlockCouplings:
     """The couplings of all blocks of a model.
 
     Args:
-        of: the couplings of every block.
+        of: the couplings of every block; none where neither channels nor heads are removed.
         opaque: why some block could not be analysed, or ''.
     """
 
-    of: Sequence[Sequence[Coupling]]
+    of: Sequence[Sequence[Coupling]] = ()
     opaque: str = ""
 
 
@@ -43,6 +45,7 @@ def plan_structure(
     skeleton: Skeleton,
     removals: Iterable[Removal],
     couplings: BlockCouplings,
+    runs: BlockRuns,
     round_to: int | None = None,
     pattern: SparsityPattern | None = None,
     trust_remote_code: bool = False,
@@ -53,19 +56,27 @@ def plan_structure(
         skeleton: the model.
         removals: as requested.
         couplings: the coupled channels of every block.
+        runs: calls of the blocks.
         round_to: numbers of channels are multiples of this; None for 64, or less where that is too coarse.
         pattern: of the kept weights; its groups must fit.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        InputError: the blocks have no such channels or heads, or the config cannot express the sizes left.
+        InputError: the blocks have no such channels, heads or experts, or the config cannot express the sizes left.
     """
     planner = _Planner(skeleton, couplings, pattern, trust_remote_code)
+    mixtures: Mixtures | None = None
     cuts: list[Cut] = []
     changes: dict[str, int] = {}
     summary = []
-    ratios = {}
+    ratios: dict[Kind, Fraction] = {}
     for removal in removals:
+        if removal.kind == "experts":
+            mixtures, text = plan_experts(skeleton, removal, runs, trust_remote_code)
+            changes = changes | mixtures.changes
+            summary.append(text)
+            ratios[removal.kind] = mixtures.ratio
+            continue
         if removal.kind == "channels":
             found, new, text = planner.channels(removal, round_to)
         else:
@@ -74,12 +85,12 @@ def plan_structure(
         summary.append(text)
         ratios[removal.kind] = removed_ratio(found)
     config = changed_config(skeleton.config, changes)
-    _, reason = planner.settings(iter([changes]), cuts)
+    _, reason = planner.settings(iter([changes]), cuts, mixtures)
     if reason:
         raise InputError(
-            f"the config cannot express both removals at once: {reason}", "remove only channels, or only heads"
+            f"the config cannot express all removals at once: {reason}", "remove only channels, heads or experts"
         )
-    return Structure(tuple(cuts), changes, config, tuple(summary), ratios)
+    return Structure(tuple(cuts), changes, config, tuple(summary), ratios, mixtures)
 
 
 class _Planner:
@@ -234,9 +245,12 @@ class _Planner:
         if self.pattern is not None and (problem := self.pattern.mismatch(rows, cut.width)):
             raise InputError(f"{self.pattern.name} does not fit {cut.name!r}: {problem}", "choose another --round-to")
 
-    def settings(self, candidates: Iterator[dict[str, int]], cuts: list[Cut]) -> tuple[dict[str, int], str]:
+    def settings(
+        self, candidates: Iterator[dict[str, int]], cuts: list[Cut], mixtures: Mixtures | None = None
+    ) -> tuple[dict[str, int], str]:
         """The first candidate settings that give the shapes after the cuts, see `find_settings`."""
         shapes = shapes_after([cut.example for cut in cuts], self.tensors)
+        shapes |= mixtures.shapes(self.tensors) if mixtures else {}
         return find_settings(self.skeleton.config, candidates, shapes, self.skeleton.compute, self.trust)
 
 

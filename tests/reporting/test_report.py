@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from llmprune import Job, PruneReport, prune
 from llmprune.errors import InputError
 from llmprune.pipeline.report_builder import skipped_steps
 from llmprune.reporting.model_card import model_card
-from llmprune.reporting.report import FILE
+from llmprune.reporting.report import FILE, MixtureReport
 from llmprune.streaming.batch_shards import held_out_batches
 
 DOCS = ROOT / "docs" / "reference" / "report.md"
@@ -28,7 +28,8 @@ GENERATION = {f"generations[].{key}" for key in ("prompt", "dense", "pruned")}
 SPREAD = {"processes", *(f"processes.{key}" for key in ("world_size", "tokens", "rows"))}
 QUANTISED = {"model.stored_as", "model.dequantized_to"}
 WRAPPER = {"model.tower", "model.beside", "model.parameters_beside"}
-SOMETIMES = {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD | WRAPPER | QUANTISED
+FEWER = {"seconds.experts"} | {f"mixtures[].{field.name}" for field in fields(MixtureReport)}
+SOMETIMES = {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD | WRAPPER | QUANTISED | FEWER
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from variants import source_of, toy_couplings
 
 from llmprune import InputError
 from llmprune.pruning.sparsity import Removal, parse_sparsity
-from llmprune.streaming.block_types import all_couplings
+from llmprune.streaming.block_types import all_couplings, block_runs
 from llmprune.structure.coupling import Dependency
 from llmprune.structure.cut import Cut, Structure
 from llmprune.structure.float64 import Float64
@@ -123,7 +123,11 @@ NO_CHANNELS = [
 
 def structure_of(folder: Path, *removals: Removal, **options: Any) -> Structure:
     return plan_structure(
-        skeleton := skeleton_of(folder), removals, all_couplings(skeleton, random_tokens(1, 16)), **options
+        skeleton := skeleton_of(folder),
+        removals,
+        all_couplings(skeleton, random_tokens(1, 16)),
+        block_runs(skeleton, random_tokens(1, 16)),
+        **options,
     )
 
 
