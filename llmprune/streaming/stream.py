@@ -126,8 +126,9 @@ class BlockStream:
 
     def __iter__(self) -> Iterator[Block]:
         for index in range(self.done, len(self)):
-            with self.skeleton.loaded(self.skeleton.block_parameters(index)):
-                block = Block(self.skeleton, index, self.inputs.batches, self.observe.chosen)
+            # A block is trained as a whole.
+            with self.skeleton.loaded(self.skeleton.block_parameters(index), whole=self.observe.reconstruct):
+                block = Block(self.skeleton, index, self.inputs.batches, self.observe.chosen, self.folder)
                 yield block
                 block.finish()
             self.done = index + 1
