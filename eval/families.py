@@ -65,7 +65,9 @@ def run_type(name: str, loader: str, folder: Path) -> dict[str, Any]:
     try:
         torch.manual_seed(0)
         config = tiny.tiny_config(name)
-        model = tiny.shaken(getattr(transformers, loader).from_config(config, dtype=torch.float32).eval())
+        model = tiny.shaken(
+            getattr(transformers, loader).from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        )
         model.save_pretrained(source)
     except Exception as error:
         return _without_model(name, source, error)

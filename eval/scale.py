@@ -115,11 +115,18 @@ def _write_empty(path: Path, parameters: dict[str, tuple[int, ...]], _: int) -> 
         stream.truncate(8 + len(text) + end)
 
 
-def run(model: Path, tokens: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Prune a model in a process of its own; its figures."""
+def run(model: Path, tokens: Path, options: argparse.Namespace, how: Sequence[str]) -> dict[str, Any]:
+    """Prune a model in a process of its own; its figures.
+
+    Args:
+        model: its folder.
+        tokens: calibration windows.
+        options: sparsity, threads, memory for activations.
+        how: the flags that name a method or an effort.
+    """
     out = model.with_name(f"{model.name}-pruned")
     command = [sys.executable, "-m", "llmprune", "--model", str(model), "--sparsity", options.sparsity]
-    command += ["--method", options.method, "--calib", str(tokens), "--no-eval", "--json", "--out", str(out)]
+    command += [*how, "--calib", str(tokens), "--no-eval", "--json", "--out", str(out)]
     command += ["--device", "cpu", "--threads", str(options.threads)]
     command += ["--activation-memory", str(options.activation_memory)]
     begun = time.monotonic()
@@ -203,7 +210,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     runs = {}
     for blocks in sorted(options.blocks):
         model = write_model(shape, blocks, options.work / f"blocks-{blocks}")
-        runs[blocks] = {**run(model, tokens, options), "estimate": estimate(model, options)}
+        runs[blocks] = {
+            **run(model, tokens, options, ["--method", options.method]),
+            "estimate": estimate(model, options),
+        }
         shutil.rmtree(model)
     full = estimate(write_model(shape, shape.blocks, options.work / "full", data=False), options)
     other = estimate(write_model(larger, larger.blocks, options.work / "larger", data=False), options)

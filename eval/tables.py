@@ -2,7 +2,7 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a JSON-lines file of `eval.sweep`, or a JSON
 file of `eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed`, `eval.solvers` or
-`eval.structured_scale` or `eval.zeros`, or that of `eval.families`. Figures are never typed.
+`eval.structured_scale`, `eval.expert_scale` or `eval.zeros`, or that of `eval.families`. Figures are never typed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,20 @@ import re
 import sys
 import tomllib
 
-from eval import families, peers, processes, record, scale, solvers, speed, structured_scale, sweep, zero_shot, zeros
+from eval import (
+    expert_scale,
+    families,
+    peers,
+    processes,
+    record,
+    scale,
+    solvers,
+    speed,
+    structured_scale,
+    sweep,
+    zero_shot,
+    zeros,
+)
 from llmprune.cli.shell import Parser, say
 
 MAKERS = {
@@ -21,6 +34,7 @@ MAKERS = {
     "quality": peers.table,
     "results": zero_shot.table,
     "cells": structured_scale.table,
+    "beside_dense": expert_scale.table,
     "promised": speed.table,
     "solved": solvers.table,
     "schemes": zeros.table,

@@ -388,7 +388,7 @@ def tiny_model(model_type: str, seed: int = 0, **options: Any) -> PreTrainedMode
     """A random float32 model; vectors (norms, biases) are random too, so that none can be forgotten."""
     torch.manual_seed(seed)
     config = tiny_config(model_type, **options)
-    return shaken(auto_model(config).from_config(config, dtype=torch.float32).eval())
+    return shaken(auto_model(config).from_config(config, dtype=torch.float32, trust_remote_code=False).eval())
 
 
 @torch.no_grad()
@@ -419,12 +419,16 @@ def token_file(path: Path, tokens: Tensor | None = None) -> Path:
 
 
 def skeleton_of(folder: Path, **options: Any) -> Skeleton:
-    return Skeleton(AutoConfig.from_pretrained(folder), SafetensorsFolder(folder), **options)
+    return Skeleton(AutoConfig.from_pretrained(folder, trust_remote_code=False), SafetensorsFolder(folder), **options)
 
 
 def reload(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """What plain transformers makes of a folder; experts run one by one, as the stream has them run."""
-    model = auto_model(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).eval()
+    model = (
+        auto_model(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        .from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        .eval()
+    )
     model.set_experts_implementation("eager")
     for parameter in model.parameters():  # a product's last bits depend on where a tensor lies in its file
         parameter.data = parameter.data.clone()

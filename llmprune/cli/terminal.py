@@ -160,6 +160,15 @@ def _perplexity_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     return [("perplexity", f"dense {dense}, pruned {pruned}"), ("measured on", evaluation_text(evaluation))]
 
 
+def _expert_rows(apart: int, blocks: int) -> list[tuple[str, str]]:
+    """What is said where the experts of a block exceed the memory for them."""
+    if not apart:
+        return []
+    return [
+        ("experts", f"of {apart} of {blocks} blocks, read group by group: together they exceed the memory for them")
+    ]
+
+
 def plan_text(facts: dict[str, Any]) -> str:
     """The table of `--dry-run`."""
     model, cost = facts["model"], facts["estimate"]
@@ -173,6 +182,7 @@ def plan_text(facts: dict[str, Any]) -> str:
         *([] if removes_only(facts["sparsity"]) else [_coverage_row(facts["coverage"])]),
         ("calibration", calibration_text(facts["calibration"])),
         ("estimate", f"about {duration(cost['seconds'])}, {size(cost['memory'])} of memory above the libraries' own"),
+        *_expert_rows(cost["blocks_by_expert"], model["blocks"]),
         ("efforts", ", ".join(f"{name} {duration(seconds)}" for name, seconds in facts["efforts"].items())),
         ("size", f"{size(facts['size']['pruned'])} (dense {size(facts['size']['dense'])})"),
         ("would save", facts["out"]),

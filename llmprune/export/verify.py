@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmprune.errors import InputError, printable
 from llmprune.model.blocks import LayerRef
+from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.selection import make_plan, select
 from llmprune.model.skeleton import Skeleton
+from llmprune.model.slices import find_slices
 from llmprune.progress import Progress
 from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.pruning.sparsity import Sparsity, parse_sparsity
@@ -43,26 +44,43 @@ class LayerCheck:
 
 
 def check_layers(
-    tensors: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
     layers: Iterable[tuple[LayerRef, SparsityPattern]],
     step: Callable[[], None] = lambda: None,
 ) -> list[LayerCheck]:
     """The zeros of every layer, checked against its pattern.
 
     Args:
-        tensors: parameters by module name.
+        checkpoint: with the layers.
         layers: each with its pattern.
         step: called after every layer.
     """
     checks = []
-    name, parameter = "", torch.empty(0)
+    held: dict[str, Tensor] = {}
     for ref, pattern in layers:
-        if ref.parameter != name:  # the experts of a block follow each other, and are stored together
-            name, parameter = ref.parameter, tensors[ref.parameter].contiguous()
-        found = pattern.check(ref.weight_in(parameter))
+        found = pattern.check(_expert_weight(checkpoint, ref, held) if ref.expert else _weight(checkpoint, ref))
         checks.append(LayerCheck(ref.name, found.weights, found.zeros, found.extra_zeros, found.violations))
         step()
     return checks
+
+
+def _weight(checkpoint: Checkpoint, ref: LayerRef) -> Tensor:
+    return ref.weight_in(checkpoint[ref.parameter].contiguous())
+
+
+def _expert_weight(checkpoint: Checkpoint, ref: LayerRef, held: dict[str, Tensor]) -> Tensor:
+    """The weight of an expert, `(out, in)`: read alone if that is possible, else from what is `held` of its block."""
+    assert ref.expert is not None
+    slices, count = find_slices(checkpoint, ref.parameter), ref.expert.layout.count
+    if slices is not None and len(slices.shape) == 3 and slices.shape[0] == count:
+        found = slices.read(ref.expert.index)
+        return found.T if ref.transposed else found
+    if ref.parameter not in held:
+        owner = ref.parameter.rpartition(".")[0]
+        for name in [name for name in held if not name.startswith(f"{owner}.")]:
+            del held[name]
+        held[ref.parameter] = checkpoint[ref.parameter].contiguous()
+    return ref.weight_in(held[ref.parameter])
 
 
 def patterns_of(report: PruneReport, scope: Scope | None = None) -> dict[str, SparsityPattern]:

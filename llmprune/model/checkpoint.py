@@ -11,43 +11,25 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llmprune.errors import InputError
+from llmprune.model.origin import Fewer, Origin
 from llmprune.model.reader import SafetensorsFolder, too_large
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Revert = Callable[[Tensor], Iterator[tuple[str, Tensor]]]
 LEAST = 1e-15
 """A layer whose largest weight is smaller cannot be pruned: solvers square weights in float32."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Origin:
-    """The tensors on disk that one or more parameters are read from, and their conversion, if any.
-
-    Args:
-        names: on disk.
-        renamed: the same by the module's names, without the model's prefix.
-        patterns: the pattern of the conversion that each name matches.
-        converter: transformers' rule; None where the parameter is stored as it is.
-        target: the parameter that they were matched with; others that the rule makes are told from it.
-    """
-
-    names: tuple[str, ...]
-    renamed: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ()
-    converter: Any = None
-    target: str = ""
-
-
-def _few(source: _Origin) -> _Origin:
+def _few(source: Origin) -> Origin:
     """The first two tensors of every pattern."""
     seen: dict[str, int] = defaultdict(int)
     kept = []
@@ -55,9 +37,7 @@ def _few(source: _Origin) -> _Origin:
         seen[pattern] += 1
         if seen[pattern] <= 2:
             kept.append(at)
-    columns = source.names, source.renamed, source.patterns
-    names, renamed, patterns = (tuple(column[at] for at in kept) for column in columns)
-    return replace(source, names=names, renamed=renamed, patterns=patterns)
+    return source.only(kept)
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -67,6 +47,10 @@ class Checkpoint(Mapping[str, Tensor]):
         folder: the tensors on disk.
         model: on the meta device; gives names and shapes.
         dtype: of floating tensors in the result; None for the dtype of the source.
+
+    Attributes:
+        unused: names on disk that the model has no use for.
+        sliceable: whether rules of conversion work expert by expert, by their identity, see `find_slices`.
 
     Raises:
         InputError: the checkpoint does not cover the model, or a shape differs.
@@ -78,9 +62,10 @@ class Checkpoint(Mapping[str, Tensor]):
         self._model = model
         state = dict(model.state_dict(keep_vars=True))
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
-        self._sources: dict[str, _Origin] = {}
-        self._made: dict[_Origin, list[str]] = defaultdict(list)
+        self._sources: dict[str, Origin] = {}
+        self._made: dict[Origin, list[str]] = defaultdict(list)
         self._inverses: dict[int, bool] = {}
+        self.sliceable: dict[int, bool] = {}
         self.unused: list[str] = []
         self._map_names(state)
         self._alias_tied(state)
@@ -108,36 +93,46 @@ class Checkpoint(Mapping[str, Tensor]):
             if target not in state:
                 self.unused.append(name)
             elif pattern is None:
-                self._sources[target] = _Origin((name,))
+                self._sources[target] = Origin((name,))
             else:
                 renamed, _ = rename_source_key(name, renamings, [], prefix, state)
                 converted[target].append((name, self._without_prefix(renamed), pattern))
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         for target, pairs in converted.items():
             names, renamed, patterns = zip(*pairs, strict=True)
-            source = _Origin(tuple(names), tuple(renamed), tuple(patterns), by_pattern[patterns[0]], target)
-            for made in self._convert(source, self.folder.meta):
+            source = Origin(tuple(names), tuple(renamed), tuple(patterns), by_pattern[patterns[0]], target)
+            for made in self.convert(source, self.folder.meta):
                 self._sources[made] = source
                 self._made[source].append(made)
 
     def _without_prefix(self, name: str) -> str:
         return name.removeprefix(f"{self._model.base_model_prefix}.")
 
-    def _convert(self, source: _Origin, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Run transformers' own conversion (experts stacked, fused layers split): all parameters that it makes."""
+    def convert(self, source: Origin, read: Callable[[str], Tensor], slices: int | None = None) -> dict[str, Tensor]:
+        """Run transformers' own conversion (experts stacked, fused layers split): all parameters that it makes.
+
+        Args:
+            source: the tensors.
+            read: gives them by name.
+            slices: number of experts, where the tensors are those of some experts only.
+        """
         rule = deepcopy(source.converter)
         for name, pattern in zip(source.names, source.patterns, strict=True):
             tensor = read(name)
             rule.add_tensor(source.target, name, pattern, lambda tensor=tensor: tensor)
-        made = rule.convert(source.target, model=self._model, config=self._model.config)
+        model = self._model if slices is None else Fewer(self._model, slices)
+        made = rule.convert(source.target, model=model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def _revert(self, source: _Origin, values: Mapping[str, Tensor], fewer: bool = False) -> dict[str, Tensor]:
+    def revert(
+        self, source: Origin, values: Mapping[str, Tensor], slices: int | None = None, fewer: bool = False
+    ) -> dict[str, Tensor]:
         """The tensors on disk, by name, that the conversion would make these parameters of: its inverse.
 
         Args:
-            source: whence they are.
-            values: of the parameters.
+            source: the tensors.
+            values: of all parameters that are made of them.
+            slices: as of `convert`.
             fewer: whether some tensors may be missing, because parameters have lost experts.
 
         Raises:
@@ -151,7 +146,8 @@ class Checkpoint(Mapping[str, Tensor]):
             if pattern is None:
                 raise ValueError(f"{name!r} has no inverse")
             rule.add_tensor(target, name, pattern, tensor)
-        found = rule.convert(target, model=self._model, config=self._model.config)
+        model = self._model if slices is None else Fewer(self._model, slices)
+        found = rule.convert(target, model=model, config=self._model.config)
         disk = dict(zip(source.renamed, source.names, strict=True))
         made = {self._without_prefix(name) for name in found}
         if not made <= disk.keys() or (made != disk.keys() and not fewer):
@@ -159,16 +155,16 @@ class Checkpoint(Mapping[str, Tensor]):
         pairs = ((disk[self._without_prefix(name)], value) for name, value in found.items())
         return {name: value[0] if isinstance(value, list) else value for name, value in pairs}
 
-    def _reversible(self, source: _Origin) -> bool:
+    def _reversible(self, source: Origin) -> bool:
         """Whether the inverse of a conversion gives back the stored tensors; tried with two of every kind, or all."""
         rule = id(source.converter)
         if rule not in self._inverses:
             self._inverses[rule] = self._comes_back(_few(source)) or self._comes_back(source)
         return self._inverses[rule]
 
-    def _comes_back(self, source: _Origin) -> bool:
+    def _comes_back(self, source: Origin) -> bool:
         try:
-            found = self._revert(source, self._convert(source, self.folder.__getitem__))
+            found = self.revert(source, self.convert(source, self.folder.__getitem__))
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             return False
         return all(
@@ -210,7 +206,7 @@ class Checkpoint(Mapping[str, Tensor]):
         source = self._sources[name]
         if source.converter is None:
             return self.stored(self.folder[source.names[0]])
-        return self.stored(self._convert(source, self.folder.__getitem__)[name])
+        return self.stored(self.convert(source, self.folder.__getitem__)[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -230,6 +226,18 @@ class Checkpoint(Mapping[str, Tensor]):
         """Whether new values of a parameter can be written: it is stored as it is, or the conversion has an inverse."""
         return self.stored_as_is(name) or self._reversible(self._sources[name])
 
+    def origin(self, name: str) -> Origin:
+        """The tensors on disk that a parameter is read from."""
+        return self._sources[name]
+
+    def is_alone(self, name: str) -> bool:
+        """Whether nothing but this parameter is made of the tensors that are converted to it."""
+        return self._made[self._sources[name]] == [name]
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a parameter."""
+        return torch.Size(self._model.get_parameter(name).shape)
+
     def shared(self, name: str) -> bool:
         """Whether other parameters are tied to a parameter, beside those that are stored in one tensor with it."""
         source = self._sources[name]
@@ -248,26 +256,43 @@ class Checkpoint(Mapping[str, Tensor]):
         source = self.folder.entries[self._sources[name].names[0]].dtype
         return self.dtype if self.dtype is not None and source.is_floating_point else source
 
-    def export(self, names: Iterable[str], changed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Names on disk and tensors to write for the parameters `names`; `changed` (by module name) has new values."""
+    def export(
+        self, names: Iterable[str], changed: Mapping[str, Tensor], sliced: Mapping[str, Revert] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Names on disk and tensors to write for some parameters.
+
+        Args:
+            names: of the parameters.
+            changed: new values by module name.
+            sliced: what converts them back slice by slice, for some of those.
+        """
         new: dict[str, Tensor] = {}
-        converted: dict[_Origin, None] = {}
+        converted: dict[Origin, None] = {}
+        apart: dict[str, Iterator[tuple[str, Tensor]]] = {}
         gone: set[str] = set()
         for name, tensor in changed.items():
             source = self._sources[name]
             if source.converter is None:
                 new[source.names[0]] = tensor
+            elif sliced and name in sliced:
+                apart |= dict.fromkeys(source.names, sliced[name](tensor))
             else:
                 converted[source] = None
         for source in converted:
             made = self._made[source]
             values = {name: changed[name] if name in changed else self[name] for name in made}
             fewer = any(value.shape != self._shapes[name] for name, value in values.items())
-            found = self._revert(source, values, fewer)
+            found = self.revert(source, values, fewer=fewer)
             gone.update(set(source.names) - found.keys())
             new |= found
         for disk in self.disk_names(names):
             if disk in gone:
+                continue
+            if disk in apart:
+                # All tensors of a slice come at the name of the first of them.
+                while disk not in new:
+                    new.update([next(apart[disk])])
+                yield disk, self.stored(new.pop(disk)).contiguous()
                 continue
             tensor = new[disk] if disk in new else self.folder[disk]
             yield disk, self.stored(tensor).contiguous()
@@ -296,11 +321,15 @@ class Checkpoint(Mapping[str, Tensor]):
         for name in self.folder:
             if step is not None:
                 step(self.folder.entries[name].nbytes)
-            tensor = self.folder[name]
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-            if tensor.is_floating_point() and tensor.numel():
-                extremes = torch.stack(torch.aminmax(tensor))
+            ends: list[Tensor] = []
+            for number, part in enumerate(self.folder.pieces(name)):
+                if not number:
+                    digest.update(f"{name} {part.dtype} {self.folder.entries[name].shape}".encode())
+                digest.update(part.flatten().view(torch.uint8).numpy().data)
+                if part.is_floating_point() and part.numel():
+                    ends += torch.aminmax(part)
+            if ends:
+                extremes = torch.stack(torch.aminmax(torch.stack(ends)))
                 if not bool(torch.isfinite(extremes).all()):
                     raise InputError(f"the weights of {name!r} hold NaN or Inf", "use an undamaged checkpoint")
                 largest = float(extremes.abs().max())

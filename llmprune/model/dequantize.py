@@ -8,7 +8,7 @@ other matrices are FP8.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -56,6 +56,10 @@ class Group(Protocol):
         """What they mean."""
         ...
 
+    def rows(self, raw: SafetensorsFolder, start: int, stop: int) -> tuple[Group, Mapping[str, Tensor]] | None:
+        """A part of them along the first dimension, of which each is a whole matrix, and its tensors; None if not."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
@@ -77,9 +81,23 @@ class Scaled:
         """On disk."""
         return self.values, self.scales
 
+    @property
+    def _grid(self) -> tuple[int, ...]:
+        """Rows and columns of the scales of one matrix."""
+        return tuple(-(-size // part) for size, part in zip(self.shape[-2:], self.block, strict=True))
+
+    def rows(self, raw: SafetensorsFolder, start: int, stop: int) -> tuple[Group, Mapping[str, Tensor]] | None:
+        """Some of its matrices."""
+        if len(self.shape) != 3:
+            return None
+        shared = prod(raw.entries[self.scales].shape) == prod(self._grid)
+        scales = raw[self.scales] if shared else raw.rows(self.scales, start, stop)
+        part = replace(self, shape=(stop - start, *self.shape[1:]))
+        return part, {self.values: raw.rows(self.values, start, stop), self.scales: scales}
+
     def read(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """`q s`, computed in float32."""
-        grid = tuple(-(-size // part) for size, part in zip(self.shape[-2:], self.block, strict=True))
+        grid = self._grid
         scales = _floats(raw[self.scales])
         single = (1,) * (len(self.shape) - 2)
         scales = scales.view(*(single if scales.numel() == prod(grid) else self.shape[:-2]), *grid)
@@ -144,6 +162,11 @@ class Packed:
         """On disk."""
         return self.blocks, self.scales
 
+    def rows(self, raw: SafetensorsFolder, start: int, stop: int) -> tuple[Group, Mapping[str, Tensor]] | None:
+        """Some of the experts."""
+        part = replace(self, shape=(stop - start, *self.shape[1:]))
+        return part, {name: raw.rows(name, start, stop) for name in self.names}
+
     def read(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The values times their scales, computed in float32, expert by expert."""
         _, inputs, outputs = self.shape
@@ -176,10 +199,25 @@ class DequantizedFolder(SafetensorsFolder):
     def __getitem__(self, name: str) -> Tensor:
         if (group := self._groups.get(name)) is None:
             return self._raw[name]
-        made = group.read(self._raw, self._dtype)
+        return self._made(name, group, self._raw)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """A part of a tensor along its first dimension."""
+        if (group := self._groups.get(name)) is None:
+            return self._raw.rows(name, start, stop)
+        part = group.rows(self._raw, start, stop)
+        return self[name][start:stop] if part is None else self._made(name, *part)
+
+    def in_rows(self, name: str) -> bool:
+        """Whether a part of a tensor along its first dimension can be read alone."""
+        group = self._groups.get(name)
+        return self._raw.in_rows(name) if group is None else group.rows(self._raw, 0, 0) is not None
+
+    def _made(self, name: str, group: Group, raw: Mapping[str, Tensor]) -> Tensor:
+        made = group.read(raw, self._dtype)
         # The other types hold every product: they have the range of float32.
         if self._dtype is torch.float16 and bool(made.isinf().any()):
-            exact = group.read(self._raw, torch.float32)
+            exact = group.read(raw, torch.float32)
             if bool(exact.isfinite().all()):
                 raise too_large(name, float(exact.abs().max()), self._dtype)
         return made

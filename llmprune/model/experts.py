@@ -9,6 +9,7 @@ with the tokens first, so hooks see an expert's matrix as they see any linear la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from llmprune.model.expert_slices import SlicedValues
 
 DECORATED = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
 """What transformers' `use_experts_implementation` says of a module that holds experts."""
@@ -92,17 +95,25 @@ class WatchedParameter(nn.Parameter):
     """
 
     tell: Callable[[Product], None]
+    sliced: SlicedValues | None
+    """Its values, where they are not in memory; the parameter is then on the meta device, and says another."""
 
     def __new__(cls, data: Tensor, requires_grad: bool = False, tell: Callable[[Product], None] | None = None) -> Self:
         """A parameter that shares the memory of `data`, which is copied unless it fills its memory from the start."""
         data = data.clone() if data.storage_offset() else data.contiguous()
         made = torch.Tensor._make_subclass(cls, data, requires_grad)
-        made.tell = tell or (lambda product: None)
+        made.tell, made.sliced = tell or (lambda product: None), None
         return made
 
     def filled(self, data: Tensor) -> Self:
         """The same parameter with values."""
         return type(self)(data, tell=self.tell)
+
+    def sliced_into(self, values: SlicedValues) -> Self:
+        """The same parameter with values that are read when they are needed."""
+        made = self.filled(torch.empty(values.slices.shape, dtype=self.dtype, device="meta"))
+        made.sliced = values
+        return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,8 +141,33 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _LINEAR | _MATMUL and len(args) > 1 and isinstance(args[1], WatchedParameter | _Part):
         args = (args[0], _told(args[0], args[1], transposed=func in _MATMUL), *args[2:])
     whole = next((_whole(value) for value in args if isinstance(value, WatchedParameter | _Part)), None)
+    if whole is not None and whole.sliced is not None:
+        return _call_sliced(func, args, kwargs, whole)
     with torch._C.DisableTorchFunctionSubclass():
         return _watched(func(*args, **kwargs), whole)
+
+
+def _call_sliced(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], whole: WatchedParameter) -> Any:
+    """The same where the parameter's values are not in memory: views stay without them, all else reads them."""
+    if func is torch.Tensor.device.__get__:
+        return cast("SlicedValues", whole.sliced).device
+    # What is no view fails here, or gives a tensor of its own.
+    with suppress(RuntimeError), torch._C.DisableTorchFunctionSubclass():
+        found = _watched(func(*args, **kwargs), whole)
+        values = found if isinstance(found, tuple | list) else (found,)
+        if all(isinstance(value, WatchedParameter | _Part) for value in values if isinstance(value, Tensor)):
+            return found
+    return func(*map(_values, args), **{key: _values(value) for key, value in kwargs.items()})
+
+
+def _values(value: Any) -> Any:
+    """The present values of a watched parameter or a part of it; anything else as it is."""
+    if not isinstance(value, WatchedParameter | _Part):
+        return value
+    whole = _whole(value)
+    with torch._C.DisableTorchFunctionSubclass():
+        place = tuple(value.size()), value.stride(), int(value.storage_offset())
+        return whole.data.as_strided(*place) if whole.sliced is None else whole.sliced.part(*place)
 
 
 def _whole(value: Tensor) -> WatchedParameter:
@@ -144,9 +180,9 @@ def _watched(value: Any, whole: WatchedParameter | None) -> Any:
         return value
     if isinstance(value, tuple | list):
         return type(value)(_watched(item, whole) for item in value)
-    if not isinstance(value, Tensor) or value.device.type == "meta" or value.is_sparse:
+    if not isinstance(value, Tensor) or value.is_sparse or (value.is_meta and whole.sliced is None):
         return value
-    if value.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+    if value.untyped_storage()._cdata != whole.untyped_storage()._cdata:
         return value
     part = value.as_subclass(_Part)
     part.whole = whole
@@ -163,15 +199,13 @@ def _told(inputs: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """
     whole = _whole(weight)
     with torch._C.DisableTorchFunctionSubclass():
-        size, stride, offset = weight.size(), weight.stride(), weight.storage_offset()
         matrix = weight.mT if transposed else weight
         products = [
             product for each, rows in _pairs(matrix, inputs) if (product := _product(whole, each, rows)) is not None
         ]
     for product in products:
         whole.tell(product)
-    with torch._C.DisableTorchFunctionSubclass():
-        return whole.data.as_strided(size, stride, offset)
+    return cast("Tensor", _values(weight))
 
 
 def _pairs(matrix: Tensor, inputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -236,6 +270,13 @@ def storage_of(block: nn.Module, name: str) -> tuple[str, Callable[[Tensor], Ten
         return f"{owner}.{place.attribute}", lambda whole: place.layout.matrix(whole, place.index)
     bias = f"{place.attribute}_bias"
     return (f"{owner}.{bias}", lambda whole: whole[place.index]) if hasattr(block.get_submodule(owner), bias) else None
+
+
+def sliced_parameters(module: nn.Module) -> Iterator[tuple[str, SlicedValues]]:
+    """The parameters below a module whose values are not in memory."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, WatchedParameter) and parameter.sliced is not None:
+            yield name, parameter.sliced
 
 
 def watch(owner: nn.Module, attribute: str, tell: Callable[[Product], None]) -> None:

@@ -33,6 +33,10 @@ TORCH_DTYPES = _DTYPES | {
 """Dtypes of whole bytes by safetensors' spelling."""
 
 
+PIECE = 256 * 2**20
+"""Bytes of a tensor that are read at a time where it is looked through."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """Where a tensor stands: its file, and its first byte there; uint8 stands for dtypes that no parameter may have."""
@@ -55,6 +59,12 @@ class Entry:
     def nbytes(self) -> int:
         """Its size in bytes."""
         return self.field.nbytes
+
+    def rows(self, start: int, stop: int) -> Entry:
+        """Where a part of it stands, along its first dimension; its elements are whole bytes."""
+        size = prod(self.shape[1:]) * self.field.itemsize
+        field = Field(self.field.dtype, (stop - start, *self.shape[1:]), start * size, stop * size)
+        return Entry(self.file, self.at + start * size, field)
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
@@ -82,13 +92,34 @@ class SafetensorsFolder(Mapping[str, Tensor]):
                 )
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self.entries[name]
+        return self._read(self.entries[name], name)
+
+    def _read(self, entry: Entry, name: str) -> Tensor:
         try:
             return read_tensor(entry) if entry.field.itemsize else read_unusual(entry.file, name)
         except (SafetensorError, OSError) as error:
             raise UnreadableError(
                 f"tensor {name!r} of {entry.file} cannot be read: {error}", _DOWNLOAD_AGAIN
             ) from error
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """A part of a tensor along its first dimension; nothing else of it is read where it is `in_rows`."""
+        entry = self.entries[name]
+        return self._read(entry.rows(start, stop), name) if self.in_rows(name) else self[name][start:stop]
+
+    def in_rows(self, name: str) -> bool:
+        """Whether a part of a tensor along its first dimension can be read alone."""
+        return self.entries[name].field.itemsize > 0
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor in parts along its first dimension, each of at most `PIECE` bytes if rows are that small."""
+        entry = self.entries[name]
+        if entry.nbytes <= PIECE or not self.in_rows(name):
+            yield self[name]
+            return
+        step = max(PIECE * entry.shape[0] // entry.nbytes, 1)
+        for start in range(0, entry.shape[0], step):
+            yield self.rows(name, start, min(start + step, entry.shape[0]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -127,13 +158,21 @@ class HeadersOnly(SafetensorsFolder):
         self.folder, self.entries = folder, dict(entries)
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self.entries[name]
-        if not entry.dtype.is_floating_point:
-            return torch.zeros(entry.shape, dtype=entry.dtype)
+        return self._arbitrary(name, self.entries[name].shape, 0)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """A part of a tensor along its first dimension."""
+        shape = self.entries[name].shape[1:]
+        return self._arbitrary(name, (stop - start, *shape), start * prod(shape))
+
+    def _arbitrary(self, name: str, shape: tuple[int, ...], start: int) -> Tensor:
+        dtype = self.entries[name].dtype
+        if not dtype.is_floating_point:
+            return torch.zeros(shape, dtype=dtype)
         # A prime number of values, so that rows differ; drawing as many as there are weights would take long.
         drawn = 0.05 * torch.randn(8191, generator=torch.Generator().manual_seed(crc32(name.encode())))
-        size = prod(entry.shape)
-        return drawn.to(entry.dtype).repeat(-(-size // len(drawn)))[:size].view(entry.shape)
+        size = prod(shape)
+        return drawn.to(dtype).roll(-start).repeat(-(-size // len(drawn)))[:size].view(shape)
 
 
 def too_large(name: str, largest: float, dtype: torch.dtype) -> InputError:

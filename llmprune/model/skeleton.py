@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ from llmprune.model.auto_class import CAUSAL, auto_class
 from llmprune.model.blocks import find_blocks
 from llmprune.model.bounded import Bounded, Stored
 from llmprune.model.checkpoint import Checkpoint
-from llmprune.model.experts import WatchedParameter, attach_experts
+from llmprune.model.expert_slices import EXPERT_MEMORY, SliceCache, SlicedValues
+from llmprune.model.experts import WatchedParameter, attach_experts, says_how
 from llmprune.model.reader import SafetensorsFolder
+from llmprune.model.slices import CheckpointSlices, find_slices
 from llmprune.model.tower import parts_beside, put_aside
 from llmprune.runtime.foreign import reading
 from llmprune.runtime.memory import mmap_large_allocations
@@ -39,6 +41,7 @@ class Skeleton:
         compute: dtype of activations and of weights in use.
         device: where blocks run.
         trust_remote_code: whether code that comes with the model may run.
+        expert_memory: bytes of experts that are in memory at a time; None for `EXPERT_MEMORY`.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class Skeleton:
         compute: torch.dtype = torch.float32,
         device: torch.device | None = None,
         trust_remote_code: bool = False,
+        expert_memory: int | None = None,
     ) -> None:
         self.config = config
+        self.expert_memory = EXPERT_MEMORY if expert_memory is None else expert_memory
         self.compute = compute
         self.device = device or torch.device("cpu")
         self.model = build_on_meta(config, compute, trust_remote_code, folder.stored)
@@ -128,12 +133,33 @@ class Skeleton:
         for name in self.checkpoint.unused:
             yield name, self.checkpoint.stored(self.checkpoint.folder[name])
 
+    def sliced(self, names: Iterable[str]) -> dict[str, CheckpointSlices]:
+        """Those of the parameters that are not loaded whole: experts, where they exceed the memory for them."""
+        experts = [name for name in names if self._holds_experts(name)]
+        nbytes = sum(self._slot(name)[2].numel() * self.compute.itemsize for name in experts)
+        if nbytes <= self.expert_memory:
+            return {}
+        found = {name: find_slices(self.checkpoint, name) for name in experts}
+        return {name: slices for name, slices in found.items() if slices is not None}
+
+    def _holds_experts(self, name: str) -> bool:
+        owner, _, parameter = self._slot(name)
+        watched = isinstance(parameter, WatchedParameter) and parameter.dim() == 3
+        return watched and says_how(owner) and not self.checkpoint.shared(name)
+
     @contextmanager
-    def loaded(self, names: list[str]) -> Iterator[None]:
-        """Load the named tensors; they return to the meta device at the end."""
+    def loaded(self, names: list[str], whole: bool = False) -> Iterator[None]:
+        """Load the named tensors; they return to the meta device at the end.
+
+        Args:
+            names: of parameters and buffers.
+            whole: load experts, too, where they exceed the memory for them.
+        """
         previous = {name: self._slot(name) for name in names}
+        sliced = {} if whole else self.sliced(names)
         with mmap_large_allocations():
-            self._load(names)
+            self._load([name for name in names if name not in sliced])
+        self._slice(sliced)
         memory = {name: self._slot(name)[2].data_ptr() for name in names}
         try:
             yield
@@ -157,6 +183,14 @@ class Skeleton:
             if key not in shared:
                 shared[key] = self._to_compute(self.checkpoint[name])
             self._fill(name, shared[key])
+
+    def _slice(self, sliced: Mapping[str, CheckpointSlices]) -> None:
+        cache = SliceCache(self.expert_memory)
+        for name, slices in sliced.items():
+            owner, attribute, old = self._slot(name)
+            assert isinstance(old, WatchedParameter)
+            values = SlicedValues(slices, cache, self._to_compute, self.device)
+            owner._parameters[attribute] = old.sliced_into(values)
 
     def _to_compute(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.compute if tensor.is_floating_point() else tensor.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmprune.errors import InputError
 from llmprune.model.header import parse_header, read_header
+from llmprune.model.reader import TORCH_DTYPES
 from llmprune.runtime.foreign import open_regular, reading
+from llmprune.runtime.mapped import release_pages
 
 COPY_AGAIN = "the file is damaged; copy it again, or make it again"
+PIECE = 64 * 2**20
+"""Bytes that are copied at a time."""
 Part = tuple[str, tuple[int, ...], int]
 """Dtype, shape and size in bytes of a tensor to write."""
 
@@ -37,6 +42,18 @@ class TensorFile:
         data = np.fromfile(self.path, np.uint8, field.nbytes, offset=8 + len(self.header) + field.start)
         return torch.from_numpy(data)
 
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor, a few at a time."""
+        field, at = self.fields[name], 0
+        with open_regular(self.path) as stream:
+            stream.seek(8 + len(self.header) + field.start)
+            while at < field.nbytes:
+                piece = stream.read(min(PIECE, field.nbytes - at))
+                if not piece:
+                    raise InputError(f"{self.path} has become shorter", COPY_AGAIN)
+                at += len(piece)
+                yield piece
+
 
 def header_of(metadata: Mapping[str, str], parts: Mapping[str, Part]) -> bytes:
     """The header of a file whose tensors lie one behind the other, filled up to whole eights of bytes."""
@@ -56,13 +73,16 @@ def write_file(path: Path, header: bytes, tensors: Iterable[tuple[str, Tensor]])
         stream.write(len(header).to_bytes(8, "little") + header)
         for name, tensor in tensors:
             stream.seek(8 + len(header) + fields[name].start)
-            stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            data = tensor.contiguous().flatten().view(torch.uint8)
+            for start in range(0, len(data), PIECE):
+                stream.write(data[start : start + PIECE].numpy().data)
+                release_pages(data)
 
 
 def join_files(sources: Iterable[Path], target: Path) -> None:
     """Write the tensors of several files as one, in the order of safetensors: wide elements first, then by name.
 
-    So every tensor is aligned. One of them is in memory at a time.
+    So every tensor is aligned.
 
     Raises:
         InputError: a file is not whole.
@@ -71,4 +91,15 @@ def join_files(sources: Iterable[Path], target: Path) -> None:
     fields = {name: file.fields[name] for name, file in files.items()}
     order = sorted(fields, key=lambda name: (-fields[name].bits, name))
     parts = {name: (fields[name].dtype, fields[name].shape, fields[name].nbytes) for name in order}
-    write_file(target, header_of({"format": "pt"}, parts), ((name, files[name].read(name)) for name in order))
+    header = header_of({"format": "pt"}, parts)
+    with target.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            stream.writelines(files[name].pieces(name))
+
+
+def save_one(name: str, tensor: Tensor, target: Path) -> None:
+    """Write a file of one tensor, as safetensors writes it; a tensor in a mapped file is never in memory as a whole."""
+    dtype = next(word for word, known in TORCH_DTYPES.items() if known == tensor.dtype)
+    header = header_of({"format": "pt"}, {name: (dtype, tuple(tensor.shape), tensor.nbytes)})
+    write_file(target, header, [(name, tensor)])

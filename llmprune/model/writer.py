@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmprune.errors import PruneError
-from llmprune.model.reader import INDEX, SINGLE
-from llmprune.model.tensor_file import join_files
+from llmprune.model.reader import INDEX, SINGLE, TORCH_DTYPES
+from llmprune.model.tensor_file import join_files, save_one
 from llmprune.runtime.files import replacing, sha256, write_json
+from llmprune.runtime.mapped import release_pages
 from llmprune.runtime.ownership import delete
 
 HELD_BYTES = 2 * 2**30
@@ -71,9 +73,7 @@ class ShardWriter:
     def _save(self, shard: dict[str, Tensor]) -> None:
         nbytes = sum(tensor.nbytes for tensor in shard.values())
         file = f"shard-{len(self.shards) + 1:05d}.safetensors"
-        self.shards.append(
-            self._durable(file, list(shard), nbytes, lambda new: save_file(shard, new, metadata={"format": "pt"}))
-        )
+        self.shards.append(self._durable(file, list(shard), nbytes, partial(_save_tensors, shard)))
 
     def join(self) -> Iterator[list[str]]:
         """Join neighbouring shards as far as the limit allows, by copying their bytes; the same when repeated.
@@ -137,3 +137,13 @@ class ShardWriter:
         for path in self.folder.iterdir():
             if path.name not in {shard.file for shard in self.shards}:
                 delete(path)
+
+
+def _save_tensors(shard: dict[str, Tensor], path: Path) -> None:
+    ((name, tensor), *others) = shard.items()
+    if not others and tensor.dtype in TORCH_DTYPES.values():
+        save_one(name, tensor, path)
+        return
+    save_file(shard, path, metadata={"format": "pt"})
+    for tensor in shard.values():
+        release_pages(tensor)

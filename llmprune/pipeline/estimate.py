@@ -12,7 +12,7 @@ import torch
 from llmprune.job import Job
 from llmprune.model.blocks import LayerRef
 from llmprune.model.experts import active_experts
-from llmprune.model.reader import Entry
+from llmprune.model.reader import PIECE, Entry
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.writer import HELD_BYTES
@@ -117,7 +117,11 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
         **{key: report[key] for key in ("model", "sparsity", "method", "recipe", "coverage", "calibration", "out")},
         "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
         "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
-        "estimate": {"seconds": seconds(task, rate), "memory": memory(task)},
+        "estimate": {
+            "seconds": seconds(task, rate),
+            "memory": memory(task),
+            "blocks_by_expert": blocks_by_expert(task),
+        },
         "efforts": {name: seconds(at_effort(task, job.at(name)), rate) for name in EFFORTS},
     }
 
@@ -181,9 +185,51 @@ def memory(task: Task) -> int:
     return LATE + max(stages)
 
 
+def blocks_by_expert(task: Task) -> int:
+    """The number of blocks of which only some experts are in memory at a time."""
+    return 0 if _whole(task) else sum(bool(sliced) for sliced in _sliced(task))
+
+
+def _whole(task: Task) -> bool:
+    """Whether blocks are in memory as a whole, however large their experts."""
+    return task.recipe.reconstruct > 0 or bool(task.recipe.expert_criterion)
+
+
+def _sliced(task: Task) -> list[set[str]]:
+    """The parameters of every block that are read slice by slice."""
+    return [set(task.skeleton.sliced(task.skeleton.block_parameters(index))) for index in range(task.blocks)]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Parameters of a block while it is in memory.
+
+    Args:
+        whole: number of those that are there as a whole.
+        covered: number of those among them that are pruned.
+        experts: bytes of experts beside them, at most.
+    """
+
+    whole: int
+    covered: int
+    experts: int
+
+
+def _held(task: Task, training: bool = False) -> Held:
+    """Of the mean block; all of it where it is trained."""
+    covered = task.plan.covered // task.blocks
+    apart: set[str] = set() if training else set().union(*_sliced(task))
+    if not apart:
+        return Held(_block(task), covered, 0)
+    weights = sum(layer.weights for layer in task.plan.layers if layer.parameter in apart) // task.blocks
+    largest = max(layer.weights for layer in task.plan.layers if layer.parameter in apart)
+    limit = max(task.skeleton.expert_memory, largest * task.element) + largest * task.element
+    return Held(_block(task) - weights, covered - weights, min(limit, 2 * weights * task.element))
+
+
 def _reading(task: Task) -> int:
     """Bytes up to the first block: any tensor as it is checked, the embeddings, the shard outside of the blocks."""
-    largest = max(entry.nbytes for entry in task.skeleton.checkpoint.folder.entries.values())
+    largest = max(min(entry.nbytes, PIECE) for entry in task.skeleton.checkpoint.folder.entries.values())
     outside = [entry.nbytes for entry in _entries_of(task, task.skeleton.outside())]
     written = min(HELD_BYTES, sum(outside)) + max(outside, default=0)
     loaded = _loaded(task, task.skeleton.before_blocks())
@@ -194,7 +240,8 @@ def _checking(task: Task) -> int:
     """All that lies outside of the blocks, a block, and logits of the windows that run through the whole model."""
     windows = 2 if task.evaluation and task.skeleton.beside else 1
     logits = 3 * 4 * windows * min(WINDOW, task.seq_len) * task.vocabulary
-    return _loaded(task, task.skeleton.outside()) + max(_block(task) * task.element, logits)
+    held = _held(task)
+    return _loaded(task, task.skeleton.outside()) + max(held.whole * task.element + held.experts, logits)
 
 
 def _writing(task: Task) -> int:
@@ -207,14 +254,16 @@ def _evaluating(task: Task) -> int:
     """Embeddings and head, logits and their softmax, hidden states; or a block."""
     logits = 3 * 4 * min(CHUNK_ELEMENTS, task.evaluation * task.vocabulary)
     head = _loaded(task, task.skeleton.outside()) + logits
-    block = _block(task) * task.element + _window(task)
+    held = _held(task)
+    block = held.whole * task.element + held.experts + _window(task)
     return max(head, block) + _resting(task, task.evaluation, 1)
 
 
 def _pruning(task: Task) -> int:
     """A block, its dense and its stored weights, and the most of: solving a group, taking statistics, training."""
-    recipe, covered, checkpoint = task.recipe, task.plan.covered // task.blocks, task.skeleton.checkpoint
-    held = _block(task) * task.element + covered * (task.element if recipe.dense_stream else 0)
+    recipe, checkpoint, parts = task.recipe, task.skeleton.checkpoint, _held(task, _whole(task))
+    covered = parts.covered
+    held = parts.whole * task.element + parts.experts + covered * (task.element if recipe.dense_stream else 0)
     new = covered * checkpoint.stored_dtype(task.plan.layers[0].parameter).itemsize
     solve = max(_solving(recipe, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers)
     pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
@@ -223,7 +272,9 @@ def _pruning(task: Task) -> int:
     train = 4 * 6 * covered + window if recipe.reconstruct else 0
     # Weights that are stored in another form are there in both while they are written.
     written = sum(0 if checkpoint.stored_as_is(layer.parameter) else layer.weights for layer in task.plan.layers)
-    rewrite = written // task.blocks * new // max(covered, 1)
+    rewrite = min(written // task.blocks, covered) * new // max(covered, 1)
+    if parts.experts:
+        rewrite += min(HELD_BYTES, task.skeleton.checkpoint.out_bytes() // task.blocks)
     return held + new + max(solve + passing, window + passing, train + repeating, rewrite)
 
 

@@ -185,7 +185,7 @@ def _check_space(run: RunContext) -> None:
         raise InputError(f"cannot write below {parent}", "choose another --out")
     there = sum(path.stat().st_size for path in run.workdir.rglob("*") if path.is_file())
     # While shards are joined, one file is there twice.
-    joined = min(run.job.max_shard_size, run.plan.out_bytes)
+    joined = max(min(run.job.max_shard_size, run.plan.out_bytes), _expert_bytes(run))
     needed = run.plan.out_bytes + joined + run.hidden_bytes + 32 * 2**20 - there
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -193,6 +193,19 @@ def _check_space(run: RunContext) -> None:
             f"{run.out} needs {needed / 2**20:,.0f} MiB, but {parent} has {free / 2**20:,.0f} MiB free",
             "free disk space, choose another --out, or store in fewer bytes with --dtype bfloat16",
         )
+
+
+def _expert_bytes(run: RunContext) -> int:
+    """Bytes of the files with pruned experts, where those of a block exceed the memory for them."""
+    if run.recipe.reconstruct:
+        return 0
+    skeleton = run.skeleton
+    blocks = (skeleton.sliced(skeleton.block_parameters(index)) for index in range(len(skeleton.blocks)))
+    sizes = (
+        sum(slices.shape.numel() * skeleton.checkpoint.stored_dtype(name).itemsize for name, slices in block.items())
+        for block in blocks
+    )
+    return run.group.world_size * max(sizes, default=0)
 
 
 def _check_positions(source: Source, job: Job) -> None:

@@ -89,7 +89,7 @@ def generate(
     settings = _settings(more)
     written = []
     devices = [skeleton.device] if skeleton.device.type == "cuda" else []
-    with skeleton.loaded(skeleton.text_parameters()), torch.random.fork_rng(devices):
+    with skeleton.loaded(skeleton.text_parameters(), whole=True), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             given = prompts[start : start + batch_size].to(skeleton.device)

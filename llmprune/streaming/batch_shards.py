@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from llmprune.pruning.statistics import HELD_OUT
 
@@ -48,9 +50,17 @@ class Shard:
         Args:
             length: tokens per window.
         """
-        tokens = self.windows * length
-        cut = tokens - int(HELD_OUT * tokens)
-        return sum(min(max(cut - at * length, 0), length) for at in self.own)
+        return self.fitted_rows([length] * self.windows)
+
+    def fitted_rows(self, rows: Sequence[int]) -> int:
+        """Number of this process's rows that are fitted to, where windows have unequally many.
+
+        Args:
+            rows: number of rows of every window of the whole batch, those of other processes too.
+        """
+        cut = sum(rows) - int(HELD_OUT * sum(rows))
+        before = [0, *accumulate(rows)]
+        return sum(min(max(cut - before[at], 0), rows[at]) for at in self.own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from llmprune.errors import InputError
 from llmprune.model.blocks import LayerRef, find_layers
-from llmprune.model.experts import ExpertMatrix, WatchedParameter, storage_of
+from llmprune.model.experts import ExpertMatrix, WatchedParameter, sliced_parameters, storage_of
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.problem import LayerSolution
 from llmprune.streaming.batch import Batch, hidden_of, own_state
@@ -30,6 +31,7 @@ class Block:
         index: position of the block.
         batches: the activations that enter it; they leave it by `advance`, or when its groups have all been solved.
         chosen: full names of the layers to be pruned.
+        folder: for new values of experts that are too many for memory; None for the system's folder for such files.
 
     Attributes:
         layers: the layers to be pruned, by local name.
@@ -38,7 +40,14 @@ class Block:
         dense_module: the block of the dense model; the same module unless experts are removed.
     """
 
-    def __init__(self, skeleton: Skeleton, index: int, batches: list[Batch], chosen: frozenset[str]) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        index: int,
+        batches: list[Batch],
+        chosen: frozenset[str],
+        folder: Path | None = None,
+    ) -> None:
         self.skeleton, self.index, self.batches = skeleton, index, batches
         self.name = skeleton.block_name(index)
         self.module = self.dense_module = skeleton.blocks[index]
@@ -47,6 +56,8 @@ class Block:
         self.changed: dict[str, Tensor] = {}
         self.advanced = False
         self._dense_weights: dict[str, Tensor] = {}
+        self._folder = folder
+        self._sliced = dict(sliced_parameters(self.module))
         self._orders: list[tuple[Coupling, Tensor]] = []
         self._kept_experts: Tensor | None = None
         self._borrowed: list[tuple[dict[str, Any], str, Any]] = []
@@ -130,6 +141,8 @@ class Block:
             keep_dense: whether the dense weight is kept for `dense`.
         """
         local = ref.local_parameter
+        if local in self._sliced:
+            return self._write_slice(ref, solution)
         if keep_dense and local not in self._dense_weights:
             self._dense_weights[local] = self.module.get_parameter(local).data.clone()
         stored = self._checked(local, solution.weight)
@@ -141,6 +154,17 @@ class Block:
                 self.changed[ref.parameter] = self.as_stored(local, parameter).clone().cpu()
             ref.weight_in(self.changed[ref.parameter]).copy_(stored)
         ref.weight_in(parameter).copy_(stored)
+        return stored.float()
+
+    def _write_slice(self, ref: LayerRef, solution: LayerSolution) -> Tensor:
+        """`write` where the parameter is not in memory: into a file; the dense weight is in the checkpoint."""
+        assert ref.expert is not None
+        local = ref.local_parameter
+        values, stored = self._sliced[local], self._checked(local, solution.weight)
+        new = values.open(stored.dtype, self._folder)
+        ref.weight_in(new).copy_(stored)
+        values.written(ref.expert.index)
+        self.changed[ref.parameter] = new
         return stored.float()
 
     # Experts
@@ -214,13 +238,19 @@ class Block:
 
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The block's tensors by their names on disk, with new weights, permuted and sliced."""
+        checkpoint = self.skeleton.checkpoint
+        for local, values in self._sliced.items():
+            name = f"{self.name}.{local}"
+            if name in self.changed or checkpoint.stored_as_is(name):
+                self.changed[name] = values.complete(checkpoint.stored_dtype(name), self._folder)
         for coupling, order in self._orders:
             names = dict.fromkeys(coupling.permuted_parameters(self.module) + coupling.sliced_parameters(self.module))
             current = {local: self._as_written(local) for local in names}
             for local, value in permute_and_slice(coupling, order.cpu(), current).items():
                 self._rewrite(local, value)
         self._orders.clear()
-        return self.skeleton.checkpoint.export(self.skeleton.block_parameters(self.index), self.changed)
+        sliced = {f"{self.name}.{local}": values.slices.export for local, values in self._sliced.items()}
+        return checkpoint.export(self.skeleton.block_parameters(self.index), self.changed, sliced)
 
     def movable(self, coupling: Coupling, dense: Collection[str]) -> bool:
         """Whether all that a permutation moves can be written, and no layer that must stay as it is takes part.
@@ -255,6 +285,8 @@ class Block:
         return None if dense is None else self.module.get_parameter(name).data - dense
 
     def _swap(self) -> None:
+        for values in self._sliced.values():
+            values.dense = not values.dense
         for name, other in self._dense_weights.items():
             parameter = self.module.get_parameter(name)
             self._dense_weights[name], parameter.data = parameter.data, other

@@ -6,9 +6,11 @@ of one expert or with any others, as far as the matrix whose inputs are wanted.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,17 @@ class RoutedBatch:
     pruned: RoutedCall
     dense: RoutedCall | None
 
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return -(-len(self.pruned.hidden) // len(self.batch.shard.own))
+
+    @property
+    def numbers(self) -> Tensor:
+        """Numbers of the tokens in the batch of all processes, `(tokens,)`, int64."""
+        starts = torch.tensor(self.batch.shard.own)[:, None] * self.length
+        return (starts + torch.arange(self.length)).flatten()[: len(self.pruned.hidden)]
+
 
 class ExpertStatistics:
     """Takes the statistics of the experts of a block.
@@ -69,17 +82,31 @@ class ExpertStatistics:
         pooled = self._pooled(number, refs, batches) if self.options.shrink else None
         quartic = None if pooled is None else QuarticSum(pooled.gram)
         own = GroupStatistics(self.options, refs, self.block.skeleton.device)
-        for routed in batches:
-            tokens = routed.pruned.tokens_of(place.index)
+        sent = [routed.pruned.tokens_of(place.index) for routed in batches]
+        for routed, tokens, fitted in zip(batches, sent, self._fitted(batches, sent), strict=True):
             if len(tokens):
                 rows, dense = self._rows(number, refs[0], routed, tokens)
-                own.add_rows(routed.batch, rows, dense)
+                own.add_rows(routed.batch, rows, dense, fitted)
                 if quartic is not None and routed.batch.shard.batch not in self.options.left_out:
                     quartic.add(rows)
         stats = own.result()
         if pooled is None or quartic is None:
             return stats
         return shrunk(stats, pooled, self.options.group.sum([quartic.value])[0])
+
+    def _fitted(self, batches: Sequence[RoutedBatch], sent: Sequence[Tensor]) -> list[int]:
+        """How many of the tokens of every batch are fitted to: all but the last quarter of those of all processes."""
+        own: list[Any] = []
+        for routed, tokens in zip(batches, sent, strict=True):
+            shard = routed.batch.shard
+            counts = torch.bincount(tokens // routed.length, minlength=len(shard.own)).tolist()
+            own.append([shard.batch, shard.own, counts])
+        found: dict[int, dict[int, int]] = defaultdict(dict)
+        for one in self.options.group.all_gather_object(own):
+            for batch, windows, counts in one:
+                found[batch].update(zip(windows, counts, strict=True))
+        shards = [routed.batch.shard for routed in batches]
+        return [shard.fitted_rows([found[shard.batch][at] for at in range(shard.windows)]) for shard in shards]
 
     def _pooled(self, number: int, refs: Sequence[LayerRef], batches: Sequence[RoutedBatch]) -> InputStats:
         """The statistics of all tokens, or of every so many of them, as if they had been sent to this expert.
@@ -90,12 +117,12 @@ class ExpertStatistics:
         key = owner, refs[0].local.rpartition(".")[2]
         if key in self._at_entry:
             return self._at_entry[key]
-        every = sum(len(routed.pruned.hidden) for routed in batches)
+        (every,) = self.options.group.sum([sum(len(routed.pruned.hidden) for routed in batches)])
         pooled = GroupStatistics(self.options, refs, self.block.skeleton.device)
         at_entry = True
         for routed in batches:
             hidden = routed.pruned.hidden
-            tokens = torch.arange(0, len(hidden), -(-every // POOLED_TOKENS), device=hidden.device)
+            tokens = (routed.numbers % -(-int(every) // POOLED_TOKENS) == 0).nonzero().flatten().to(hidden.device)
             rows, dense = self._rows(number, refs[0], routed, tokens)
             at_entry = at_entry and rows.shape == hidden[tokens].shape and torch.equal(rows, hidden[tokens])
             pooled.add_rows(routed.batch, rows, dense)

@@ -82,13 +82,13 @@ def find_residual_add(module: nn.Module, layer: str, run: Callable[[], Tensor]) 
 
 
 def _streams(module: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """The input of every module of a block, in call order, and the block's output."""
+    """The input of every module of a block, in call order, and the block's output; of experts none of the tokens."""
     found: dict[str, Tensor] = {}
 
     def note(local: str, args: Any, kwargs: Any) -> None:
         first = args[0] if args else next(iter(kwargs.values()), None)
         if local not in found and isinstance(first, Tensor) and first.is_floating_point():
-            found[local] = first.clone()
+            found[local] = first[:0] if is_expert(module, local) else first.clone()
 
     handles = (
         part.register_forward_pre_hook(lambda _, args, kwargs, local=local: note(local, args, kwargs), with_kwargs=True)

@@ -95,14 +95,21 @@ class GroupStatistics:
             return
         self._running.add(seen.inputs, self._residual_target(seen, dense) or dense.inputs, scale, batch.fitted)
 
-    def add_rows(self, batch: Batch, rows: Tensor, dense: Tensor | None) -> None:
-        """Add the inputs `(rows, in)` of some tokens of a batch in the pruned model, and in the dense model."""
+    def add_rows(self, batch: Batch, rows: Tensor, dense: Tensor | None, fitted: int | None = None) -> None:
+        """Add the inputs of some tokens of a batch.
+
+        Args:
+            batch: the batch.
+            rows: in the pruned model, `(rows, in)`.
+            dense: in the dense model; None where it is not streamed.
+            fitted: how many of them are not held out; by default three quarters.
+        """
         if batch.shard.batch in self.options.left_out:
             return
         if isinstance(self._running, RunningGram):
             self._running.add(rows)
         else:
-            self._running.add(rows, dense)
+            self._running.add(rows, dense, fitted=fitted)
 
     def result(self) -> InputStats:
         """Statistics per token over the windows of all processes; the sums are used up.

@@ -129,8 +129,10 @@ class BlockStream:
 
     def __iter__(self) -> Iterator[Block]:
         for index in range(self.done, len(self)):
-            with self.skeleton.loaded(self.skeleton.block_parameters(index)):
-                block = Block(self.skeleton, index, self.inputs.batches, self.observe.chosen)
+            # A block is trained as a whole, and loses experts as a whole.
+            whole = self.observe.reconstruct or self.observe.experts is not None
+            with self.skeleton.loaded(self.skeleton.block_parameters(index), whole=whole):
+                block = Block(self.skeleton, index, self.inputs.batches, self.observe.chosen, self.folder)
                 try:
                     yield block
                     block.finish()

@@ -119,7 +119,7 @@ def _obstacle(block: nn.Module, smaller: nn.Module, cut: ExpertCut, run: Run, hi
     told apart by these alone, the block computes the same. The smaller block must run as well.
     """
     generator = torch.Generator().manual_seed(0)
-    copy = random_copy(block, hidden.device, generator)
+    copy = random_copy(block, hidden.device, generator, alike=False)
     with torch.no_grad(), Float64():
         inputs = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.device)
         try:

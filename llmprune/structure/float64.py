@@ -9,17 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from llmprune.model.experts import WatchedParameter
 
-def random_copy(block: nn.Module, device: torch.device, generator: torch.Generator) -> nn.Module:
-    """A copy of the block with random float64 parameters: matrices keep the scale of inputs, vectors are positive."""
+
+def random_copy(block: nn.Module, device: torch.device, generator: torch.Generator, alike: bool = True) -> nn.Module:
+    """A copy of the block with random float64 parameters: matrices keep the scale of inputs, vectors are positive.
+
+    Args:
+        block: the block; its own values are never read.
+        device: of the copy.
+        generator: of the values.
+        alike: whether all experts of a parameter are one.
+    """
     fresh: dict[int, Any] = {}
     for parameter in block.parameters():
-        value = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+        # A block's experts may be too many to be copied; where they are alike, it does not matter which a token meets.
+        same = alike and isinstance(parameter, WatchedParameter) and parameter.dim() == 3
+        shape = (1, *parameter.shape[1:]) if same else parameter.shape
+        value = torch.rand(shape, generator=generator, dtype=torch.float64)
         if parameter.dim() < 2:
             value += 0.5
         else:
             value.sub_(0.5).mul_((12 / parameter.shape[-1]) ** 0.5)
-        fresh[id(parameter)] = nn.Parameter(value.to(device), requires_grad=False)
+        fresh[id(parameter)] = nn.Parameter(value.to(device).expand(parameter.shape), requires_grad=False)
     # What the memo knows is not copied: the block's own weights are never read.
     copy = deepcopy(block, fresh).double().eval()
     for module in copy.modules():

@@ -12,7 +12,7 @@ from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval import peers, processes, record, scale, solvers, speed, structured_scale, sweep, zero_shot
+from eval import expert_scale, peers, processes, record, scale, solvers, speed, structured_scale, sweep, zero_shot
 from eval.record import changes
 from llmprune.errors import InputError
 
@@ -160,6 +160,7 @@ def test_every_script_refuses_to_record_changed_code_before_it_measures(
     work, out = tmp_path / "work", tmp_path / "out"
     calib = ["--calib", str(text)]
     commands: list[tuple[Any, list[str]]] = [
+        (expert_scale, ["--work", str(work)]),
         (peers, ["--model", str(tiny), *calib, "--eval", str(text)]),
         (processes, ["--work", str(work), "--", "--model", "none"]),
         (scale, ["--shape", "tiny", "--work", str(work)]),

@@ -141,6 +141,18 @@ def test_stacked_matrices_have_the_scales_of_each(tmp_path: Path) -> None:
     for at in range(3):
         assert torch.equal(made["a"][at], meant(values[at], scales[at], (4, 4)))
         assert torch.equal(made["b"][at], meant(values[at], single[at], (0, 0)))
+        assert all(made.in_rows(name) and torch.equal(made.rows(name, at, 3), made[name][at:]) for name in "ab")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "deepseek_v4"])
+def test_an_expert_is_read_alone_and_is_what_it_is_among_the_others(name: str, tmp_path: Path) -> None:
+    source = opened(STOCK[name][0](tmp_path / "model"))
+    skeleton = Skeleton(source.config, source.weights(), expert_memory=1)
+    found = skeleton.sliced(list(skeleton.checkpoint))
+    assert len(found) == 4
+    for parameter, slices in found.items():
+        whole = skeleton.checkpoint[parameter]
+        assert all(torch.equal(slices.read(index), part) for index, part in enumerate(whole))
 
 
 def test_bytes_of_mxfp4_are_what_the_format_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

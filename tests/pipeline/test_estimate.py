@@ -15,9 +15,11 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from llmprune import Job, prune
+from llmprune.model import skeleton
 from llmprune.run import dry_run
 
 options = json.loads(sys.argv[1])
+skeleton.EXPERT_MEMORY = options.pop("expert_memory", skeleton.EXPERT_MEMORY)
 job = Job(**{**options, "out": Path(options["out"])})
 estimated = dry_run(job)["estimate"]["memory"]
 report = prune(job)
@@ -35,20 +37,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("models") / "middle", dtype=torch.bfloat16, **SIZES)
 
 
-CASES = {
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random mixture of 30 M parameters, nearly all of them experts."""
+    sizes = {"moe_intermediate_size": 512, "num_experts": 12, "num_local_experts": 12} | SIZES
+    return save_tiny("qwen3_moe", tmp_path_factory.mktemp("models") / "mixture", dtype=torch.bfloat16, **sizes)
+
+
+CASES: dict[str, dict[str, object]] = {
     "sparsegpt": {"method": "sparsegpt"},
     "many tokens": {"method": "sparsegpt", "samples": 128},
     "balanced": {"effort": "balanced"},
     "own text": {"method": "sparsegpt", "self_calibration": 1.0},
     "evaluated": {"method": "magnitude", "evaluate": True},
+    "experts, one by one": {"method": "sparsegpt", "expert_memory": 8 * 2**20},
 }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident size is read from /proc")
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_the_peak_of_memory_is_estimated_within_a_fifth(
-    model: Path, tmp_path: Path, options: dict[str, object]
-) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_of_memory_is_estimated_within_a_fifth(case: str, model: Path, mixture: Path, tmp_path: Path) -> None:
+    options = dict(CASES[case])
+    model = mixture if case.startswith("experts") else model
     calib = token_file(tmp_path / "tokens.safetensors", random_tokens(128, 48))
     common = {"model": str(model), "sparsity": "2:4", "calib": str(calib), "out": str(tmp_path / "out")}
     common |= {"device": "cpu", "threads": 1, "samples": 16, "evaluate": False}
