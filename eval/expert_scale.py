@@ -73,7 +73,7 @@ def write_model(kind: str, blocks: int, options: argparse.Namespace, folder: Pat
         feed = round((wanted - _attention_weights(hidden)) / (3 * hidden) / 8) * 8
         config = Qwen3Config(**_attention(hidden), **shape, intermediate_size=feed)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.model.layers[0].parameters())
 
