@@ -36,7 +36,7 @@ class MappedFile:
         try:
             with TemporaryFile(dir=folder) as file:
                 file.truncate(size)
-                if hasattr(os, "posix_fallocate"):  # a page that finds no room later would end the process
+                if hasattr(os, "posix_fallocate"):  # a page without disk space later would end the process
                     os.posix_fallocate(file.fileno(), 0, size)
                 self._map = mmap.mmap(file.fileno(), size)
         except OSError as error:
