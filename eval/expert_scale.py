@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import resource
-import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from eval import record, scale
-from llmprune.cli.shell import Parser, run_command, say, silence_libraries
+from eval import scale
+from llmprune.cli.shell import Parser, run_command, say
 from llmprune.cli.values import positive, size
 from llmprune.pruning.recipe import EFFORTS
 
@@ -162,23 +162,11 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def run_scale(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """The command."""
-    silence_libraries(options.debug)
-    stamp = record.stamp(["python", "-m", "eval.expert_scale", *given], options.out)
-    options.work.mkdir(parents=True)
-    try:
-        result = record.write(options.out, stamp, measure(options))
-    finally:
-        shutil.rmtree(options.work)
-    say(table(result))
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    return run_command(build_parser(), lambda options: run_scale(options, given), given)
+    study = partial(scale.run_study, "eval.expert_scale", measure, table, given=given)
+    return run_command(build_parser(), study, given)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -280,23 +280,42 @@ def _stored_bytes(shape: Shape) -> int:
     return sum(2 * math.prod(dims) for dims in shape.block().values())
 
 
-def run_scale(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """The command."""
+def run_study(
+    name: str,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    shown: Callable[[dict[str, Any]], str],
+    options: argparse.Namespace,
+    given: Sequence[str],
+) -> int:
+    """Measure with models in a new folder, which is removed; record the result, and print it.
+
+    Args:
+        name: of the script.
+        measure: gives the result.
+        shown: the result as it is printed.
+        options: of the command line, `work` and `out` among them.
+        given: the command line.
+    """
     silence_libraries(options.debug)
-    stamp = record.stamp(["python", "-m", "eval.scale", *given], options.out)
+    stamp = record.stamp(["python", "-m", name, *given], options.out)
     options.work.mkdir(parents=True)
     try:
         result = record.write(options.out, stamp, measure(options))
     finally:
         shutil.rmtree(options.work)
-    say(json.dumps({key: result[key] for key in ("runs", "block", "full", "larger_full") if key in result}, indent=2))
+    say(shown(result))
     return 0
+
+
+def _shown(result: dict[str, Any]) -> str:
+    keys = ("runs", "block", "full", "larger_full")
+    return json.dumps({key: result[key] for key in keys if key in result}, indent=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    return run_command(build_parser(), lambda options: run_scale(options, given), given)
+    return run_command(build_parser(), lambda options: run_study("eval.scale", measure, _shown, options, given), given)
 
 
 if __name__ == "__main__":

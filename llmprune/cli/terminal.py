@@ -25,6 +25,7 @@ from llmprune.reporting.words import (
     recipe_text,
     removes_only,
     size,
+    super_experts_text,
 )
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
             "method",
             f"{recipe_text(report.recipe)}, mean relative {'layer ' if layers else ''}error {error_text(report)}",
         ),
+        *_super_rows(report),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
         ("calibration", calibration_text(report.calibration)),
         *_source_rows(report.model),
@@ -136,6 +138,11 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         ("load with", f'{loader_of(report.model)}.from_pretrained("{report.out}")'),
     ]
     return rows
+
+
+def _super_rows(report: PruneReport) -> list[tuple[str, str]]:
+    text = super_experts_text(report.mixtures, report.recipe.get("guard", True))
+    return [("guard", text)] if text else []
 
 
 def _source_rows(model: dict[str, Any]) -> list[tuple[str, str]]:

@@ -199,7 +199,8 @@ def open_pruned(
         patterns = patterns_of(report, scope)
         known = [layer.name for layer in report.layers if layer.name in patterns or not patterns]
         names = tuple(name for name in known if not select(name, only, skip))
-        if not names:
+        # Where nothing but experts was removed, no layer was pruned on its own.
+        if not names and (known or only or skip or parse_sparsity(sparsity).pattern is not None):
             raise InputError(
                 f"the report names {len(known)} layers, and none is left to check", "loosen --only and --skip"
             )

@@ -61,7 +61,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.dtype = dtype
         self._model = model
         state = dict(model.state_dict(keep_vars=True))
-        self._shapes = {name: tensor.shape for name, tensor in state.items()}
+        self._shapes: dict[str, torch.Size] = {name: tensor.shape for name, tensor in state.items()}
         self._sources: dict[str, Origin] = {}
         self._made: dict[Origin, list[str]] = defaultdict(list)
         self._inverses: dict[int, bool] = {}
@@ -236,7 +236,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> torch.Size:
         """The shape of a parameter."""
-        return torch.Size(self._model.get_parameter(name).shape)
+        return self._shapes[name]
 
     def shared(self, name: str) -> bool:
         """Whether other parameters are tied to a parameter, beside those that are stored in one tensor with it."""

@@ -69,7 +69,7 @@ class Plan:
             saved: bytes that the model loses.
         """
         left = [] if sliced is None else [layer.name for layer in self.layers if layer.name not in sliced]
-        dense = dict.fromkeys(left, "no channels or heads to lose")
+        dense = dict.fromkeys(left, "no channels, heads or experts to lose")
         return replace(self.without(dense), out_bytes=self.out_bytes - saved)
 
     def with_experts(self, kept: Mapping[str, int]) -> Plan:

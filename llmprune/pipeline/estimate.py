@@ -187,12 +187,7 @@ def memory(task: Task) -> int:
 
 def blocks_by_expert(task: Task) -> int:
     """The number of blocks of which only some experts are in memory at a time."""
-    return 0 if _whole(task) else sum(bool(sliced) for sliced in _sliced(task))
-
-
-def _whole(task: Task) -> bool:
-    """Whether blocks are in memory as a whole, however large their experts."""
-    return task.recipe.reconstruct > 0 or bool(task.recipe.expert_criterion)
+    return 0 if task.recipe.whole_blocks else sum(bool(sliced) for sliced in _sliced(task))
 
 
 def _sliced(task: Task) -> list[set[str]]:
@@ -215,10 +210,10 @@ class Held:
     experts: int
 
 
-def _held(task: Task, training: bool = False) -> Held:
-    """Of the mean block; all of it where it is trained."""
+def _held(task: Task, all_of_it: bool = False) -> Held:
+    """Of the mean block."""
     covered = task.plan.covered // task.blocks
-    apart: set[str] = set() if training else set().union(*_sliced(task))
+    apart: set[str] = set() if all_of_it else set().union(*_sliced(task))
     if not apart:
         return Held(_block(task), covered, 0)
     weights = sum(layer.weights for layer in task.plan.layers if layer.parameter in apart) // task.blocks
@@ -261,7 +256,7 @@ def _evaluating(task: Task) -> int:
 
 def _pruning(task: Task) -> int:
     """A block, its dense and its stored weights, and the most of: solving a group, taking statistics, training."""
-    recipe, checkpoint, parts = task.recipe, task.skeleton.checkpoint, _held(task, _whole(task))
+    recipe, checkpoint, parts = task.recipe, task.skeleton.checkpoint, _held(task, task.recipe.whole_blocks)
     covered = parts.covered
     held = parts.whole * task.element + parts.experts + covered * (task.element if recipe.dense_stream else 0)
     new = covered * checkpoint.stored_dtype(task.plan.layers[0].parameter).itemsize

@@ -197,7 +197,7 @@ def _check_space(run: RunContext) -> None:
 
 def _expert_bytes(run: RunContext) -> int:
     """Bytes of the files with pruned experts, where those of a block exceed the memory for them."""
-    if run.recipe.reconstruct:
+    if run.recipe.whole_blocks:
         return 0
     skeleton = run.skeleton
     blocks = (skeleton.sliced(skeleton.block_parameters(index)) for index in range(len(skeleton.blocks)))

@@ -213,13 +213,14 @@ def remove_experts(run: RunContext, stream: BlockStream, block: Block) -> list[M
     found = super_experts(use)
     guarded = found if run.recipe.guard else torch.zeros_like(found)
     kept = criterion.select(use, Choice(cut.count - cut.kept, cut.groups, guarded))
-    removal.remove(kept)
+    removal.remove(torch.tensor(run.group.broadcast_object(kept.tolist())))
     problem = removal.problem()
-    before, ridge = removal.error(), 0.0
+    error = before = removal.relative(problem.residual)
+    fit = None
     if run.recipe.compensate:
         fit = refit(problem, run.group)
-        removal.write(fit)
-        ridge = fit.ridge
+        run.group.broadcast(fit.changes)
+        error = removal.write(fit.changes)
     return [
         MixtureReport(
             block=block.name,
@@ -228,8 +229,9 @@ def remove_experts(run: RunContext, stream: BlockStream, block: Block) -> list[M
             super_experts=found.nonzero().flatten().tolist(),
             tokens=[int(number) for number in use.tokens],
             error_uncompensated=before,
-            error=removal.error(),
-            ridge=ridge if ridge < math.inf else None,
+            error=error,
+            ridge=fit.ridge if fit and fit.ridge < math.inf else None,
+            retries=fit.retries if fit else 0,
         )
     ]
 

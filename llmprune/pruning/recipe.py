@@ -135,6 +135,11 @@ class Recipe:
         """Whether the dense model's activations are needed."""
         return self.targets == "dense" or self.reconstruct > 0
 
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether blocks must be in memory as a whole, however large their experts."""
+        return self.reconstruct > 0 or bool(self.expert_criterion)
+
     def self_calibration_windows(self, windows: int) -> int:
         """How many windows the dense model adds to so many of the text; at least one, if it writes at all."""
         return max(round(self.self_calibration * windows), 1) if self.self_calibration else 0

@@ -71,7 +71,7 @@ FORM: Mapping[str, Any] = {
     "reconstructions": [{"block": _text, "before": _number, "after": _number, "skipped_steps?": _whole}],
     "mixtures?": [{
         "block": _text, "experts": _whole, "kept": [_whole], "super_experts": [_whole], "tokens": [_whole],
-        "error_uncompensated": _number, "error": _number, "ridge": (_number,),
+        "error_uncompensated": _number, "error": _number, "ridge": (_number,), "retries": _whole,
     }],
     "blocks?": [{"name": _text, "seconds": _finite, "peak_memory": _whole, "memory?": _whole,
                  "expert_tokens?": [_whole]}],

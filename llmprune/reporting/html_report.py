@@ -100,6 +100,7 @@ def report_page(report: PruneReport) -> str:
             facts(report),
             *_errors(report),
             *_inputs(report),
+            *_mixtures(report),
             *_reconstructions(report),
             *_blocks(report),
             *_generations(report),
@@ -149,7 +150,7 @@ def facts(report: PruneReport) -> str:
     """Tiles with the main figures."""
     seconds = report.seconds.get("total")
     found = [
-        ("mean layer error", f"{report.mean_error:.4f}", "relative, squared"),
+        ("mean layer error" if report.layers else "mean error", f"{report.mean_error:.4f}", "relative, squared"),
         *_amounts(report),
         ("time", duration(seconds) if seconds else "-", f"{duration(report.seconds.get('prune', 0))} of it pruning"),
         ("memory", size(report.peak_memory) if report.peak_memory else "-", "peak"),
@@ -246,6 +247,30 @@ def by_inputs(rows: dict[str, list[float]]) -> dict[str, list[float]]:
     for label, values in rows.items():
         groups.setdefault(repr(values), []).append(label)
     return {names[0] + (f" +{len(names) - 1}" if names[1:] else ""): rows[names[0]] for names in groups.values()}
+
+
+def _mixtures(report: PruneReport) -> list[str]:
+    """The experts that every block kept, and the errors of the mixtures' outputs."""
+    if not report.mixtures:
+        return []
+    head = ["block", "experts", "kept", "super experts", "error before the refit", "error", "ridge"]
+    rows = [
+        [
+            mixture.block,
+            f"{len(mixture.kept)} of {mixture.experts}",
+            ", ".join(map(str, mixture.kept)),
+            ", ".join(map(str, mixture.super_experts)) or "-",
+            mixture.error_uncompensated,
+            mixture.error,
+            "-" if mixture.ridge is None else f"{mixture.ridge:g}",
+        ]
+        for mixture in report.mixtures
+    ]
+    return [
+        "<h2>Experts</h2>",
+        '<p class="note">Relative squared error of each mixture&#39;s output on the calibration text.</p>',
+        table(head, rows),
+    ]
 
 
 def _reconstructions(report: PruneReport) -> list[str]:

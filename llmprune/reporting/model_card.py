@@ -23,6 +23,7 @@ from llmprune.reporting.words import (
     recipe_text,
     removes_only,
     size,
+    super_experts_text,
     tower_text,
 )
 from llmprune.runtime.foreign import read_json, read_text, reading
@@ -234,7 +235,8 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
         *[("removed", text) for text in report.sparsity["removed"]],
         *([("parameters", parameters_text(report.model))] if report.sparsity["removed"] else []),
         *([] if removes_only(report.sparsity) else [("pattern", pattern)]),
-        ("mean relative layer error", error_text(report)),
+        ("mean relative layer error" if report.layers else "mean relative error", error_text(report)),
+        *([("guard", text)] if (text := super_experts_text(report.mixtures, report.recipe.get("guard", True))) else []),
         ("size of the weights", f"{size(report.size['pruned'])} (dense {size(report.size['dense'])})"),
         ("calibration", calibration_text(calibration)),
     ]

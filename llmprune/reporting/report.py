@@ -60,6 +60,7 @@ class MixtureReport:
     error_uncompensated: float
     error: float
     ridge: float | None
+    retries: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +158,9 @@ class PruneReport:
 
     @property
     def mean_error(self) -> float:
-        """Mean relative output error of the pruned layers."""
-        return sum(layer.error for layer in self.layers) / max(len(self.layers), 1)
+        """Mean relative output error of the pruned layers; without such, of the mixtures that lost experts."""
+        errors = [part.error for part in self.layers or self.mixtures]
+        return sum(errors) / max(len(errors), 1)
 
     @property
     def weights(self) -> int:

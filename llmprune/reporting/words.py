@@ -105,6 +105,17 @@ def tower_text(model: Mapping[str, Any]) -> str:
     return f"{inside} ({count(beside)} of {count(model['parameters'])} parameters)"
 
 
+def super_experts_text(mixtures: Sequence[Any], guard: bool) -> str:
+    """The super experts that were found, and what became of them; '' where there are none."""
+    found = [(mixture, expert) for mixture in mixtures for expert in mixture.super_experts]
+    if not found:
+        return ""
+    kept = sum(expert in mixture.kept for mixture, expert in found)
+    named = ", ".join(f"{expert} of {mixture.block}" for mixture, expert in found[:3])
+    more = ", ..." if len(found) > 3 else ""
+    return f"super experts: {len(found)} found ({named}{more}), {kept} kept{'' if guard else ' without a guard'}"
+
+
 def removes_only(sparsity: Mapping[str, Any]) -> bool:
     """Whether channels, heads or experts are removed, and no weights are pruned by a pattern."""
     return bool(sparsity["removed"]) and not sparsity["fraction"]
@@ -151,7 +162,9 @@ class Figures(Protocol):
 
 def pruned_text(report: Figures) -> str:
     """The ratio of pruned weights in the pruned layers, those that are removed among them."""
-    how = " are removed or zero" if report.sparsity["removed"] else ""
+    # Experts that went are not among these layers.
+    narrowed = any(not text.startswith("experts") for text in report.sparsity["removed"])
+    how = " are removed or zero" if narrowed else ""
     return f"{report.pruned_ratio:.2%} of {count(report.weights)} weights in {len(report.layers)} layers{how}"
 
 

@@ -101,10 +101,18 @@ class Block:
 
     def pass_through(self, batch: Batch, dense: bool = False) -> None:
         """Pass one batch through the block, and store the output."""
-        output = self.forward(batch, dense)
+        batch.leave(self.checked_output(batch, dense, isolated=False).cpu(), dense)
+
+    def checked_output(self, batch: Batch, dense: bool = False, isolated: bool = True) -> Tensor:
+        """The block's output, arguments as of `forward`.
+
+        Raises:
+            InputError: it is not finite.
+        """
+        output = self.forward(batch, dense, isolated)
         if not bool(torch.isfinite(output).all()):
             raise InputError(f"the output of {self.name!r} holds NaN or Inf", OVERFLOW)
-        batch.leave(output.cpu(), dense)
+        return output
 
     @torch.no_grad()
     def trial(self) -> Tensor:

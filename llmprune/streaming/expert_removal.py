@@ -14,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from llmprune.errors import InputError
 from llmprune.model.blocks import LayerRef
 from llmprune.model.hooks import before, hooked
+from llmprune.model.routed_call import RoutedCall
 from llmprune.pruning.experts.problem import ExpertUse, is_massive
-from llmprune.pruning.experts.refit import Refit, RefitProblem
+from llmprune.pruning.experts.refit import RefitProblem
 from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.batch import Batch, StopForward
 from llmprune.streaming.block import Block
-from llmprune.streaming.hooks import RoutedCall
 from llmprune.streaming.router_mask import RouterMask
 from llmprune.streaming.statistics import StatisticsOptions
 from llmprune.structure.expert_cut import ExpertCut, Mixtures
@@ -73,7 +73,7 @@ class ExpertRemoval:
     def __init__(self, block: Block, cut: ExpertCut, smaller: nn.Module, options: StatisticsOptions) -> None:
         self.block, self.cut, self.smaller, self.options = block, cut, smaller, options
         self.batches = [batch for batch in block.batches if batch.shard.batch not in options.left_out]
-        self._dense = self._passed()
+        self._dense = self._passed(whole=True)
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -87,24 +87,21 @@ class ExpertRemoval:
     def use(self) -> ExpertUse:
         """What the experts do on all tokens of all processes."""
         call, count = self._dense.call, self.cut.count
-        tokens, output, wanda = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
-        columns = torch.zeros(count, self._exit(0).shape[1], dtype=torch.float64)
-        largest = torch.zeros(count, dtype=torch.float64)
+        tokens, output, largest = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+        squares, columns = (torch.zeros(count, self._exit(0).shape[1], dtype=torch.float64) for _ in range(2))
         for expert in range(count):
+            columns[expert] = self._weight(self._exit(expert)).norm(dim=0).cpu()
             rows, gates = call.gates_of(expert)
             if len(rows):
                 inputs, outputs = self._replayed(call, rows, expert)
                 tokens[expert], largest[expert] = len(rows), float(outputs.abs().max())
                 output[expert] = float((gates * outputs.float().norm(dim=1)).sum(dtype=torch.float64))
-                columns[expert] = (gates[:, None] * inputs.float()).square().sum(0, dtype=torch.float64).cpu()
-        self.group.all_reduce([tokens, output, columns])
-        for expert in range(count):
-            norms = self._weight(self._exit(expert)).float().norm(dim=0).cpu()
-            wanda[expert] = float((norms * columns[expert].sqrt()).sum())
+                squares[expert] = (gates[:, None] * inputs.float()).square().sum(0, dtype=torch.float64).cpu()
+        self.group.all_reduce([tokens, output, squares])
         peaks = self.group.all_gather_object([largest.tolist(), [self._dense.largest, self._dense.median]])
         largest = torch.tensor([peak[0] for peak in peaks], dtype=torch.float64).amax(0)
         massive = is_massive(max(peak[1][0] for peak in peaks), peaks[0][1][1])
-        return ExpertUse(tokens, output, wanda, largest, massive, self._loss_without)
+        return ExpertUse(tokens, output, squares.sqrt(), columns, largest, massive, self._loss_without)
 
     @torch.no_grad()
     def _loss_without(self, gone: Tensor) -> Tensor:
@@ -125,20 +122,17 @@ class ExpertRemoval:
         return loss.masked_fill(gone.cpu(), torch.inf)
 
     def _sample(self) -> Iterator[Batch]:
-        """The first batches, with about so many tokens as are routed anew."""
+        """The first batches, with about so many tokens as are routed anew, those of other processes too."""
         tokens = 0
         for batch in self.batches:
             if tokens < REROUTED_TOKENS:
                 yield batch
-            tokens += batch.tokens.numel()
+            tokens += batch.shard.windows * batch.tokens.shape[1]
 
     def _rerouted(self, batch: Batch, gone: Tensor) -> _Pass:
         """A batch at the experts, the router choosing among those that are not gone."""
-        weights = [
-            self.block.module.get_parameter(local)
-            for local in self.cut.parts
-            if not local.startswith(f"{self.cut.owner}.") and local in dict(self.block.module.named_parameters())
-        ]
+        parameters = dict(self.block.module.named_parameters())
+        weights = [parameters[local] for local in self.cut.router if local in parameters]
         with self._seen(self.block.module, stop=True) as seen, RouterMask(weights, gone), suppress(StopForward):
             self.block.forward(batch, isolated=True)
         found = seen.result()
@@ -165,33 +159,25 @@ class ExpertRemoval:
         It is the output on the same inputs, or with dense targets that of the dense model.
         """
         self._small = self._passed()
-        self._target = self._dense.output
-        if self.options.dense_targets:
-            with self.block.dense():
-                self._target = self._passed(dense=True).output
-        first = self._exit(0)
-        residual = self._target.float() - self._small.output.float()
-        return RefitProblem(self.cut.kept, first.shape, self._gated, residual, self._held_out())
-
-    def write(self, refit: Refit) -> None:
-        """Add the changes to the output projections."""
-        owner, values = self.block.module, dict[str, Tensor]()
-        for expert, change in enumerate(refit.changes):
-            ref = self._exit(expert)
-            name = ref.local_parameter
-            if name not in values:
-                values[name] = owner.get_parameter(name).detach().clone()
-            weight = ref.weight_in(values[name])
-            weight += change.to(weight.device, weight.dtype)
-        self.block.store(values)
-        self._inputs.clear()
+        self._target = (self._passed(dense=True) if self.options.dense_targets else self._dense).output.float()
+        residual = self._target - self._small.output.float()
+        return RefitProblem(self.cut.kept, self._exit(0).shape, self._gated, residual, self._held_out())
 
     @torch.no_grad()
-    def error(self) -> float:
-        """`‖target − y‖² / ‖target‖²` over all tokens, with the weights as they are stored."""
-        output = self.block.module.get_submodule(self.cut.owner)(*self._small.call.arguments)
-        pair = [(self._target.float() - output.float()), self._target.float()]
-        missed, energy = self.group.sum([float(part.square().sum(dtype=torch.float64)) for part in pair])
+    def write(self, changes: Sequence[Tensor]) -> float:
+        """Add changes `(out, in)` to the output projections; returns the error with the weights as they are stored."""
+        module, local = self.block.module, self._exit(0).local_parameter
+        value = module.get_parameter(local).detach().clone()
+        for expert, change in enumerate(changes):
+            self._exit(expert).weight_in(value).add_(change.to(value.dtype))
+        self.block.store({local: value})
+        self._inputs.clear()
+        return self.relative(self._target - module.get_submodule(self.cut.owner)(*self._small.call.arguments).float())
+
+    def relative(self, residual: Tensor) -> float:
+        """`‖target − y‖² / ‖target‖²` over all tokens of all processes, of a residual `(tokens, hidden)`."""
+        squares = [float(part.square().sum(dtype=torch.float64)) for part in (residual, self._target)]
+        missed, energy = self.group.sum(squares)
         return missed / energy if energy else 0.0
 
     def _gated(self, expert: int) -> tuple[Tensor, Tensor]:
@@ -212,11 +198,17 @@ class ExpertRemoval:
 
     # Forwards
 
-    def _passed(self, dense: bool = False) -> _Pass:
-        """All batches at the experts of the block as it is, or of the dense one on its own inputs."""
-        with self._seen(self.block.dense_module if dense else self.block.module) as seen:
+    def _passed(self, dense: bool = False, whole: bool = False) -> _Pass:
+        """All batches at the experts of the block as it is, or of the dense one on its own inputs.
+
+        Args:
+            dense: see above.
+            whole: whether they go on to the end of the block, whose output is looked at.
+        """
+        with self._seen(self.block.dense_module if dense else self.block.module, stop=not whole) as seen:
             for batch in self.batches:
-                seen.block_output(self.block.forward(batch, dense, isolated=True))
+                with suppress(StopForward):
+                    seen.block_output(self.block.checked_output(batch, dense))
         return seen.result()
 
     def _replayed(self, call: RoutedCall, rows: Tensor, expert: int) -> tuple[Tensor, Tensor]:
@@ -258,11 +250,7 @@ class _Seen:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = RoutedCall.of(args, kwargs)
-        if call is None:
-            raise InputError(
-                f"{type(module).__name__} is not called with tokens and their routing",
-                "this model cannot lose experts; remove weights instead, e.g. --sparsity 2:4",
-            )
+        assert call is not None  # the plan has seen such a call
         self.calls.append(call)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -279,9 +267,4 @@ class _Seen:
 
     def result(self) -> _Pass:
         """All calls as one."""
-        return _Pass(_joined(self.calls), torch.cat(self.outputs), self.largest, self.median)
-
-
-def _joined(calls: Sequence[RoutedCall]) -> RoutedCall:
-    columns = ([getattr(call, name) for call in calls] for name in ("hidden", "index", "weights"))
-    return RoutedCall(*map(torch.cat, columns))
+        return _Pass(RoutedCall.joined(self.calls), torch.cat(self.outputs), self.largest, self.median)

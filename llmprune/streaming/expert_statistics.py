@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.model.blocks import LayerRef
+from llmprune.model.routed_call import RoutedCall
 from llmprune.pruning.problem import InputStats
 from llmprune.pruning.shrinkage import QuarticSum, shrunk
 from llmprune.streaming.batch import Batch, StopForward
 from llmprune.streaming.block import Block
-from llmprune.streaming.hooks import Observer, RoutedCall, owner_of
+from llmprune.streaming.hooks import Observer, owner_of
 from llmprune.streaming.pausable import StopAtGroup
 from llmprune.streaming.statistics import GroupStatistics, StatisticsOptions
 

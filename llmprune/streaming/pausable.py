@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager
 import torch
 from greenlet import getcurrent, greenlet
 
+from llmprune.model.routed_call import RoutedCall
 from llmprune.streaming.batch import Batch, StopForward
-from llmprune.streaming.hooks import Observation, Observer, RoutedCall
+from llmprune.streaming.hooks import Observation, Observer
 
 
 class StopAtGroup(Observer):

@@ -35,7 +35,7 @@ class RouterMask(TorchFunctionMode):
         if func in CHOICES and self._fits(args[0]):
             args = (self._masked(args[0], -torch.inf), *args[1:])
         result = func(*args, **kwargs)
-        if func in PRODUCTS:
+        if func in PRODUCTS and len(args) > 1:
             fits = self._is_router(args[1]) and self._fits(result)
             return self._masked(result, torch.finfo(result.dtype).min) if fits else result
         if args and isinstance(args[0], Tensor) and isinstance(result, Tensor) and self._is_router(args[0]):

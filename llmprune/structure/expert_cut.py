@@ -44,6 +44,11 @@ class ExpertCut:
     groups: int
     parts: Mapping[str, int]
 
+    @property
+    def router(self) -> list[str]:
+        """Those of the parts that are not in the module that holds the experts."""
+        return [local for local in self.parts if not local.startswith(f"{self.owner}.")]
+
     def layers(self, block: nn.Module) -> Iterator[str]:
         """Local names of the matrices of the experts of the block."""
         prefix = f"{self.owner}."
@@ -198,7 +203,7 @@ def _below(parts: Mapping[str, int], block: str) -> dict[str, int]:
 
 def _holds(cut: ExpertCut) -> bool:
     """Whether the fused weights of the experts are among the tensors that get smaller."""
-    return any(local.startswith(f"{cut.owner}.") for local in cut.parts)
+    return len(cut.router) < len(cut.parts)
 
 
 def _text(changes: Mapping[str, int]) -> str:

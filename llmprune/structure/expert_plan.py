@@ -1,4 +1,4 @@
-"""Plan of a removal of whole experts: how many stay, and a proof on a copy of a block that they can be told apart."""
+"""Plan of a removal of whole experts: how many stay, and a proof on a copy of a block that its router allows it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, first_line
 from llmprune.model.experts import ExpertMatrix, active_experts, says_how
+from llmprune.model.hooks import hooked
+from llmprune.model.routed_call import RoutedCall
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.sparsity import Removal
 from llmprune.structure.expert_cut import ExpertCut, Mixtures, find_cuts, router_groups, shuffled
@@ -35,18 +37,17 @@ def plan_experts(skeleton: Skeleton, removal: Removal, runs: BlockRuns, trust: b
         InputError: there are no experts, too few would be left, or the config or the router does not allow it.
     """
     owners, count = _owners(skeleton)
-    first = next(iter(owners))
-    reason = ""
+    first, reasons = next(iter(owners)), list[str]()
+    index = [skeleton.block_name(at) for at in range(len(skeleton.blocks))].index(first)
     for groups in router_groups(skeleton.config, count):
         kept = _kept(removal, count, groups, active_experts(skeleton.config))
         mixtures = find_cuts(skeleton, owners, count, kept, groups, trust)
         _check_written(skeleton, mixtures)
-        index = next(i for i in range(len(skeleton.blocks)) if skeleton.block_name(i) == first)
         smaller = skeleton.blocks_of(mixtures.config)[index]
-        reason = _obstacle(skeleton.blocks[index], smaller, mixtures.cuts[first], *runs(index))
-        if not reason:
+        reasons.append(_obstacle(skeleton.blocks[index], smaller, mixtures.cuts[first], *runs(index)))
+        if not reasons[-1]:
             return mixtures, _summary(removal, count, kept, groups)
-    raise InputError(f"the experts of {first!r} cannot be removed: {reason}", REMOVE_WEIGHTS)
+    raise InputError(f"the experts of {first!r} cannot be removed: {reasons[0]}", REMOVE_WEIGHTS)
 
 
 def _summary(removal: Removal, count: int, kept: int, groups: int) -> str:
@@ -115,34 +116,46 @@ def _check_written(skeleton: Skeleton, mixtures: Mixtures) -> None:
 def _obstacle(block: nn.Module, smaller: nn.Module, cut: ExpertCut, run: Run, hidden: Tensor) -> str:
     """Why experts cannot be removed, or ''.
 
-    In a copy of the block with random weights, in float64, experts change places with their router rows: if they are
-    told apart by these alone, the block computes the same. The smaller block must run as well.
+    In a copy of the block with random weights, in float64, the parts of the router that belong to an expert change
+    places: if they alone say which tokens it gets, and with which gate values, these change places with them. The
+    smaller block must run as well. The experts themselves play no part, and all are one: they take little memory.
     """
     generator = torch.Generator().manual_seed(0)
-    copy = random_copy(block, hidden.device, generator, alike=False)
-    with torch.no_grad(), Float64():
-        inputs = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.device)
-        try:
-            before = _first(run(copy, inputs))
-            order = shuffled(cut, generator)
-            for local in cut.parts:
-                path, _, attribute = local.rpartition(".")
-                tensor = getattr(copy.get_submodule(path), attribute)
-                tensor.copy_(cut.sliced(local, tensor.detach().clone(), order))
-            after = _first(run(copy, inputs))
-            if not torch.allclose(after, before, rtol=TOLERANCE, atol=TOLERANCE * float(before.abs().max())):
-                return "the block depends on their order" + (
-                    f", in groups of {cut.count // cut.groups} too" if cut.groups > 1 else ""
-                )
-            run(random_copy(smaller, hidden.device, generator), inputs)
-        except Exception as error:  # a router may refuse the number that is left
-            return (str(error) or type(error).__name__).splitlines()[0]
-    return ""
+    copy = random_copy(block, hidden.device, generator)
+    inputs = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden.device)
+    order = shuffled(cut, generator)
+    try:
+        before = _gates(copy, cut, run, inputs)
+        for local in cut.router:
+            path, _, attribute = local.rpartition(".")
+            tensor = getattr(copy.get_submodule(path), attribute)
+            tensor.copy_(cut.sliced(local, tensor.detach().clone(), order))
+        after = _gates(copy, cut, run, inputs)
+        _gates(random_copy(smaller, hidden.device, generator), cut, run, inputs)
+    except InputError as error:
+        return error.message
+    except Exception as error:  # a router may refuse the number that is left
+        return first_line(error)
+    if torch.allclose(after, before[:, order], rtol=TOLERANCE, atol=TOLERANCE):
+        return ""
+    within = f" in groups of {cut.count // cut.groups}" if cut.groups > 1 else ""
+    return f"which of them a token is sent to depends on their order{within}"
 
 
-def _first(output: object) -> Tensor:
-    """The hidden states among all that a run returned."""
-    while isinstance(output, tuple | list):
-        output = output[0]
-    assert isinstance(output, Tensor)
-    return output
+@torch.no_grad()
+def _gates(block: nn.Module, cut: ExpertCut, run: Run, inputs: Tensor) -> Tensor:
+    """The gate values in a run, `(tokens, experts)`.
+
+    Raises:
+        InputError: the module that holds the experts is not called once, with tokens and their routing.
+    """
+    calls: list[RoutedCall | None] = []
+    owner = block.get_submodule(cut.owner)
+    note = owner.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(RoutedCall.of(args, kwargs)), with_kwargs=True
+    )
+    with hooked([note]), Float64():
+        run(block, inputs)
+    if len(calls) != 1 or calls[0] is None:
+        raise InputError(f"{type(owner).__name__} is not called once, with tokens and their routing", REMOVE_WEIGHTS)
+    return calls[0].gates(cut.count)

@@ -12,19 +12,18 @@ from torch.overrides import TorchFunctionMode
 from llmprune.model.experts import WatchedParameter
 
 
-def random_copy(block: nn.Module, device: torch.device, generator: torch.Generator, alike: bool = True) -> nn.Module:
+def random_copy(block: nn.Module, device: torch.device, generator: torch.Generator) -> nn.Module:
     """A copy of the block with random float64 parameters: matrices keep the scale of inputs, vectors are positive.
 
     Args:
         block: the block; its own values are never read.
         device: of the copy.
         generator: of the values.
-        alike: whether all experts of a parameter are one.
     """
     fresh: dict[int, Any] = {}
     for parameter in block.parameters():
-        # A block's experts may be too many to be copied; where they are alike, it does not matter which a token meets.
-        same = alike and isinstance(parameter, WatchedParameter) and parameter.dim() == 3
+        # Experts are all one: a block's are too many to be copied, and whichever a token is sent to, it is the same.
+        same = isinstance(parameter, WatchedParameter) and parameter.dim() == 3
         shape = (1, *parameter.shape[1:]) if same else parameter.shape
         value = torch.rand(shape, generator=generator, dtype=torch.float64)
         if parameter.dim() < 2:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune import InputError, PruneReport, prune
+from llmprune.cli.terminal import summary
 from llmprune.export.verify import verify_folder
 from llmprune.run import dry_run
 from llmprune.streaming.router_mask import RouterMask
@@ -37,8 +38,8 @@ def removed(work: Path, model_type: str = "mixtral", sparsity: str = "experts:50
     source = work / "source"
     if not source.exists():
         save_tiny(model_type, source, **FAMILIES[model_type])
-    out = options.pop("out", work / "out")
-    return prune(job(source, out, token_file(work / "tokens.safetensors"), sparsity, **options))
+    out, tokens = options.pop("out", work / "out"), options.pop("tokens", None)
+    return prune(job(source, out, token_file(work / "tokens.safetensors", tokens), sparsity, **options))
 
 
 def routers_of(model: PreTrainedModel, block: int, experts: int) -> list[Tensor]:
@@ -73,17 +74,21 @@ def test_what_is_left_computes_what_the_dense_model_would_without_the_others(mod
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("targets", ["pruned", "dense"])
 def test_the_refit_lowers_the_error_and_is_what_is_stored(model_type: str, targets: str, tmp_path: Path) -> None:
-    bare = removed(tmp_path, model_type, method="reap", refit=False, out=tmp_path / "bare")
-    report = removed(tmp_path, model_type, method="reap", targets=targets)
+    many = random_tokens(16, 64)
+    bare = removed(tmp_path, model_type, tokens=many, method="reap", refit=False, out=tmp_path / "bare")
+    report = removed(tmp_path, model_type, tokens=many, method="reap", targets=targets)
     first, plain = report.mixtures[0], bare.mixtures[0]
     assert first.kept == plain.kept
-    assert first.error <= first.error_uncompensated
     if targets == "pruned":
         assert first.error_uncompensated == pytest.approx(plain.error)
+    assert first.error < first.error_uncompensated
+    assert first.ridge is not None
     before, after = on_disk(tmp_path / "bare"), on_disk(tmp_path / "out")
     assert before.keys() == after.keys()
     block = [name for name in after if "layers.0." in name and not torch.equal(after[name], before[name])]
+    assert block
     assert all(any(part in name for part in ("down_proj", "w2")) for name in block)
+    assert not verify_folder(tmp_path / "out").violations
     assert reload(tmp_path / "out")(random_tokens(1, 8)).logits.isfinite().all()
 
 
@@ -144,6 +149,10 @@ def test_a_super_expert_stays_whatever_its_score(tmp_path: Path) -> None:
     guarded = removed(tmp_path, method="frequency", sparsity="experts:25%").mixtures[0]
     assert guarded.super_experts == [victim]
     assert victim in guarded.kept
+    told = f"super experts: 1 found ({victim} of {guarded.block}), 1 kept"
+    assert told in summary(PruneReport.read(tmp_path / "out"))
+    assert told in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "super experts" in (tmp_path / "out" / "prune_report.html").read_text(encoding="utf-8")
     free = removed(tmp_path, method="frequency", sparsity="experts:25%", guard=False, out=tmp_path / "free").mixtures[0]
     assert free.super_experts == [victim]
     assert victim not in free.kept

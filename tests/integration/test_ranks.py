@@ -138,6 +138,7 @@ CASES: dict[str, dict[str, Any]] = {
     "channels, then 2:4": {"sparsity": "channels:50%+2:4"},
     "cramped": {"method": "sparsegpt", "targets": "dense", "cramped": True},
     "mixture of experts": {"model": "mixture"},
+    "fewer experts": {"model": "mixture", "sparsity": "experts:50%", "method": "obs", "targets": "dense"},
 }
 
 

@@ -170,7 +170,9 @@ def test_a_resumed_run_gives_the_same_bytes_and_runs_no_block_again(
         return forward(block, *rest, **how)
 
     monkeypatch.setattr(Block, "forward", counted)
-    monkeypatch.setattr(Skeleton, "loaded", lambda model, names: (loaded.update(names), load(model, names))[1])
+    monkeypatch.setattr(
+        Skeleton, "loaded", lambda model, names, **how: (loaded.update(names), load(model, names, **how))[1]
+    )
     assert result(work) == wanted
     assert ran == set(range(blocks, BLOCKS))
     # What is removed is planned before the run, with a look at the first block.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ExpertUse:
-    """What the experts of a mixture do on the calibration tokens; tensors are `(experts,)`, float64.
+    """What the experts of a mixture do on the calibration tokens; tensors are float64, `(experts,)` unless said.
 
     With the gate value `g_e(t)`, the inputs `h_e(t)` of the output projection `W_e`, and the output `f_e(t)`, sums run
     over the tokens t that are sent to e.
@@ -19,7 +19,8 @@ class ExpertUse:
     Args:
         tokens: their number.
         output: `Σ g_e ‖f_e‖`.
-        wanda: `Σ_j ‖W_e,:j‖ (Σ g_e² h_e,j²)^½`.
+        inputs: `(Σ g_e² h_e,j²)^½` for every input j of the output projection, `(experts, in)`.
+        columns: `‖W_e,:j‖`, `(experts, in)`.
         largest: the largest magnitude of an output's channel.
         massive: whether the block's output holds massive activations.
         loss_without: for a set of experts that are gone, `(experts,)` bool, the squared error of the mixture's output
@@ -28,7 +29,8 @@ class ExpertUse:
 
     tokens: Tensor
     output: Tensor
-    wanda: Tensor
+    inputs: Tensor
+    columns: Tensor
     largest: Tensor
     massive: bool
     loss_without: Callable[[Tensor], Tensor]

@@ -26,7 +26,7 @@ class RefitProblem:
         count: number of experts.
         shape: of a `W_e`, `(out, in)`.
         inputs: of an expert: the numbers of this process's tokens that are sent to it, `(n,)`, int64, and `z_e`,
-            `(n, in)`.
+            `(n, in)`, float32.
         residual: target − y, `(tokens, out)`, float32, of this process's tokens.
         held_out: which tokens choose the ridge, `(tokens,)`, bool.
     """
@@ -45,14 +45,11 @@ class Refit:
     Args:
         changes: of every `W_e`, `(out, in)`, float32.
         ridge: r; inf where held-out tokens are better off without a refit, which is then left out.
-        before, after: `‖target − y‖²` over all tokens.
         retries: how often r was raised tenfold at most before a Gram could be factored.
     """
 
     changes: Sequence[Tensor]
     ridge: float
-    before: float
-    after: float
     retries: int = 0
 
 
@@ -71,7 +68,6 @@ def refit(problem: RefitProblem, group: ProcessGroup = SINGLE) -> Refit:
     Raises:
         NumericalError: a Gram stays singular.
     """
-    (before,) = group.sum([_square(problem.residual)])
     best, (least,) = torch.inf, group.sum([_square(problem.residual[problem.held_out])])
     path = _Sweeps(problem, ~problem.held_out, group)
     for ridge in RIDGES if bool(group.sum([float(problem.held_out.sum())])[0]) else ():
@@ -81,12 +77,11 @@ def refit(problem: RefitProblem, group: ProcessGroup = SINGLE) -> Refit:
             break
         best, least = ridge, error
     if best == torch.inf:
-        return Refit([torch.zeros(problem.shape)] * problem.count, best, before, before)
+        return Refit([torch.zeros_like(change) for change in path.changes], best)
     whole = _Sweeps(problem, torch.ones_like(problem.held_out), group)
     for _ in range(SWEEPS):
         whole.sweep(best)
-    (after,) = group.sum([_square(whole.residual)])
-    return Refit(whole.changes, best, before, after, whole.retries)
+    return Refit(whole.changes, best, max(path.retries, whole.retries))
 
 
 class _Sweeps:
@@ -108,10 +103,10 @@ class _Sweeps:
         """Solve for every expert in turn, and take what it changes off the residual of all tokens."""
         for expert in range(self.problem.count):
             tokens, inputs = self.problem.inputs(expert)
-            step = self._step(self.changes[expert], tokens, inputs.float(), ridge)
+            step = self._step(self.changes[expert], tokens, inputs, ridge)
             if step is not None:
                 self.changes[expert] += step
-                self.residual.index_add_(0, tokens, inputs.float() @ step.T, alpha=-1)
+                self.residual.index_add_(0, tokens, inputs @ step.T, alpha=-1)
 
     def _step(self, change: Tensor, tokens: Tensor, inputs: Tensor, ridge: float) -> Tensor | None:
         """The change of `Δ_e` that minimises the error while the other experts stay; None without tokens."""

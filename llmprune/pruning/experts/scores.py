@@ -53,4 +53,4 @@ class Wanda(Score):
 
     def score(self, use: ExpertUse) -> Tensor:
         """Sum over the columns."""
-        return use.wanda
+        return (use.columns * use.inputs).sum(1)
