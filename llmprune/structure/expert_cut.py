@@ -211,6 +211,10 @@ def _text(changes: Mapping[str, int]) -> str:
 
 
 def shuffled(cut: ExpertCut, generator: torch.Generator) -> Tensor:
-    """A random order of the experts, those of each group among themselves, `(count,)`, int64."""
+    """A random order of the experts, those of each group among themselves, none in its place, `(count,)`, int64."""
     size = cut.count // cut.groups
-    return torch.cat([torch.randperm(size, generator=generator) + size * at for at in range(cut.groups)])
+    order = torch.arange(cut.count).view(cut.groups, size)
+    for members in order:
+        cycle = members[torch.randperm(size, generator=generator)]
+        members[cycle - members[0]] = cycle.roll(1)
+    return order.flatten()
