@@ -64,6 +64,28 @@ class Observer:
         raise NotImplementedError
 
 
+class CurrentObserver:
+    """The observer of the forward that runs now; called, it gives that observer, None where there is none.
+
+    It refers to nothing else: what holds it and what it is handed to need not wait for the collector of cycles.
+    """
+
+    def __init__(self) -> None:
+        self._now: Observer | None = None
+
+    def __call__(self) -> Observer | None:
+        return self._now
+
+    @contextmanager
+    def set_to(self, observer: Observer) -> Iterator[None]:
+        """Within, this observer is told of forwards."""
+        self._now = observer
+        try:
+            yield
+        finally:
+            self._now = None
+
+
 @contextmanager
 def observed(
     module: nn.Module,

@@ -26,7 +26,7 @@ from llmprune.streaming.batch import Batch, StopForward
 from llmprune.streaming.block import Block
 from llmprune.streaming.block_types import BlockAnalysis
 from llmprune.streaming.expert_statistics import ExpertStatistics, RoutedBatch
-from llmprune.streaming.hooks import Observation, Observer, is_expert, observed, owner_of
+from llmprune.streaming.hooks import CurrentObserver, Observation, Observer, is_expert, observed, owner_of
 from llmprune.streaming.pausable import PausableForward, StopAtExperts, StopAtGroup
 from llmprune.streaming.statistics import GroupStatistics, StatisticsOptions
 from llmprune.structure.cut import Cut, scale_of
@@ -63,8 +63,8 @@ class GroupSchedule:
     def __init__(self, block: Block, analysis: BlockAnalysis, options: StatisticsOptions, pausing: bool) -> None:
         self.block, self.analysis, self.options, self.pausing = block, analysis, options, pausing
         self.order = analysis.order.groups
-        self._observer: Observer | None = None
-        self._experts = ExpertStatistics(block, options, self._observed_by)
+        self._current = CurrentObserver()
+        self._experts = ExpertStatistics(block, options, self._current.set_to)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Group]:
@@ -79,10 +79,10 @@ class GroupSchedule:
     def _watched(self) -> Iterator[None]:
         """Within, observers are told of forwards of the block, and of the dense one where that is another module."""
         block, adds = self.block, self.analysis.residual_adds
-        with observed(block.module, self.order, adds, lambda: self._observer), ExitStack() as stack:
+        with observed(block.module, self.order, adds, self._current), ExitStack() as stack:
             if block.dense_module is not block.module:
                 order = [[block.dense_local(local) for local in layers] for layers in self.order]
-                stack.enter_context(observed(block.dense_module, order, adds, lambda: self._observer))
+                stack.enter_context(observed(block.dense_module, order, adds, self._current))
             yield
 
     def _group(self, layers: list[str], stats: InputStats) -> Group:
@@ -131,15 +131,7 @@ class GroupSchedule:
 
     def _begun(self, batch: Batch, dense: bool = False) -> PausableForward:
         run = partial(self.block.pass_through, batch, dense)
-        return PausableForward(batch, run, self._observed_by, outputs=dense)
-
-    @contextmanager
-    def _observed_by(self, observer: Observer) -> Iterator[None]:
-        self._observer = observer
-        try:
-            yield
-        finally:
-            self._observer = None
+        return PausableForward(batch, run, self._current.set_to, outputs=dense)
 
     def _in_lockstep(
         self, pruned: list[PausableForward], dense: list[PausableForward]
@@ -228,7 +220,7 @@ class GroupSchedule:
 
     def _stopped(self, stop: S, batch: Batch, dense: bool = False) -> S:
         """An observer that has ended a forward."""
-        with self._observed_by(stop), self.block.dense() if dense else nullcontext(), suppress(StopForward):
+        with self._current.set_to(stop), self.block.dense() if dense else nullcontext(), suppress(StopForward):
             self.block.forward(batch, dense, isolated=True)
         return stop
 

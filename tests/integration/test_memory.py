@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, random_tokens, save_tiny, token_file
+from helpers import VOCAB, job, random_tokens, save_tiny, token_file
 from safetensors.torch import save_file
 from transformers import LlamaConfig
+
+from llmprune import prune
+from llmprune.streaming.block import Block
 
 HIDDEN, FEED = 1024, 1536
 LENGTH = 128
@@ -104,3 +110,28 @@ def test_beyond_the_budget_four_times_the_text_takes_no_more_memory(work: Path) 
     # Of hidden states alone, what enters a block and what leaves it.
     more = 2 * 4 * 256 * LENGTH * (windows[1] - windows[0])
     assert many - few < more / 8
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "experts:50%+2:4"])
+def test_no_block_waits_for_the_collector_of_cycles(
+    sparsity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny("qwen3_moe", tmp_path / "source", num_hidden_layers=4)
+    blocks: list[weakref.ref[Block]] = []
+    alive: list[int] = []
+    make = Block.__init__
+
+    def noted(self: Block, *args: Any) -> None:
+        alive.append(sum(block() is not None for block in blocks))
+        blocks.append(weakref.ref(self))
+        make(self, *args)
+
+    monkeypatch.setattr(Block, "__init__", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        prune(job(source, tmp_path / "out", token_file(tmp_path / "tokens.safetensors"), sparsity, effort="balanced"))
+    finally:
+        gc.enable()
+    # The loop still holds the one before.
+    assert alive[:4] == [0, 1, 1, 1]
