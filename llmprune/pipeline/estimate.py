@@ -235,8 +235,9 @@ def _checking(task: Task) -> int:
     """All that lies outside of the blocks, a block, and logits of the windows that run through the whole model."""
     windows = 2 if task.evaluation and task.skeleton.beside else 1
     logits = 3 * 4 * windows * min(WINDOW, task.seq_len) * task.vocabulary
-    held = _held(task)
-    return _loaded(task, task.skeleton.outside()) + max(held.whole * task.element + held.experts, logits)
+    held, outside = _held(task), task.skeleton.outside()
+    block = held.whole * task.element + held.experts
+    return max(_loaded(task, outside), _kept(task, outside) + max(block, logits))
 
 
 def _writing(task: Task) -> int:
@@ -350,7 +351,12 @@ def _loaded(task: Task, names: list[str]) -> int:
     """Parameters in memory, while the largest is in its file's pages and copied, and then copied and converted."""
     pairs = [(entry.nbytes, task.element * math.prod(entry.shape)) for entry in _entries_of(task, names)]
     most = max((max(2 * stored, stored + made if stored != made else 0) - made for stored, made in pairs), default=0)
-    return sum(made for _, made in pairs) + most
+    return _kept(task, names) + most
+
+
+def _kept(task: Task, names: list[str]) -> int:
+    """Parameters in memory when they are loaded."""
+    return sum(task.element * math.prod(entry.shape) for entry in _entries_of(task, names))
 
 
 def _entries_of(task: Task, names: list[str]) -> list[Entry]:
