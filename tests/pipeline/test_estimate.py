@@ -74,7 +74,7 @@ def test_the_peak_of_memory_is_estimated_within_a_fifth(case: str, model: Path, 
     common |= {"eval_text": str(text_file(tmp_path / "eval.txt", 2000)), "eval_context": 64, "eval_windows": 8}
     estimated, found = measured(common | options)
     if estimated > 1.2 * found:
-        # The system may take away pages that nobody used for a while, so the larger of two peaks is nearer to the truth.
+        # The system may take away pages that nobody used for a while, so the larger of two peaks is nearer.
         found = max(found, measured(common | options | {"out": str(tmp_path / "again")})[1])
     print(f"{estimated / 2**20:.0f} MiB estimated, {found / 2**20:.0f} MiB found, {estimated / found:.2f}")
     assert estimated == pytest.approx(found, rel=0.2)
