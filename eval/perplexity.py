@@ -54,7 +54,7 @@ def open_model(name: str, device: str = "cpu") -> tuple[Skeleton, Any]:
     from llmprune.sources.models import load_tokenizer
 
     source = find_model(name)
-    skeleton = Skeleton(source.config, source.weights(), device=pick_device(device))
+    skeleton = Skeleton(source.config, source.weights(source.dtype), device=pick_device(device))
     return skeleton, load_tokenizer(source, False)
 
 

@@ -34,6 +34,7 @@ from llmprune.pruning.methods import METHODS
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT, EFFORTS, Recipe, Stages, make_recipe
 
 if TYPE_CHECKING:
+    from llmprune.pruning.grid import Grid
     from llmprune.pruning.pattern import Scope
     from llmprune.pruning.sparsity import Sparsity
 
@@ -97,7 +98,8 @@ class Job(Stages):
         REQUIRED,
         "sparsity",
         "2:4 (of every 4 weights 2 are pruned; any N:M), 50% or 0.5 (unstructured); channels:25%, heads:33% or "
-        "experts:25% are removed (structured: a smaller model); several with + between: channels:20%+2:4",
+        "experts:25% are removed (structured: a smaller model); several with + between: channels:20%+2:4; none: see "
+        "--quantize",
         TEXT,
         metavar="PATTERN",
         guesses=("pattern", "ratio", "s", "sparsity_ratio", "sparsity_type", "prune_ratio", "pruning_ratio", "amount"),
@@ -125,6 +127,26 @@ class Job(Stages):
         flag="--option",
         repeatable=True,
         guesses=("option", "method_option", "set"),
+    )
+    quantize: str | None = knob(
+        None,
+        "sparsity",
+        "grid of the weights that are kept: int4, int4:g64 (64 inputs share a scale), int4:channel, int8 or fp8; zeros "
+        "stay zero; with --sparsity none all weights are kept",
+        TEXT,
+        metavar="GRID",
+        default_text="none: floating point",
+        guesses=(
+            "quantise",
+            "quantization",
+            "bits",
+            "quant",
+            "wbits",
+            "scheme",
+            "int4=int4",
+            "int8=int8",
+            "fp8=fp8",
+        ),
     )
     round_to: int | None = knob(
         None,
@@ -344,12 +366,19 @@ class Job(Stages):
         return parse_sparsity(self.sparsity)
 
     @property
+    def grid(self) -> Grid | None:
+        """The values that kept weights may have; None for floating point."""
+        from llmprune.pruning.grid import parse_grid
+
+        return parse_grid(self.quantize) if self.quantize is not None else None
+
+    @property
     def recipe(self) -> Recipe:
         """The stages of the run, defaults applied."""
         asked = {stage.name: getattr(self, stage.name) for stage in fields(Stages)}
         goal, name = self.goal, self.method
         if not goal.removals:
-            return make_recipe(name, self.effort, asked)
+            return make_recipe(name if goal.pattern is not None else "", self.effort, asked)
         method = (name if name in METHODS else AUTO) if goal.pattern is not None else ""
         criterion = (name if name in CRITERIA else AUTO) if goal.narrows else None
         experts = (name if name in EXPERT_CRITERIA else AUTO) if goal.drops_experts else None

@@ -25,6 +25,7 @@ from llmprune.pipeline.steps import (
     errors_of,
     evaluate,
     generated_tokens,
+    grid_for,
     pattern_for,
     reconstruct,
     remove_experts,
@@ -120,10 +121,10 @@ def prune_blocks(
         with clock("experts") if run.procedure.experts else nullcontext():
             builder.report.mixtures += remove_experts(run, stream, block)
         for group in stream.groups(block):
-            pattern = pattern_for(run, group, patterns[block.index])
+            pattern, grid = pattern_for(run, group, patterns[block.index]), grid_for(run, group)
             with mmap_large_allocations():
                 with clock("solve"):
-                    solution = run.solver.solve(group.problem, pattern)
+                    solution = run.solver.solve(group.problem, pattern, grid)
                 stored = group.write(solution.layers, solution.order)
                 with clock("error"):
                     errors = errors_of(run, group, stored)

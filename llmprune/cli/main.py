@@ -42,10 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "unpack": (unpack_parser, run_unpack),
         "report": (report_parser, run_report),
     }
+    if arguments[:1] == ["quantize"]:
+        return run_command(build_parser(), lambda options: run_prune(options, arguments), as_pruning(arguments[1:]))
     if arguments and arguments[0] in commands:
         parser, command = commands[arguments[0]]
         return run_command(parser(), command, arguments[1:])
     return run_command(build_parser(), lambda options: run_prune(options, arguments), arguments)
+
+
+def as_pruning(arguments: Sequence[str]) -> list[str]:
+    """The arguments of the main command that `llmprune quantize DIR GRID ...` stands for."""
+    words, named = list(arguments), ["--sparsity", "none"]
+    for flag in ("--model", "--quantize"):
+        if words and not words[0].startswith("-"):
+            named += [flag, words.pop(0)]
+    return named + words
 
 
 def entry() -> int:

@@ -17,6 +17,7 @@ from llmprune.reporting.words import (
     duration,
     error_text,
     evaluation_text,
+    grid_text,
     loader_of,
     parameters_text,
     perplexity_text,
@@ -123,6 +124,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         ("sparsity", report.sparsity["meaning"]),
         *_removed_rows(report.sparsity, report.model),
         *([] if removes_only(report.sparsity) else [("reached", pruned_text(report)), _coverage_row(report.coverage)]),
+        *_grid_rows(report.quantization),
         (
             "method",
             f"{recipe_text(report.recipe)}, mean relative {'layer ' if layers else ''}error {error_text(report)}",
@@ -143,6 +145,10 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
 def _super_rows(report: PruneReport) -> list[tuple[str, str]]:
     text = super_experts_text(report.mixtures, report.recipe.get("guard", True))
     return [("guard", text)] if text else []
+
+
+def _grid_rows(quantization: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("quantised", text)] if (text := grid_text(quantization)) else []
 
 
 def _source_rows(model: dict[str, Any]) -> list[tuple[str, str]]:
@@ -185,6 +191,7 @@ def plan_text(facts: dict[str, Any]) -> str:
         ("blocks", f"{model['blocks']}, with {len(facts['layers'])} layers to prune"),
         ("sparsity", facts["sparsity"]["meaning"]),
         *_removed_rows(facts["sparsity"], model),
+        *_grid_rows(facts["quantization"]),
         ("method", recipe_text(facts["recipe"])),
         *([] if removes_only(facts["sparsity"]) else [_coverage_row(facts["coverage"])]),
         ("calibration", calibration_text(facts["calibration"])),

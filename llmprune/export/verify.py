@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from llmprune.errors import InputError, printable
+from llmprune.export.verify_grid import off_grid
 from llmprune.model.blocks import LayerRef
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.selection import make_plan, select
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.slices import find_slices
 from llmprune.progress import Progress
+from llmprune.pruning.grid import Grid, parse_grid
 from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.pruning.sparsity import Sparsity, parse_sparsity
 from llmprune.reporting.report import PruneReport
@@ -98,11 +100,14 @@ class FolderCheck:
     layers: list[LayerCheck]
     sizes: dict[str, tuple[int, Any]] = field(default_factory=dict)
     nonuniform: bool = False
+    grid: str = ""
+    on_grid: int = 0
+    wrong_grids: list[str] = field(default_factory=list)
 
     @property
     def violations(self) -> int:
-        """Number of missing zeros in all layers and of config settings that differ from the report."""
-        return sum(layer.violations for layer in self.layers) + len(self.wrong_sizes)
+        """Number of missing zeros in all layers, of settings unlike the report's, and of layers off the grid."""
+        return sum(layer.violations for layer in self.layers) + len(self.wrong_sizes) + len(self.wrong_grids)
 
     @property
     def wrong_sizes(self) -> list[str]:
@@ -119,6 +124,8 @@ class FolderCheck:
             "violations": self.violations,
             "layers": layers,
             "sizes": sizes,
+            "grid": self.grid,
+            "off_grid": self.wrong_grids,
         }
 
     def text(self) -> str:
@@ -128,6 +135,9 @@ class FolderCheck:
             sizes = ", ".join(f"{key} {found}" for key, (_, found) in self.sizes.items())
             lines.append(f"every tensor has the shape that the config gives{f' ({sizes})' if sizes else ''}")
             lines += [f"VIOLATED config: {wrong}" for wrong in self.wrong_sizes]
+        if self.grid:
+            lines.append(f"{self.on_grid - len(self.wrong_grids)} of {self.on_grid} layers hold codes of {self.grid}")
+            lines += [f"VIOLATED {wrong}" for wrong in self.wrong_grids[:20]]
         return "\n".join(map(printable, lines + (self._zeros() if self.pattern.pattern else [])))
 
     def _zeros(self) -> list[str]:
@@ -167,11 +177,31 @@ BY_REPORT = LayerSelection()
 def verify_folder(folder: Path, selection: LayerSelection = BY_REPORT, trust_remote_code: bool = False) -> FolderCheck:
     """Check the pattern of a folder's layers, and the sizes in its config; arguments as of `open_pruned`."""
     skeleton, goal, layers = open_pruned(folder, selection, trust_remote_code)
-    sizes = PruneReport.read(folder).sparsity.get("config", {}) if selection.sparsity is None else {}
+    report = PruneReport.read(folder) if selection.sparsity is None else None
+    sizes = report.sparsity.get("config", {}) if report else {}
     settings = skeleton.config.get_text_config().to_dict()
     found = {key: (wanted, settings.get(key)) for key, wanted in sizes.items()}
     nonuniform = len({pattern for _, pattern in layers}) > 1
-    return FolderCheck(str(folder), goal, check_layers(skeleton.checkpoint, layers), found, nonuniform)
+    grids = grids_of(report, skeleton) if report else []
+    return FolderCheck(
+        folder=str(folder),
+        pattern=goal,
+        layers=check_layers(skeleton.checkpoint, layers),
+        sizes=found,
+        nonuniform=nonuniform,
+        grid=report.quantization.get("grid", "") if report else "",
+        on_grid=len(grids),
+        wrong_grids=off_grid(user_path(folder), skeleton.checkpoint, grids),
+    )
+
+
+def grids_of(report: PruneReport, skeleton: Skeleton) -> list[tuple[LayerRef, Grid]]:
+    """The layers of a written model that the report says to be on a grid, each with it."""
+    grids = {layer.name: parse_grid(layer.grid) for layer in report.layers if layer.grid}
+    if not grids:
+        return []
+    plan = make_plan(skeleton, None, names=tuple(grids))
+    return [(ref, grids[ref.name]) for ref in plan.layers]
 
 
 def open_pruned(
@@ -210,7 +240,7 @@ def open_pruned(
         str(folder), revision=None, cache=default_cache(), trust_remote_code=trust_remote_code, progress=Progress()
     )
     # Every shape is checked against the config when the skeleton is made.
-    skeleton = Skeleton(source.config, source.weights(), trust_remote_code=trust_remote_code)
+    skeleton = Skeleton(source.config, source.weights(source.dtype), trust_remote_code=trust_remote_code)
     if goal.pattern is None:
         return skeleton, goal, []
     plan = make_plan(skeleton, goal.pattern, only, skip, names)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import InputError
+from llmprune.model.compressed_tensors import unpack
 from llmprune.model.header import Field
 from llmprune.model.quantization import Block, Quantization
 from llmprune.model.reader import Entry, HeadersOnly, SafetensorsFolder, too_large
@@ -180,6 +181,40 @@ class Packed:
         return made
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A matrix of integers in 32-bit words, and a scale for every group of inputs of a row.
+
+    Args:
+        words: name of the words, int32, `(out, in · bits / 32)`.
+        scales: name of the scales, `(out, groups)`.
+        beside: name of the matrix's shape, which the words say as well.
+        shape: `(out, in)`.
+        bits: of an integer.
+    """
+
+    words: str
+    scales: str
+    beside: str
+    shape: tuple[int, ...]
+    bits: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """On disk."""
+        return self.words, self.scales, self.beside
+
+    def rows(self, raw: SafetensorsFolder, start: int, stop: int) -> tuple[Group, Mapping[str, Tensor]] | None:
+        """None: a matrix is read as a whole."""
+        return None
+
+    def read(self, raw: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """`q s`, computed in float32."""
+        scales = raw[self.scales].float()
+        codes = unpack(raw[self.words], self.bits).view(len(scales), scales.shape[1], -1)
+        return (codes * scales[..., None]).view(self.shape).to(dtype)
+
+
 class DequantizedFolder(SafetensorsFolder):
     """A folder in which every group of tensors stands as the one tensor that it means.
 
@@ -269,6 +304,8 @@ def find_groups(entries: Mapping[str, Entry], how: Quantization) -> dict[str, Gr
     groups: dict[str, Group] = dict(_scaled(entries, how))
     if how.packed:
         groups |= _packed(entries)
+    if how.bits:
+        groups |= _words(entries, how.bits)
     used = {name for group in groups.values() for name in group.names}
     for name, entry in entries.items():
         if name not in used and entry.field.dtype in FLOAT8:
@@ -360,6 +397,26 @@ def _grid(shape: tuple[int, ...], found: tuple[int, ...]) -> Block | None:
     if len(found) == len(shape) and found[:-2] == lead and min(found) > 0:
         return found[-2], found[-1]
     return (found[-1], 1) if found == shape[:-1] else None
+
+
+def _words(entries: Mapping[str, Entry], bits: int) -> Iterator[tuple[str, Group]]:
+    for name, entry in entries.items():
+        plain, _, kind = name.rpartition("_")
+        if kind != "packed":
+            continue
+        scales, shape = f"{plain}_scale", f"{plain}_shape"
+        for beside in (scales, shape):
+            if beside not in entries:
+                raise InputError(f"{name!r} of {entry.shape} has no scales or shape: there is no {beside!r}", ORIGINAL)
+        _check_dtype(name, entry, ("I32",))
+        _check_dtype(scales, entries[scales], SCALES[:3])
+        found = entries[scales].shape
+        if len(entry.shape) != 2 or len(found) != 2 or found[0] != entry.shape[0] or not found[1]:
+            raise InputError(f"{scales!r} is {found}, but {name!r} is {entry.shape}", ORIGINAL)
+        width = entry.shape[1] * 32 // bits
+        if width % found[1]:
+            raise InputError(f"{scales!r} is {found}, but {name!r} has {width} inputs a row", ORIGINAL)
+        yield plain, Words(name, scales, shape, (entry.shape[0], width), bits)
 
 
 def _packed(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Group]]:

@@ -17,6 +17,10 @@ FLOAT_FORMATS = ("float-quantized", "naive-quantized")
 """Formats of compressed-tensors that keep an element a byte, and a scale beside them."""
 
 
+INTEGER_FORMAT = "pack-quantized"
+"""The format of compressed-tensors that keeps integers in 32-bit words, and scales beside them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Quantization:
     """The form in which a checkpoint stores floating-point weights in fewer bits.
@@ -26,11 +30,13 @@ class Quantization:
         blocks: those that a matrix may be divided into, tried in this order; empty where the number of its scales alone
             says it, and divides its sizes.
         packed: whether two values of four bits share a byte (MXFP4).
+        bits: of integers in 32-bit words (compressed-tensors); 0 where there are none.
     """
 
     form: str
     blocks: tuple[Block, ...] = ()
     packed: bool = False
+    bits: int = 0
 
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
@@ -101,13 +107,15 @@ def _block(size: Any, name: str) -> Block:
 
 
 def _compressed_tensors(settings: Mapping[str, Any]) -> Quantization:
-    """`compressed-tensors` of symmetric float8 weights."""
+    """`compressed-tensors` of symmetric float8 weights, or of symmetric integers."""
     sparse = settings.get("sparsity_config")
     if isinstance(sparse, Mapping) and sparse.get("format") not in (None, "dense"):
         raise _refused(f"compressed-tensors, {sparse['format']}")
     groups = settings.get("config_groups")
     schemes = list(groups.values()) if isinstance(groups, Mapping) else []
     formats = [settings.get("format"), *(group.get("format") for group in schemes if isinstance(group, Mapping))]
+    if formats[0] == INTEGER_FORMAT and all(form in (None, INTEGER_FORMAT) for form in formats):
+        return _integers(schemes)
     if formats[0] not in FLOAT_FORMATS or any(form not in (None, *FLOAT_FORMATS) for form in formats):
         raise _refused(f"compressed-tensors, {next((form for form in formats if form not in FLOAT_FORMATS), '')}")
     weights = [group.get("weights") for group in schemes if isinstance(group, Mapping)]
@@ -115,6 +123,27 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Quantization:
     if not blocks:
         raise _refused("compressed-tensors, no scheme of weights")
     return Quantization(f"FP8, {' and '.join(map(_spelled, blocks))}", blocks)
+
+
+def _integers(schemes: list[Any]) -> Quantization:
+    """Symmetric integers in 32-bit words, of one number of bits."""
+    found = [group.get("weights") for group in schemes if isinstance(group, Mapping)]
+    weights = [scheme for scheme in found if isinstance(scheme, Mapping)]
+    bits = {scheme.get("num_bits") for scheme in weights}
+    plain = all(
+        scheme.get("type", "int") == "int"
+        and scheme.get("symmetric", True) is True
+        and scheme.get("strategy") in ("group", "channel")
+        and scheme.get("actorder") is None
+        for scheme in weights
+    )
+    if not plain or len(bits) != 1 or not bits <= {4, 8}:
+        raise _refused(f"compressed-tensors, {INTEGER_FORMAT} of another kind than symmetric int4 or int8")
+    (number,) = bits
+    assert isinstance(number, int)
+    groups = {scheme["group_size"] for scheme in weights if scheme.get("strategy") == "group"}
+    scales = f"groups of {' and '.join(map(str, sorted(groups)))}" if groups else "a scale each output"
+    return Quantization(f"int{number}, {scales}", bits=number)
 
 
 def _scheme(weights: Mapping[str, Any]) -> Block:

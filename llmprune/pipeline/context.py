@@ -14,12 +14,14 @@ from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.output import workdir_of
 from llmprune.pruning.experts import ExpertCriterion
+from llmprune.pruning.grid import Grid
 from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.recipe import Recipe
 from llmprune.pruning.sparsity import Sparsity
 from llmprune.pruning.structured_solver import StructuredSolver
+from llmprune.reporting.report import PruneReport
 from llmprune.runtime.process_group import ProcessGroup
 from llmprune.sources.models import DEQUANTIZED, Source
 from llmprune.sources.tokens import TokenBatch
@@ -41,6 +43,7 @@ class Procedure:
         solver: solves the groups of layers.
         sharding: shares the solves among processes.
         experts: chooses the experts to be removed; None where none are.
+        grid: the values that kept weights may have; None for floating point.
     """
 
     sparsity: Sparsity
@@ -48,6 +51,7 @@ class Procedure:
     solver: LayerSolver | StructuredSolver
     sharding: RowSharding = field(default_factory=RowSharding)
     experts: ExpertCriterion | None = None
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class RunContext:
         data: the tokens.
         out: the folder to be made.
         left_out: why self-generated text had to be left out, or ''.
+        held: the report of the source, where that was pruned before and its weights are only quantised: its zeros stay.
     """
 
     job: Job
@@ -102,6 +107,7 @@ class RunContext:
     data: Data
     out: Path
     left_out: str = ""
+    held: PruneReport | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -117,6 +123,11 @@ class RunContext:
     def pattern(self) -> SparsityPattern | None:
         """Of the weights; None where whole parts are removed and nothing else."""
         return self.sparsity.pattern
+
+    @property
+    def grid(self) -> Grid | None:
+        """Of the weights that are kept; None for floating point."""
+        return self.procedure.grid
 
     @property
     def solver(self) -> LayerSolver | StructuredSolver:
@@ -144,7 +155,7 @@ class RunContext:
     def chosen(self) -> frozenset[str]:
         """Full names of the layers that are solved."""
         cuts = frozenset(self.structure.by_name)
-        return cuts if self.pattern is None else cuts | self.plan.names
+        return cuts if self.pattern is None and self.grid is None else cuts | self.plan.names
 
     @property
     def generated_windows(self) -> int:

@@ -20,6 +20,7 @@ from llmprune.pipeline.prepare import prepare, without_generation_if_too_large
 from llmprune.pipeline.report_builder import initial_report
 from llmprune.progress import Progress
 from llmprune.pruning.criteria import load_criterion
+from llmprune.pruning.grid import Grid
 from llmprune.pruning.methods import Cost, load_method
 from llmprune.pruning.recipe import EFFORTS, Recipe
 from llmprune.sources.generated import generation_batch_size, model_bytes, window_bytes
@@ -29,6 +30,8 @@ from llmprune.streaming.perplexity import CHUNK_ELEMENTS
 from llmprune.streaming.stream import BATCH_TOKENS, BLOCK_MEMORY
 
 WRITING = 3  # a token alone takes so many times what it takes among others
+REPORTED = ("model", "sparsity", "quantization", "method", "recipe", "coverage", "calibration", "out")
+"""What a plan says as a report does."""
 LATE = 24 * 2**20  # of the libraries, what is paged in only when it is used
 
 
@@ -44,6 +47,7 @@ class Task:
         seq_len: tokens per window.
         evaluation: evaluation tokens, each used twice; 0 for none.
         budget: bytes of hidden states that may rest in memory.
+        grid: of the weights that are kept; None for floating point.
     """
 
     skeleton: Skeleton
@@ -53,6 +57,7 @@ class Task:
     seq_len: int
     evaluation: int
     budget: int
+    grid: Grid | None = None
 
     @property
     def own(self) -> int:
@@ -111,10 +116,9 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     text, evaluation = run.data.calibration.tokens, run.data.evaluation
     evaluated = evaluation.tokens.numel() if evaluation else 0
     rate, budget = product_rate(), run.job.activation_memory
-    task = Task(run.skeleton, run.plan, run.recipe, text.numel(), text.shape[1], evaluated, budget)
-
+    task = Task(run.skeleton, run.plan, run.recipe, text.numel(), text.shape[1], evaluated, budget, run.grid)
     return {
-        **{key: report[key] for key in ("model", "sparsity", "method", "recipe", "coverage", "calibration", "out")},
+        **{key: report[key] for key in REPORTED},
         "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
         "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
         "estimate": {
@@ -154,6 +158,7 @@ def seconds(task: Task, rate: float) -> float:
     train = recipe.reconstruct * tokens * 3 * forward
     write = WRITING * task.own * (forward + 2 * task.hidden * task.vocabulary)
     refits = recipe.steps - (0 if recipe.refit else 1)
+    on_grid = 3 * recipe.grid_passes + 2 if task.grid else 0
     products = recipe.steps * sum(cost.products for cost in _costs(recipe)) + 10 * refits
     factors = 1
     if recipe.targets == "dense":
@@ -161,7 +166,7 @@ def seconds(task: Task, rate: float) -> float:
     if recipe.allocate != "uniform":
         stream += tokens * (forward + gram)
         products, factors = products + 2 * load_method(recipe.method).cost.products, factors + 2
-    return (stream + train + write + (products + 2) * product + factors * factor + evaluate) / rate
+    return (stream + train + write + (products + on_grid + 2) * product + factors * factor + evaluate) / rate
 
 
 def _rerouting(task: Task) -> float:
@@ -283,6 +288,8 @@ def _solving(recipe: Recipe, width: int, rows: int, lands: bool) -> int:
         stages.append((3.5, 3.2 if lands else 5.5))
     if recipe.refit:
         stages.append((4.8, 3.5))
+    if recipe.grid_passes:
+        stages.append((4, 5))
     if recipe.permute or recipe.ridge:
         stages[0] = (stages[0][0] + (2.4 if recipe.permute else 1), stages[0][1])
     # The error is measured while the solutions are there, in float32 and as they are stored.

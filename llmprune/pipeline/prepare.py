@@ -16,10 +16,14 @@ from llmprune.model.selection import Plan, make_plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.context import Data, RunContext
 from llmprune.pipeline.output import output_folder
+from llmprune.pipeline.quantized_form import fitted_grid, saved_bytes
 from llmprune.pipeline.resolve import resolve
 from llmprune.pipeline.workdir import check_finished
 from llmprune.progress import Progress
 from llmprune.pruning.recipe import Recipe
+from llmprune.pruning.sparsity import Sparsity
+from llmprune.reporting.report import FILE as REPORT
+from llmprune.reporting.report import PruneReport
 from llmprune.runtime.device import pick_device
 from llmprune.runtime.foreign import user_path
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
@@ -82,6 +86,7 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
         progress=progress,
         headers_only=headers_only,
     )
+    _refuse_integers(source)
     if source.folder.resolve() == out.resolve():
         raise InputError(f"--out {out} is the model itself", "choose another folder")
     _check_positions(source, job)
@@ -108,10 +113,14 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
         structure = plan_structure(
             skeleton, sparsity.removals, couplings, runs, job.round_to, sparsity.pattern, job.trust_remote_code
         )
-        sliced = structure.sliced_layers(skeleton) if sparsity.pattern is None else None
+        sliced = structure.sliced_layers(skeleton) if sparsity.pattern is None and procedure.grid is None else None
         plan = plan.smaller(sliced, structure.saved(skeleton)).with_experts(structure.experts_left)
         for text in structure.summary:
             progress.note(text)
+    if procedure.grid is not None:
+        grid = fitted_grid(procedure.grid, skeleton, plan, structure)
+        procedure = replace(procedure, grid=grid)
+        plan = replace(plan, out_bytes=plan.out_bytes - saved_bytes(grid, plan, structure))
     if "channel_scale" in solver.needs:
         check_channel_scales(skeleton, structure)
     if "norm_scale" in solver.needs:
@@ -122,10 +131,26 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
         progress.warn(warning)
     check_reconstruction(recipe, data.calibration)
     procedure = replace(procedure, recipe=recipe)
-    run = RunContext(job, source, procedure, skeleton, plan, structure, data, out, left_out)
+    run = RunContext(job, source, procedure, skeleton, plan, structure, data, out, left_out, _held(source, sparsity))
     check_finished(run)
     _check_space(run)
     return run
+
+
+def _held(source: Source, sparsity: Sparsity) -> PruneReport | None:
+    """The report of a source that was pruned before, where nothing more is pruned."""
+    if sparsity or not (source.folder / REPORT).exists():
+        return None
+    return PruneReport.read(source.folder)
+
+
+def _refuse_integers(source: Source) -> None:
+    """Refuse a source whose weights were rounded to few bits: they are read, but the original weights are lost."""
+    if source.quantization and source.quantization.bits:
+        raise InputError(
+            f"{source.name} is already quantised ({source.quantization.form})",
+            "prune the original model, which its card names as base_model, with --quantize",
+        )
 
 
 def set_threads(threads: int | None) -> None:

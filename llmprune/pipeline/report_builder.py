@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,12 +18,15 @@ from llmprune.job import knobs
 from llmprune.knobs import flag_of
 from llmprune.model.auto_class import auto_class, text_section
 from llmprune.model.companions import copy_companions, copy_json
+from llmprune.model.compressed_tensors import format_of
 from llmprune.model.quantization import without_quantization
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.tower import tower_name
 from llmprune.pipeline.context import RunContext
+from llmprune.pipeline.quantized_form import config_section
 from llmprune.pipeline.timing import Clock
+from llmprune.pruning.grid import Grid
 from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.problem import InputStats, LayerSolution
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT
@@ -63,6 +66,8 @@ class ReportBuilder:
         self.report.baseline_memory = resident_memory()
         self._since, self._first = time.perf_counter(), 0
         self._routed: list[int] = []
+        held = run.held.layers if run.held else []
+        self._held = {layer.name: layer.pattern for layer in held}
 
     def add_generated(self, generated: TokenBatch | None) -> dict[str, str]:
         """Note the hash of the self-generated windows; returns it as part of the run's fingerprint."""
@@ -85,6 +90,8 @@ class ReportBuilder:
     ) -> None:
         """Add the layers of a group, with the errors of their weights as stored."""
         found = layer_reports(group, pattern, solutions, stored, errors)
+        if self._held:
+            found = [replace(layer, pattern=self._held.get(layer.name, "")) for layer in found]
         self.report.layers += found
         self._routed += [layer.tokens for layer, ref in zip(found, group.refs, strict=True) if ref.expert]
 
@@ -173,15 +180,7 @@ def initial_report(run: RunContext) -> PruneReport:
             **quantization_facts(run),
             **wrapper_facts(run.skeleton),
         },
-        sparsity={
-            "pattern": run.sparsity.name,
-            "meaning": run.sparsity.describe(run.recipe.allocate != "uniform", run.structure.ratios),
-            "scope": run.sparsity.scope,
-            "fraction": float(run.pattern.sparsity) if run.pattern else 0.0,
-            "note": run.sparsity.speed_note(),
-            "removed": list(run.structure.summary),
-            "config": run.structure.changes,
-        },
+        sparsity=sparsity_facts(run),
         method={"name": run.recipe.label, "options": run.solver.options},
         recipe={"effort": job.effective_effort, **asdict(run.recipe)},
         calibration={
@@ -191,6 +190,7 @@ def initial_report(run: RunContext) -> PruneReport:
         },
         evaluation=None,
         coverage=coverage(plan),
+        quantization=grid_facts(run.grid) if run.grid else {},
         machine={
             "device": str(run.skeleton.device),
             "compute": str(run.skeleton.compute).removeprefix("torch."),
@@ -202,11 +202,39 @@ def initial_report(run: RunContext) -> PruneReport:
     )
 
 
+def sparsity_facts(run: RunContext) -> dict[str, Any]:
+    """What is pruned, or was before where nothing more is."""
+    facts: dict[str, Any] = {
+        "pattern": run.sparsity.name,
+        "meaning": run.sparsity.describe(run.recipe.allocate != "uniform", run.structure.ratios),
+        "scope": run.sparsity.scope,
+        "fraction": float(run.pattern.sparsity) if run.pattern else 0.0,
+        "note": run.sparsity.speed_note(),
+        "removed": list(run.structure.summary),
+        "config": run.structure.changes,
+    }
+    if run.held is not None:
+        facts = dict(run.held.sparsity)
+    return facts | {"note": "; ".join(filter(None, [facts["note"], run.grid.speed_note() if run.grid else ""]))}
+
+
 def quantization_facts(run: RunContext) -> dict[str, str]:
     """How the source stores its weights, and the dtype they were dequantised to; empty where they are plain."""
     if run.source.quantization is None:
         return {}
     return {"stored_as": run.source.quantization.form, "dequantized_to": run.dequantized_dtype}
+
+
+def grid_facts(grid: Grid) -> dict[str, Any]:
+    """The grid of the written weights, and the format in which they are stored."""
+    return {
+        "grid": grid.name,
+        "meaning": grid.describe(),
+        "bits": grid.bits,
+        "group_size": grid.group or None,
+        "scale_dtype": str(grid.scale_dtype).removeprefix("torch."),
+        "format": f"compressed-tensors, {format_of(grid)}",
+    }
 
 
 def wrapper_facts(skeleton: Skeleton) -> dict[str, Any]:
@@ -247,6 +275,7 @@ def layer_reports(
             stats=solution.stats
             | _shrinkage(stats)
             | (spectrum.figures(solution.stats.get("damping_lambda")) if spectrum else {}),
+            grid=solution.scales.grid.name if solution.scales else "",
         )
         for ref, problem, solution, weight, error in found
     ]
@@ -299,7 +328,8 @@ def write_companions(run: RunContext, report: PruneReport) -> None:
         f"left out: {path.relative_to(run.source.folder)} is a link that leaves the model folder, or no regular file"
         for path in copy_companions(run.source.folder, run.unfinished)
     ]
-    copy_json(run.source.folder / "config.json", run.unfinished / "config.json", partial(pruned_config, run))
+    quantized = [layer.name for layer in report.layers if layer.grid]
+    copy_json(run.source.folder / "config.json", run.unfinished / "config.json", partial(pruned_config, run, quantized))
     report.size = {
         "dense": run.skeleton.checkpoint.folder.nbytes,
         "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
@@ -310,8 +340,14 @@ def write_companions(run: RunContext, report: PruneReport) -> None:
     write_report(report, run.unfinished)
 
 
-def pruned_config(run: RunContext, source: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's config with the sizes and the dtype of the pruned model; all else stays."""
+def pruned_config(run: RunContext, quantized: Collection[str], source: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's config with the sizes and the dtype of the pruned model; all else stays.
+
+    Args:
+        run: the job.
+        quantized: full names of the layers on a grid.
+        source: the source's config.
+    """
     config: dict[str, Any] = without_quantization(without_origins(source))
     if changes := run.structure.changes:
         section = text_section(run.config)
@@ -326,6 +362,8 @@ def pruned_config(run: RunContext, source: Mapping[str, Any]) -> dict[str, Any]:
         # Older readers know the older name only.
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
         config |= dict.fromkeys(names, dtype)
+    if run.grid is not None:
+        config["quantization_config"] = config_section(run.grid, run.skeleton, quantized)
     return config
 
 

@@ -26,7 +26,9 @@ def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
     Raises:
         InputError: method, options or flags do not fit what is to go.
     """
-    sparsity = parse_sparsity(job.sparsity)
+    sparsity, grid = parse_sparsity(job.sparsity), job.grid
+    if sparsity.pattern is None and not sparsity.removals and grid is None:
+        raise InputError("--sparsity none leaves nothing to be done", "add --quantize int4, or name a pattern")
     _check_method(job, sparsity)
     recipe, options = job.recipe, dict(job.options)
     # Options are those of the method that was named; of a pair, the method of the weights.
@@ -43,7 +45,7 @@ def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
         )
     if sparsity.narrows and job.scope == "layer":
         raise InputError("--scope layer cannot be exact where rows are removed", "use --scope row")
-    if sparsity.removals and sparsity.pattern is None and (job.only or job.skip):
+    if sparsity.removals and sparsity.pattern is None and grid is None and (job.only or job.skip):
         raise InputError(
             f"--only and --skip do not apply to {sparsity.name}",
             "a config has one width, one number of heads and one of experts for all",
@@ -52,16 +54,17 @@ def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
         raise InputError(f"--round-to does not apply to {sparsity.name}", "it is for channels:...")
     recipe = applicable(recipe, job, sparsity)
     sharding = RowSharding(group)
-    inner = None if method is None else LayerSolver(method, recipe, sharding)
+    inner = LayerSolver(method, recipe, sharding) if method or grid else None
     experts = None
     if sparsity.drops_experts:
         experts = load_expert_criterion(recipe.expert_criterion, options if for_experts else {})
     if inner is not None and not sparsity.narrows:
-        return Procedure(sparsity, recipe, inner, sharding, experts)
+        return Procedure(sparsity, recipe, inner, sharding, experts, grid)
     criterion = None
     if sparsity.narrows:
         criterion = load_criterion(recipe.criterion, options if for_criterion and not for_experts else {})
-    return Procedure(sparsity, recipe, StructuredSolver(criterion, recipe, inner, sharding), sharding, experts)
+    solver = StructuredSolver(criterion, recipe, inner, sharding)
+    return Procedure(sparsity, recipe, solver, sharding, experts, grid)
 
 
 def _check_method(job: Job, sparsity: Sparsity) -> None:
@@ -72,6 +75,11 @@ def _check_method(job: Job, sparsity: Sparsity) -> None:
         or (job.method in EXPERT_CRITERIA and sparsity.drops_experts)
     ):
         return
+    if sparsity.pattern is None and not sparsity.removals:
+        raise InputError(
+            f"--method {job.method} does not apply to --sparsity {sparsity.name}: no weight is pruned",
+            "leave it out: --effort says how weights are quantised",
+        )
     tables = {"rule for single weights": METHODS if sparsity.pattern else {}}
     tables["score for whole experts"] = EXPERT_CRITERIA if sparsity.drops_experts else {}
     tables["score for whole channels and heads"] = CRITERIA if sparsity.narrows else {}
@@ -93,6 +101,10 @@ def applicable(recipe: Recipe, job: Job, sparsity: Sparsity) -> Recipe:
             f"--allocate {job.allocate} does not apply to {sparsity.name}",
             all_alike or "a config has one width and one number for all",
         )
+    if job.grid_passes is not None and job.grid is None:
+        raise InputError(f"--grid-passes {job.grid_passes} does not apply", "leave it out, or add --quantize")
+    if job.grid is None:
+        recipe = replace(recipe, grid_passes=0)
     if job.guard is not None and not sparsity.drops_experts:
         raise InputError(
             f"--{'' if job.guard else 'no-'}guard does not apply to {sparsity.name}",
@@ -107,6 +119,8 @@ def applicable(recipe: Recipe, job: Job, sparsity: Sparsity) -> Recipe:
         )
     if recipe.steps > 1 and not sparsity.narrows:
         raise InputError(f"--steps {recipe.steps} does not apply to {sparsity.name}", "leave it out")
+    if not sparsity.removals:
+        return replace(recipe, permute=False, allocate="uniform", refit=False)
     if job.ridge:
         raise InputError(
             f"--ridge {job.ridge:g} does not apply to {sparsity.name}", "leave it out: held-out tokens choose the ridge"

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import CheckError, InputError
-from llmprune.export.verify import check_layers, patterns_of
+from llmprune.export.verify import check_layers, grids_of, patterns_of
+from llmprune.export.verify_grid import off_grid
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.allocation import allocate
 from llmprune.pipeline.context import RunContext
+from llmprune.pipeline.quantized_form import open_quantized
 from llmprune.pipeline.state import GENERATED, names_of, parsed
 from llmprune.progress import Progress
 from llmprune.pruning.experts.problem import Choice, super_experts
 from llmprune.pruning.experts.refit import refit
+from llmprune.pruning.grid import Grid
 from llmprune.pruning.linalg import clamped_ratio, error_terms
 from llmprune.pruning.pattern import SparsityPattern
 from llmprune.reporting.report import BlockReconstruction, MixtureReport, PruneReport
@@ -188,6 +191,11 @@ def block_patterns(
     return parsed(run.group.broadcast_object(names_of(patterns)), pattern.scope)
 
 
+def grid_for(run: RunContext, group: Group) -> Grid | None:
+    """The grid of a group's weights: None where its layer only loses inputs."""
+    return run.grid if group.refs[0].name in run.plan.names else None
+
+
 def pattern_for(run: RunContext, group: Group, pattern: SparsityPattern | None) -> SparsityPattern | None:
     """The pattern of a group's weights: None where its layer only loses inputs."""
     return pattern if group.refs[0].name in run.plan.names else None
@@ -268,11 +276,16 @@ def skeleton_of(run: RunContext, folder: Path) -> Skeleton:
     dense = folder == run.source.folder
     return Skeleton(
         run.source.config if dense else run.config,
-        run.skeleton.checkpoint.folder if dense else SafetensorsFolder(folder),
+        run.skeleton.checkpoint.folder if dense else weights_of(run, folder),
         compute=run.skeleton.compute,
         device=run.skeleton.device,
         trust_remote_code=run.job.trust_remote_code,
     )
+
+
+def weights_of(run: RunContext, folder: Path) -> SafetensorsFolder:
+    """The tensors of the pruned model in `folder`, in floating point."""
+    return SafetensorsFolder(folder) if run.grid is None else open_quantized(folder, run.grid)
 
 
 def verify_written(run: RunContext, report: PruneReport, progress: Progress) -> None:
@@ -288,3 +301,7 @@ def verify_written(run: RunContext, report: PruneReport, progress: Progress) -> 
     progress.finish()
     if bad := [check for check in checks if check.violations]:
         raise CheckError(f"{bad[0].name!r} misses {bad[0].violations} zeros of {run.sparsity.name}", "please report it")
+    if run.grid is not None:
+        skeleton = skeleton_of(run, run.unfinished)
+        if wrong := off_grid(run.unfinished, skeleton.checkpoint, grids_of(report, skeleton)):
+            raise CheckError(f"a layer is not on the grid {run.grid.name}: {wrong[0]}", "please report it")

@@ -224,6 +224,7 @@ def fingerprint_of(run: RunContext) -> dict[str, str]:
         FORMAT: VERSION,
         "--sparsity": run.sparsity.name,
         "--scope": run.sparsity.scope,
+        **({"--quantize": f"{run.grid.name}, scales in {run.grid.scale_dtype}"} if run.grid else {}),
         **{FLAGS.get(key, f"--{key.replace('_', '-')}"): value for key, value in asdict(run.recipe).items()},
         "--option": run.solver.options,
         "sizes": run.structure.changes,

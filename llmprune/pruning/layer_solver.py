@@ -1,4 +1,4 @@
-"""Solves a group of layers: dense targets, permutation, an iterative schedule of the method, refit."""
+"""Solves a group of layers: dense targets, permutation, an iterative schedule of the method, refit, quantisation."""
 
 from __future__ import annotations
 
@@ -8,52 +8,55 @@ import torch
 from torch import Tensor
 
 from llmprune.pruning.dense_targets import DenseTarget, dense_targets
+from llmprune.pruning.grid import Grid
 from llmprune.pruning.least_squares import refit
 from llmprune.pruning.methods import Method
 from llmprune.pruning.parallel import RowSharding
 from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.permutation import choose, saliency
 from llmprune.pruning.problem import GroupProblem, GroupSolution, InputStats, LayerSolution, Status, unchanged
+from llmprune.pruning.quantize import quantize
 from llmprune.pruning.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSolver:
-    """Prunes the weights of a group of layers.
+    """Prunes and quantises the weights of a group of layers.
 
     Args:
-        method: chooses the mask, and weights on it.
+        method: chooses the mask, and weights on it; None where no weight is pruned.
         recipe: the stages around the method.
         sharding: the processes that solve together.
     """
 
-    method: Method
+    method: Method | None
     recipe: Recipe
     sharding: RowSharding = field(default_factory=RowSharding)
 
     @property
     def options(self) -> dict[str, float]:
         """The options of the method."""
-        return asdict(self.method)  # type: ignore[call-overload, no-any-return]
+        return asdict(self.method) if self.method else {}  # type: ignore[call-overload]
 
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that the method needs beyond the Gram."""
-        return self.method.needs
+        return self.method.needs if self.method else frozenset()
 
     @property
     def zero_threshold(self) -> float | None:
         """No method counts zeros."""
         return None
 
-    def solve(self, problem: GroupProblem, pattern: SparsityPattern | None) -> GroupSolution:
-        """Prune the layers of one group.
+    def solve(self, problem: GroupProblem, pattern: SparsityPattern | None, grid: Grid | None = None) -> GroupSolution:
+        """Prune and quantise the layers of one group.
 
         Args:
             problem: the group.
-            pattern: the sparsity pattern of the weights; None leaves them as they are.
+            pattern: the sparsity pattern of the weights; None keeps all.
+            grid: of the weights that are kept; None allows any value.
         """
-        if pattern is None:
+        if pattern is None and grid is None:
             return unchanged(problem)
         dense = self.recipe.targets == "dense"
         wanted = dense_targets(problem, group=self.sharding.group) if dense else DenseTarget(problem)
@@ -61,26 +64,30 @@ class LayerSolver:
         order, retries = self._order(goal, pattern, problem.classes)
         if order is not None:
             goal = permuted(goal, order)
-            solutions = [reordered(s, order.argsort()) for s in self._stages(goal, pattern)]
+        solutions = self._stages(goal, pattern) if pattern else unchanged(goal).layers
+        if grid is not None:
+            solutions = quantize(goal, solutions, grid, self.recipe.grid_passes)
+        if order is not None:
+            solutions = [reordered(solution, order.argsort()) for solution in solutions]
             for solution in solutions:
                 solution.stats["permuted"] = 1.0
-        else:
-            solutions = self._stages(goal, pattern)
         for solution, strength in zip(solutions, wanted.strengths, strict=False):
             solution.stats["target_strength"] = strength
         solutions = [with_stats(s, target_retries=wanted.retries, order_retries=retries) for s in solutions]
-        # What was solved together is the same in all processes already, but for a refit behind it.
-        return GroupSolution(self.sharding.agreed(solutions) if self.recipe.refit else solutions, order)
+        # What was solved together is the same in all processes already, but for what every process does behind it.
+        apart = self.recipe.refit or grid is not None
+        return GroupSolution(self.sharding.agreed(solutions) if apart else solutions, order)
 
     def solve_once(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """The solutions of the method alone, without the stages around it."""
+        assert self.method is not None
         return self.sharding.solve(self.method.solve, problem, pattern)
 
     def _order(
-        self, goal: GroupProblem, pattern: SparsityPattern, classes: tuple[Tensor, ...]
+        self, goal: GroupProblem, pattern: SparsityPattern | None, classes: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, int]:
         """An order that keeps more, None for the one that is; and how often the damping of its scores was raised."""
-        if not classes or not self.recipe.permute or not pattern.permutable:
+        if not classes or not self.recipe.permute or pattern is None or not pattern.permutable:
             return None, 0
         (layer,) = goal.layers
         score, retries = saliency(layer.weight, goal.stats.gram)
@@ -143,4 +150,5 @@ def permuted(problem: GroupProblem, order: Tensor) -> GroupProblem:
 
 def reordered(solution: LayerSolution, order: Tensor) -> LayerSolution:
     """The same solution with its inputs in another order."""
-    return replace(solution, weight=solution.weight[:, order], mask=solution.mask[:, order])
+    scales = solution.scales and replace(solution.scales, group_of=solution.scales.group_of[order])
+    return replace(solution, weight=solution.weight[:, order], mask=solution.mask[:, order], scales=scales)

@@ -94,7 +94,10 @@ class RowSharding:
             mask = mask.to(torch.uint8)
         self.group.broadcast_now(weight, owner)
         self.group.broadcast_now(mask, owner)
-        return LayerSolution(weight, mask.bool(), Status(head[0]), head[1])
+        scales = own.scales if own is not None else None
+        if scales is not None:
+            self.group.broadcast_now(scales.values, owner)
+        return LayerSolution(weight, mask.bool(), Status(head[0]), head[1], scales)
 
 
 def _head(solution: LayerSolution) -> list[Any]:

@@ -8,6 +8,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from llmprune.pruning.grid import Grid
+
 
 class Status(StrEnum):
     """How a layer's solution came about."""
@@ -101,6 +103,25 @@ class GroupProblem:
 
 
 @dataclass(frozen=True, slots=True)
+class Scales:
+    """The scales of a quantised weight.
+
+    Args:
+        grid: of the weight.
+        values: `(out, groups)`, float32.
+        group_of: `(in,)`, int64, the group of every input, in the order of the weight's inputs.
+    """
+
+    grid: Grid
+    values: Tensor
+    group_of: Tensor
+
+    def spread(self) -> Tensor:
+        """The scale of every weight, `(out, in)`."""
+        return self.values[:, self.group_of]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSolution:
     """New weights on an exact support.
 
@@ -109,12 +130,14 @@ class LayerSolution:
         mask: `(out, in)`, bool, True = kept.
         status: how the solution came about.
         stats: figures worth reporting, such as the damping that was used.
+        scales: those of a weight on a grid; None where any value is allowed.
     """
 
     weight: Tensor
     mask: Tensor
     status: Status = Status.OK
     stats: dict[str, float] = field(default_factory=dict)
+    scales: Scales | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,16 @@ class Recipe:
         label="shrinkage",
         guesses=("shrink", "pool_experts"),
     )
+    grid_passes: int = knob(
+        0,
+        "recipe",
+        "quantisation: passes of least-squares scales and coordinate descent over the codes, behind the sweep with "
+        "error feedback",
+        whole(0, metavar="K"),
+        applies_to="--quantize",
+        label="{} grid passes",
+        guesses=("quantize_passes", "descent", "grid_steps"),
+    )
     refit: bool = knob(
         False,
         "recipe",
@@ -148,7 +158,7 @@ class Recipe:
         """The method and every setting that is not the plain method's, in one phrase."""
         settings = [(each, getattr(self, each.name)) for each in knobs_of(Recipe) if each.label]
         return " + ".join(
-            [self.label, *(each.label.format(value) for each, value in settings if value != each.default)]
+            [self.label or "grid", *(each.label.format(value) for each, value in settings if value != each.default)]
         )
 
 
@@ -161,6 +171,7 @@ class Stages:
     steps: int | None = optional(Recipe, "steps")
     ridge: float | None = optional(Recipe, "ridge")
     shrinkage: bool | None = optional(Recipe, "shrinkage")
+    grid_passes: int | None = optional(Recipe, "grid_passes")
     refit: bool | None = optional(Recipe, "refit")
     reconstruct: int | None = optional(Recipe, "reconstruct")
     self_calibration: float | None = optional(Recipe, "self_calibration")
@@ -169,16 +180,23 @@ class Stages:
 
 
 EFFORTS = {
-    "fast": Recipe("sparsegpt"),
-    "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3, shrinkage=True),
+    "fast": Recipe("sparsegpt", grid_passes=1),
+    "balanced": Recipe("admm", targets="dense", permute=True, ridge=0.3, shrinkage=True, grid_passes=4),
     "best": Recipe(
-        "admm", targets="dense", permute=True, ridge=0.3, shrinkage=True, reconstruct=2, self_calibration=3.0
+        "admm",
+        targets="dense",
+        permute=True,
+        ridge=0.3,
+        shrinkage=True,
+        grid_passes=4,
+        reconstruct=2,
+        self_calibration=3.0,
     ),
 }
 STRUCTURED_EFFORTS = {
-    "fast": Recipe("", criterion="wanda", expert_criterion="wanda"),
-    "balanced": Recipe("", targets="dense", criterion="wanda", expert_criterion="wanda"),
-    "best": Recipe("", targets="dense", criterion="wanda", expert_criterion="wanda", reconstruct=4),
+    "fast": Recipe("", criterion="wanda", expert_criterion="wanda", grid_passes=1),
+    "balanced": Recipe("", targets="dense", criterion="wanda", expert_criterion="wanda", grid_passes=4),
+    "best": Recipe("", targets="dense", criterion="wanda", expert_criterion="wanda", grid_passes=4, reconstruct=4),
 }
 """What the efforts stand for where channels, heads or experts are removed and no weights after that."""
 DEFAULT_EFFORT = "balanced"
@@ -191,13 +209,15 @@ def make_recipe(
 
     Args:
         method: a name of the METHODS table, alone unless flags add to it, or `auto` for what `effort` stands for; '' if
-            nothing but channels, heads or experts goes.
+            nothing but channels, heads or experts goes, or weights are quantised and none pruned.
         effort: a name of EFFORTS.
         flags: fields set by the user; None where nothing was said.
         criterion: a name of the CRITERIA table, or `auto`; None if no channels or heads go.
         experts: a name of the EXPERT_CRITERIA table, or `auto`; None if no experts go.
     """
     base = EFFORTS[effort] if method == AUTO else Recipe(method)
+    if not method and criterion is None and experts is None:
+        base = replace(EFFORTS[effort], method="", permute=False)
     if criterion is not None or experts is not None:
         usual = STRUCTURED_EFFORTS[effort]
         if not method:

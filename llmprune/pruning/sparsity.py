@@ -1,7 +1,7 @@
 """What a run prunes: channels, heads and experts, which are removed, and then weights by a pattern.
 
 `channels:25%` takes MLP channels out of every block, `heads:33%` attention heads, `experts:25%` whole experts;
-`channels:20%+2:4` first makes the model smaller, then sparse.
+`channels:20%+2:4` first makes the model smaller, then sparse; `none` prunes nothing, where weights are only quantised.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from llmprune.errors import InputError
 from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern, percent
 
 Kind = Literal["channels", "heads", "experts"]
+NONE = "none"
 HINT = "channels:25%, heads:33%, experts:25%, a pattern such as 2:4 or 50%, or several of them with + between"
 WORDS: dict[Kind, str] = {"channels": "MLP channels", "heads": "attention heads", "experts": "experts"}
 
@@ -68,7 +69,7 @@ class Sparsity:
     @property
     def name(self) -> str:
         """Canonical spelling, as `parse_sparsity` reads it."""
-        return "+".join(part.name for part in (*self.removals, self.pattern) if part is not None)
+        return "+".join(part.name for part in (*self.removals, self.pattern) if part is not None) or NONE
 
     @property
     def narrows(self) -> bool:
@@ -96,7 +97,11 @@ class Sparsity:
         pattern = self.pattern.describe() if self.pattern is not None else ""
         if self.pattern is not None and nonuniform:
             pattern = f"{percent(self.pattern.sparsity)} unstructured on average, every block with a ratio of its own"
-        return ", then ".join(filter(None, (removed, pattern)))
+        return ", then ".join(filter(None, (removed, pattern))) or "no weight is pruned"
+
+    def __bool__(self) -> bool:
+        """Whether anything is pruned."""
+        return bool(self.removals) or self.pattern is not None
 
     def speed_note(self) -> str:
         """What it does to file size and speed."""
@@ -117,6 +122,8 @@ def parse_sparsity(text: str, scope: Scope = "layer") -> Sparsity:
     Raises:
         InputError: for anything else, with a hint.
     """
+    if text.strip().lower() == NONE:
+        return Sparsity((), None)
     removals: list[Removal] = []
     pattern: SparsityPattern | None = None
     for part in text.split("+"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from llmprune.pruning.criteria import Criterion
 from llmprune.pruning.criteria.problem import RemovalProblem
 from llmprune.pruning.criteria.reconstruct import least_squares, on_support, reconstruct
+from llmprune.pruning.grid import Grid
 from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.linalg import relative_error
 from llmprune.pruning.parallel import RowSharding
@@ -60,23 +61,24 @@ class StructuredSolver:
         """Fraction of the root mean square up to which an input counts as zero, if zeros are counted."""
         return self.criterion.zero_threshold if self.criterion else None
 
-    def solve(self, problem: GroupProblem, pattern: SparsityPattern | None) -> GroupSolution:
-        """Remove the inputs that `problem.removal` asks for, then prune the kept weights.
+    def solve(self, problem: GroupProblem, pattern: SparsityPattern | None, grid: Grid | None = None) -> GroupSolution:
+        """Remove the inputs that `problem.removal` asks for, then prune and quantise the kept weights.
 
         Args:
             problem: the group; one of several layers, or without a removal, is only pruned.
             pattern: the sparsity pattern of the kept weights; None leaves them.
+            grid: of the kept weights; None allows any value.
         """
         if problem.removal is None:
-            return self._pruned(problem, pattern)
+            return self._pruned(problem, pattern, grid)
         solution, kept = self._removed(problem, problem.removal)
         found = GroupSolution([solution], kept)
-        if pattern is not None and self.inner is not None:
-            found = self._sparse(problem, solution, kept, pattern)
+        if (pattern or grid) and self.inner is not None:
+            found = self._sparse(problem, solution, kept, pattern, grid)
         return GroupSolution(self.sharding.agreed(found.layers), self.sharding.agreed_order(found.order))
 
-    def _pruned(self, problem: GroupProblem, pattern: SparsityPattern | None) -> GroupSolution:
-        return unchanged(problem) if self.inner is None else self.inner.solve(problem, pattern)
+    def _pruned(self, problem: GroupProblem, pattern: SparsityPattern | None, grid: Grid | None) -> GroupSolution:
+        return unchanged(problem) if self.inner is None else self.inner.solve(problem, pattern, grid)
 
     def solve_once(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:
         """The solutions of the method of the weights alone, without the stages around it."""
@@ -140,9 +142,10 @@ class StructuredSolver:
         problem: GroupProblem,
         solution: LayerSolution,
         kept: Tensor,
-        pattern: SparsityPattern,
+        pattern: SparsityPattern | None,
+        grid: Grid | None,
     ) -> GroupSolution:
-        """Prune the kept weights, as a problem of its own."""
+        """Prune and quantise the kept weights, as a problem of its own."""
         weight = solution.weight
         if self.recipe.compensate:
             fitted = relative_error(problem.layers[0].weight, weight, problem.stats)
@@ -153,12 +156,17 @@ class StructuredSolver:
         classes = classes_left(problem.classes, kept, weight.shape[1])
         left = tuple(slots for slots, stays in classes if stays.any())
         inner = GroupProblem((small,), InputStats(problem.stats.tokens, gram, scale=scale), left)
-        result = self._pruned(inner, pattern)
+        result = self._pruned(inner, pattern, grid)
         (found,), order = result.layers, result.order
         whole, mask = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
         whole[:, kept], mask[:, kept] = found.weight, found.mask
         status = solution.status if found.status is Status.OK else found.status
+        scales = found.scales
+        if scales is not None:
+            group_of = torch.zeros_like(weight[0], dtype=torch.int64)
+            group_of[kept] = scales.group_of
+            scales = replace(scales, group_of=group_of)
         return GroupSolution(
-            [LayerSolution(whole, mask, status, {**solution.stats, **found.stats})],
+            [LayerSolution(whole, mask, status, {**solution.stats, **found.stats}, scales)],
             kept if order is None else kept[order.to(kept.device)],
         )

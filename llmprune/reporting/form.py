@@ -66,8 +66,9 @@ FORM: Mapping[str, Any] = {
                  "*": _scalar},
     "layers": [{
         "name": _text, "shape": _shape, "pattern": _text, "pruned": _whole, "unpruned_zeros": _whole,
-        "error": _number, "status": _text, "tokens": _whole, "stats": {"*": _number},
+        "error": _number, "status": _text, "tokens": _whole, "stats": {"*": _number}, "grid?": _text,
     }],
+    "quantization?": {"grid?": _text, "meaning?": _text, "bits?": _whole, "group_size?": (_whole,), "*": _scalar},
     "reconstructions": [{"block": _text, "before": _number, "after": _number, "skipped_steps?": _whole}],
     "mixtures?": [{
         "block": _text, "experts": _whole, "kept": [_whole], "super_experts": [_whole], "tokens": [_whole],

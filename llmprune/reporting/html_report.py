@@ -16,6 +16,7 @@ from llmprune.reporting.words import (
     duration,
     escape,
     evaluation_text,
+    grid_text,
     parameters_text,
     perplexity_text,
     pruned_text,
@@ -95,7 +96,7 @@ def report_page(report: PruneReport) -> str:
         [
             f"<h1>{escape(model)}, {escape(report.sparsity['pattern'])}</h1>",
             f'<p class="note">{escape(report.sparsity["meaning"])}; method {escape(report.method["name"])}</p>',
-            *(f'<p class="note">{escape(text)}</p>' for text in report.sparsity["removed"]),
+            *(f'<p class="note">{escape(text)}</p>' for text in [*report.sparsity["removed"], *grid_notes(report)]),
             *(f'<p class="warning">{escape(text)}</p>' for text in report.warnings),
             facts(report),
             *_errors(report),
@@ -107,6 +108,11 @@ def report_page(report: PruneReport) -> str:
             *_provenance(report),
         ],
     )
+
+
+def grid_notes(report: PruneReport) -> list[str]:
+    """How the written weights are quantised, if they are."""
+    return [f"quantised: {text}"] if (text := grid_text(report.quantization)) else []
 
 
 def page(title: str, parts: Iterable[str]) -> str:

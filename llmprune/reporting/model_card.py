@@ -15,6 +15,7 @@ from llmprune.reporting.words import (
     calibration_text,
     error_text,
     evaluation_text,
+    grid_text,
     loader_of,
     markdown,
     parameters_text,
@@ -81,8 +82,8 @@ def model_card(report: PruneReport, source: Path) -> str:
     parts = [
         f"---\n{_metadata(report, source, name)}\n---",
         f"# {name}",
-        f"{markdown(_origin(report, source))} pruned with llmprune {report.llmprune}: {report.sparsity['meaning']}, "
-        f"by {recipe_text(report.recipe)}.",
+        f"{markdown(_origin(report, source))} {_done(report)} with llmprune {report.llmprune}: "
+        f"{_meaning(report)}, by {recipe_text(report.recipe)}.",
         f"| | |\n|---|---|\n{rows}",
         *(f"> {markdown(warning)}" for warning in report.warnings),
         "## Load",
@@ -101,8 +102,21 @@ def model_card(report: PruneReport, source: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _done(report: PruneReport) -> str:
+    """What was done to the model, in a word or two."""
+    pruned = report.sparsity["fraction"] > 0 or report.sparsity["removed"]
+    return " and ".join((["pruned"] if pruned else []) + (["quantised"] if report.quantization else []))
+
+
+def _meaning(report: PruneReport) -> str:
+    parts = [report.sparsity["meaning"]] if _done(report) != "quantised" else []
+    return "; ".join(parts + ([report.quantization["meaning"]] if report.quantization else []))
+
+
 def _readers(report: PruneReport) -> str:
     """What reads the folder."""
+    if report.quantization:
+        return ""
     # Of wrappers, no other reader was tried.
     removed = [] if report.model.get("parameters_beside") else report.sparsity["removed"]
     zeros = ZEROS if report.sparsity["fraction"] > 0 else ""
@@ -155,13 +169,21 @@ def _metadata(report: PruneReport, source: Path, name: str) -> str:
         base_model=_base(report, inherited),
         library_name="transformers",
         pipeline_tag="text-generation" if loader_of(report.model) == CAUSAL else "image-text-to-text",
-        tags=["pruned", *(["sparse"] if report.sparsity["fraction"] else []), "llmprune", report.method["name"]],
+        tags=_tags(report),
         model_name=name if report.evaluation else None,
         eval_results=_results(report) or None,
         ignore_metadata_errors=True,
         **{key: inherited.get(key) for key in INHERITED},
     )
     return data.to_yaml()
+
+
+def _tags(report: PruneReport) -> list[str]:
+    """The tags of the card."""
+    tags = [*_done(report).replace("quantised", "quantized").split(" and ")]
+    tags += ["sparse"] if report.sparsity["fraction"] else []
+    tags += ["compressed-tensors"] if report.quantization else []
+    return [*tags, "llmprune", *filter(None, [report.method["name"]])]
 
 
 def _base(report: PruneReport, inherited: dict[str, Any]) -> Any:
@@ -232,6 +254,7 @@ def _facts(report: PruneReport) -> list[tuple[str, str]]:
     facts += [
         *([("dense weights", text)] if (text := quantization_text(report.model)) else []),
         *([("pruned part", text)] if (text := tower_text(report.model)) else []),
+        *([("quantised", text)] if (text := grid_text(report.quantization)) else []),
         *[("removed", text) for text in report.sparsity["removed"]],
         *([("parameters", parameters_text(report.model))] if report.sparsity["removed"] else []),
         *([] if removes_only(report.sparsity) else [("pattern", pattern)]),

@@ -36,6 +36,7 @@ class LayerReport:
     status: str
     tokens: int
     stats: dict[str, float]
+    grid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ class PruneReport:
     calibration: dict[str, Any]
     evaluation: dict[str, Any] | None
     coverage: dict[str, Any]
+    quantization: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     reconstructions: list[BlockReconstruction] = field(default_factory=list)
     mixtures: list[MixtureReport] = field(default_factory=list)

@@ -97,6 +97,13 @@ def quantization_text(model: Mapping[str, Any]) -> str:
     return f"stored as {form}; dequantised to {model.get('dequantized_to')}"
 
 
+def grid_text(quantization: Mapping[str, Any]) -> str:
+    """The grid of the written weights, and the format of the files; '' where they are floating point."""
+    if not quantization:
+        return ""
+    return f"{quantization['meaning']}; stored as {quantization['format']}"
+
+
 def tower_text(model: Mapping[str, Any]) -> str:
     """What of a wrapper was pruned, and what stayed; '' where a model is nothing but its language model."""
     if not (beside := model.get("parameters_beside")):

@@ -51,6 +51,12 @@ class Source:
     entries: Mapping[str, Entry] | None = None
     quantization: Quantization | None = None
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that its config names; None where it names none."""
+        found = self.config.dtype or self.config.get_text_config().dtype
+        return found if isinstance(found, torch.dtype) else None
+
     def weights(self, dtype: torch.dtype | None = None) -> SafetensorsFolder:
         """Its tensors, in floating point.
 

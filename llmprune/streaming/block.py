@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.errors import InputError
+from llmprune.model import compressed_tensors
 from llmprune.model.blocks import LayerRef, find_layers
 from llmprune.model.experts import ExpertMatrix, WatchedParameter, sliced_parameters, storage_of
 from llmprune.model.skeleton import Skeleton
-from llmprune.pruning.problem import LayerSolution
+from llmprune.pruning.problem import LayerSolution, Scales
 from llmprune.streaming.batch import Batch, hidden_of, own_state
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.expert_cut import ExpertCut
@@ -36,6 +37,7 @@ class Block:
     Attributes:
         layers: the layers to be pruned, by local name.
         changed: new values of parameters as they will be stored, by full name.
+        scales: of those that are on a grid, by full name.
         advanced: whether the batches have passed.
         dense_module: the block of the dense model; the same module unless experts are removed.
     """
@@ -59,6 +61,7 @@ class Block:
         self._folder = folder
         self._sliced = dict(sliced_parameters(self.module))
         self._orders: list[tuple[Coupling, Tensor]] = []
+        self.scales: dict[str, Scales] = {}
         self._kept_experts: Tensor | None = None
         self._borrowed: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -157,6 +160,8 @@ class Block:
         parameter = self.module.get_parameter(local).data
         if ref.expert is None:
             self.changed[ref.parameter] = (stored.T if ref.transposed else stored).contiguous().cpu()
+            if solution.scales is not None:
+                self.scales[ref.parameter] = solution.scales
         else:
             if ref.parameter not in self.changed:
                 self.changed[ref.parameter] = self.as_stored(local, parameter).clone().cpu()
@@ -251,14 +256,40 @@ class Block:
             name = f"{self.name}.{local}"
             if name in self.changed or checkpoint.stored_as_is(name):
                 self.changed[name] = values.complete(checkpoint.stored_dtype(name), self._folder)
+        spread = {name: self.as_stored(name, scales.spread()).cpu() for name, scales in self._local_scales().items()}
         for coupling, order in self._orders:
             names = dict.fromkeys(coupling.permuted_parameters(self.module) + coupling.sliced_parameters(self.module))
             current = {local: self._as_written(local) for local in names}
+            # A scale goes where its weight goes.
+            moved = permute_and_slice(coupling, order.cpu(), {**current, **spread}) if spread else {}
+            spread |= {local: moved[local] for local in spread.keys() & moved.keys()}
             for local, value in permute_and_slice(coupling, order.cpu(), current).items():
                 self._rewrite(local, value)
         self._orders.clear()
         sliced = {f"{self.name}.{local}": values.slices.export for local, values in self._sliced.items()}
-        return checkpoint.export(self.skeleton.block_parameters(self.index), self.changed, sliced)
+        tensors = checkpoint.export(self.skeleton.block_parameters(self.index), self.changed, sliced)
+        return self._on_grid(tensors, spread) if spread else tensors
+
+    def _local_scales(self) -> dict[str, Scales]:
+        return {name.removeprefix(f"{self.name}."): scales for name, scales in self.scales.items()}
+
+    def _on_grid(
+        self, tensors: Iterator[tuple[str, Tensor]], spread: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors on disk, with codes and scales in place of weights on a grid.
+
+        Args:
+            tensors: by their names on disk.
+            spread: the scale of every weight, as it is stored, by local name.
+        """
+        origin = self.skeleton.checkpoint.origin
+        local_of = {origin(f"{self.name}.{local}").names[0]: local for local in spread}
+        for disk, tensor in tensors:
+            if (local := local_of.get(disk)) is None:
+                yield disk, tensor
+                continue
+            grid, scale = self.scales[f"{self.name}.{local}"].grid, spread[local]
+            yield from compressed_tensors.written(disk, tensor, scale[:, :: grid.group or scale.shape[1]], grid)
 
     def movable(self, coupling: Coupling, dense: Collection[str]) -> bool:
         """Whether all that a permutation moves can be written, and no layer that must stay as it is takes part.

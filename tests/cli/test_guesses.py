@@ -82,7 +82,7 @@ WORDS = {
     "info": "--dry-run.*llmprune verify DIR",
     "help": "^hint: llmprune --help$",
     "version": "^hint: llmprune --version$",
-    "quantize": "only prunes",
+    "quantise": "llmprune quantize DIR int4",
     "verfy": "did you mean llmprune verify DIR",
     "verfy out --json": "did you mean llmprune verify out --json",
     "upload": "llmprune push DIR ORG/NAME",

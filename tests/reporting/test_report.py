@@ -29,7 +29,10 @@ SPREAD = {"processes", *(f"processes.{key}" for key in ("world_size", "tokens", 
 QUANTISED = {"model.stored_as", "model.dequantized_to"}
 WRAPPER = {"model.tower", "model.beside", "model.parameters_beside"}
 FEWER = {"seconds.experts"} | {f"mixtures[].{field.name}" for field in fields(MixtureReport)}
-SOMETIMES = {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD | WRAPPER | QUANTISED | FEWER
+GRID = {"quantization"} | {
+    f"quantization.{key}" for key in ("grid", "meaning", "bits", "group_size", "scale_dtype", "format")
+}
+SOMETIMES = {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD | WRAPPER | QUANTISED | FEWER | GRID
 
 
 @pytest.fixture(scope="module")

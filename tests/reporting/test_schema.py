@@ -78,11 +78,14 @@ def test_a_report_of_schema_1_is_read_and_written_as_the_current_one(first: dict
     (tmp_path / FILE).write_text(FIRST.read_text(encoding="utf-8"), encoding="utf-8")
     wanted = upgraded(first)
     blocks = [{**block, "expert_tokens": []} for block in wanted["blocks"]]
+    layers = [{**layer, "grid": ""} for layer in wanted["layers"]]
     assert PruneReport.read(tmp_path).to_json() == {
         **wanted,
         "fingerprint": {},
         "files": [],
         "blocks": blocks,
+        "layers": layers,
+        "quantization": {},
         "mixtures": [],
     }
 

@@ -1,0 +1,96 @@
+"""How a run stores weights on a grid: what the layers must fulfil, what the config says, how the files are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llmprune.errors import InputError
+from llmprune.model import compressed_tensors
+from llmprune.model.blocks import LayerRef
+from llmprune.model.dequantize import dequantized
+from llmprune.model.quantization import quantization_of
+from llmprune.model.reader import SafetensorsFolder
+from llmprune.model.selection import Plan
+from llmprune.model.skeleton import Skeleton
+from llmprune.pruning.grid import Grid
+from llmprune.structure.cut import Structure
+
+
+def fitted_grid(grid: Grid, skeleton: Skeleton, plan: Plan, structure: Structure) -> Grid:
+    """The grid with its group size and the dtype of its scales, for the layers of a plan.
+
+    Raises:
+        InputError: the weights of a layer cannot be stored on it.
+    """
+    widths = _widths(plan, structure)
+    dtypes = {skeleton.checkpoint.stored_dtype(layer.parameter) for layer in plan.layers}
+    if len(dtypes) > 1:
+        found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise InputError(f"the weights are stored as {found}, and a config names one dtype", "choose one: --dtype")
+    grid = grid.fitted(widths.values(), dtypes.pop())
+    for layer in plan.layers:
+        reason = _obstacle(layer, skeleton) or compressed_tensors.mismatch((layer.shape[0], widths[layer.name]), grid)
+        if reason:
+            smaller = "" if reason.startswith(WHOLE) else "choose another group size, such as int4:g32 or int8, or "
+            raise InputError(
+                f"{grid.name} does not fit layer {layer.name!r}: {reason}",
+                f"{smaller}leave such layers in floating point with --skip GLOB",
+            )
+    return grid
+
+
+WHOLE = "its weight is"
+
+
+def _obstacle(layer: LayerRef, skeleton: Skeleton) -> str:
+    """Why the format holds no layer of this kind, or ''."""
+    if layer.expert is not None:
+        return f"{WHOLE} a part of a tensor of all experts, and the format has linear layers only"
+    if layer.transposed:
+        return f"{WHOLE} stored transposed, and the format has linear layers only"
+    if not skeleton.checkpoint.stored_as_is(layer.parameter):
+        return f"{WHOLE} a part of another tensor on disk"
+    return ""
+
+
+def _widths(plan: Plan, structure: Structure) -> dict[str, int]:
+    """The number of inputs that every layer keeps, by its full name."""
+    cuts = structure.by_name
+    return {layer.name: cuts[layer.name].width if layer.name in cuts else layer.shape[1] for layer in plan.layers}
+
+
+def saved_bytes(grid: Grid, plan: Plan, structure: Structure) -> int:
+    """Bytes by which the files of a model get smaller; rows that are removed count as if they were stored."""
+    widths = _widths(plan, structure)
+    before = sum(layer.shape[0] * widths[layer.name] * grid.scale_dtype.itemsize for layer in plan.layers)
+    after = sum(compressed_tensors.written_bytes((layer.shape[0], widths[layer.name]), grid) for layer in plan.layers)
+    return before - after
+
+
+def config_section(grid: Grid, skeleton: Skeleton, quantized: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a model.
+
+    Args:
+        grid: of the weights.
+        skeleton: the model.
+        quantized: full names of the layers on the grid.
+    """
+    on_grid = set(quantized)
+    linear = {name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
+    dense = linear - on_grid
+    # Readers know a layer by the name of its module, or by that of its tensor on disk.
+    stored = skeleton.checkpoint
+    names = {f"{name}.weight" for name in dense if f"{name}.weight" in stored}
+    on_disk = {stored.origin(name).names[0].removesuffix(".weight") for name in names if stored.stored_as_is(name)}
+    return compressed_tensors.config_of(grid, dense | on_disk - on_grid)
+
+
+def open_quantized(folder: Path, grid: Grid) -> SafetensorsFolder:
+    """The tensors of a folder with weights on a grid, in floating point."""
+    how = quantization_of({"quantization_config": compressed_tensors.config_of(grid, ())})
+    assert how is not None
+    return dequantized(SafetensorsFolder(folder), how, grid.scale_dtype)

@@ -1,0 +1,214 @@
+"""Quantisation of a group of layers on given supports: error feedback, coordinate descent, least-squares scales.
+
+For targets W* and `A = H + λI`, every row w minimises `(w − w*)ᵀ A (w − w*)` over `w = s q` on its support, q on the
+grid. It starts from the weights that a method found on that support:
+
+1. scales by a search: of each group, the fraction of its largest weight with the least error, weighted by `diag A`;
+2. a sweep with error feedback (GPTQ, Frantar et al. 2022, with zeros held): column by column, in order of falling
+   `A_jj`, the rounding error is compensated by the columns that are still to come. Where that is worse than rounding
+   to the nearest, a row is rounded;
+3. passes: the scales that are optimal for the codes q (of all groups of a row jointly, a least-squares problem with
+   as many unknowns as groups), then coordinate descent: column by column, each q becomes the best for all others.
+
+No pass raises the error of a row, so the result is at least as good as rounding.
+
+Differs from GPTQ: scales are fitted to the Gram; the codes are changed after the sweep, as in QuantEase (Behdin et al.
+2023), which has neither supports nor new scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmprune.pruning.grid import Grid
+from llmprune.pruning.linalg import add_ridge, inverse_factor
+from llmprune.pruning.problem import GroupProblem, LayerSolution, Scales, Status
+
+DAMPING = 0.01
+BLOCK = 32
+"""Columns between two products of matrices."""
+ROWS_AT_A_TIME = 1024
+SHRINKS = torch.linspace(1.0, 0.4, 25).tolist()
+"""Fractions of a group's largest weight that are tried as the largest value of the grid."""
+
+
+def quantize(
+    problem: GroupProblem, solutions: list[LayerSolution], grid: Grid, passes: int, damping: float = DAMPING
+) -> list[LayerSolution]:
+    """The solutions with weights on a grid, on the same supports.
+
+    Args:
+        problem: with the targets as its weights; no calibration token, and the error is that of the weights.
+        solutions: where to start.
+        grid: of every layer.
+        passes: of new scales and coordinate descent.
+        damping: λ as a fraction of the mean diagonal of H.
+
+    Returns:
+        weights that are `s q` in float32, and their scales, in float32 but values of the grid's `scale_dtype`.
+    """
+    gram = problem.stats.gram
+    if problem.stats.tokens == 0:
+        gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factor = inverse_factor(gram, damping)
+    A = add_ridge(gram, factor.ridge)
+    del factor
+    # The sweep's order; the groups stay those of consecutive inputs.
+    order = A.diagonal().argsort(descending=True, stable=True)
+    upper = inverse_factor(gram[order][:, order], damping)
+    upper.upper.div_(upper.upper.diagonal()[:, None].clone())
+    found = [
+        _layer(_Rows(A, grid, upper.upper, order), layer.weight, solution, passes)
+        for layer, solution in zip(problem.layers, solutions, strict=True)
+    ]
+    if not upper.retries:
+        return found
+    more = {"grid_retries": float(upper.retries)}
+    return [replace(one, status=Status.DAMPING_RAISED, stats=one.stats | more) for one in found]
+
+
+def _layer(rows: _Rows, target: Tensor, solution: LayerSolution, passes: int) -> LayerSolution:
+    weight, scales = torch.empty_like(solution.weight), []
+    for at in range(0, len(target), ROWS_AT_A_TIME):
+        part = slice(at, at + ROWS_AT_A_TIME)
+        state = rows.begin(target[part].T, solution.weight[part].T, solution.mask[part].T)
+        for _ in range(passes):
+            rows.refit_scales(state)
+            rows.descend(state)
+        weight[part] = state.weight.T
+        scales.append(state.scale.T)
+    values = torch.cat(scales).contiguous()
+    return replace(solution, weight=weight, scales=Scales(rows.grid, values, rows.group_of))
+
+
+@dataclass(slots=True)
+class _State:
+    """Some rows of a layer, as columns.
+
+    Args:
+        target: W*, `(in, rows)`.
+        support: `(in, rows)`, bool.
+        weight: `s q`, `(in, rows)`.
+        scale: `(groups, rows)`.
+    """
+
+    target: Tensor
+    support: Tensor
+    weight: Tensor
+    scale: Tensor
+
+
+class _Rows:
+    """The steps for some rows of a layer.
+
+    Args:
+        A: `(in, in)`, symmetric positive definite.
+        grid: of the weights.
+        unit: U of `A⁻¹ = Uᵀ U` with its rows divided by their pivots, in the sweep's order, `(in, in)`.
+        order: of the sweep, `(in,)`.
+    """
+
+    def __init__(self, A: Tensor, grid: Grid, unit: Tensor, order: Tensor) -> None:
+        self.A, self.grid, self.unit, self.order = A, grid, unit, order
+        self.width = len(A)
+        self.groups = grid.groups(self.width)
+        self.group_of = torch.arange(self.width, device=A.device) // (self.width // self.groups)
+
+    def begin(self, target: Tensor, start: Tensor, support: Tensor) -> _State:
+        """The better of the sweep and of rounding to the nearest, row by row."""
+        target, start, support = target.contiguous(), start.contiguous(), support.contiguous()
+        scale = self._search(start)
+        rounded = self._rounded(start, scale[self.group_of])
+        state = _State(target, support, self._sweep(start.clone(), support, scale), scale)
+        state.weight = torch.where(
+            self._error(state.weight, target) < self._error(rounded, target), state.weight, rounded
+        )
+        return state
+
+    def _error(self, weight: Tensor, target: Tensor) -> Tensor:
+        """`(w − w*)ᵀ A (w − w*)` of every row, `(rows,)`."""
+        missed = weight - target
+        return (self.A @ missed).mul_(missed).sum(0)
+
+    def _rounded(self, values: Tensor, scale: Tensor) -> Tensor:
+        return self.grid.nearest(values / scale).mul_(scale)
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        """Scales as they can be stored, none of them zero."""
+        stored = scale.to(self.grid.scale_dtype)
+        return stored.clamp_(min=torch.finfo(stored.dtype).tiny).float()
+
+    def _grouped(self, values: Tensor) -> Tensor:
+        """`(groups, inputs of a group, rows)`, a view of `(in, rows)`."""
+        return values.view(self.groups, self.width // self.groups, -1)
+
+    def _search(self, weight: Tensor) -> Tensor:
+        """Scales, `(groups, rows)`, with the least error weighted by `diag A`; 1 for a group of zeros."""
+        grouped, cost = self._grouped(weight), self._grouped(self.A.diagonal()[:, None])
+        largest = grouped.abs().amax(1) / self.grid.highest
+        largest = torch.where(largest > 0, largest, 1.0)
+        best, least = self._stored(largest), torch.full_like(largest, torch.inf)
+        for shrink in SHRINKS:
+            scale = self._stored(largest * shrink)
+            error = (self._rounded(grouped, scale[:, None]).sub_(grouped).square_().mul_(cost)).sum(1)
+            better = error < least
+            best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        return best
+
+    def _sweep(self, weight: Tensor, support: Tensor, scale: Tensor) -> Tensor:
+        """Round column by column; columns to come compensate the error of `weight`, which is used up."""
+        order, result = self.order.tolist(), torch.empty_like(weight)
+        weight, group_of = weight[self.order], self.group_of[self.order].tolist()
+        for start in range(0, self.width, BLOCK):
+            stop = min(start + BLOCK, self.width)
+            missed = torch.empty_like(weight[start:stop])
+            for at in range(start, stop):
+                rounded = self._rounded(weight[at], scale[group_of[at]]).mul_(support[order[at]])
+                result[order[at]] = rounded
+                torch.sub(weight[at], rounded, out=missed[at - start])
+                weight[at + 1 : stop].addr_(self.unit[at, at + 1 : stop], missed[at - start], alpha=-1)
+            weight[stop:].addmm_(self.unit[start:stop, stop:].T, missed, alpha=-1)
+        return result
+
+    def descend(self, state: _State) -> None:
+        """One pass of coordinate descent: column by column, the best value of the grid for all other columns."""
+        A, weight, scale = self.A, state.weight, state.scale
+        diagonal, group_of = A.diagonal().tolist(), self.group_of.tolist()
+        gradient = A @ (weight - state.target)
+        for start in range(0, self.width, BLOCK):
+            stop = min(start + BLOCK, self.width)
+            ahead, moved = gradient[start:stop].clone(), torch.empty_like(weight[start:stop])
+            for at in range(start, stop):
+                free = torch.sub(weight[at], ahead[at - start], alpha=1 / diagonal[at])
+                new = self._rounded(free, scale[group_of[at]]).mul_(state.support[at])
+                torch.sub(new, weight[at], out=moved[at - start])
+                weight[at] = new
+                ahead[at + 1 - start :].addr_(A[at, at + 1 : stop], moved[at - start])
+            gradient.addmm_(A[:, start:stop], moved)
+
+    def refit_scales(self, state: _State) -> None:
+        """Scales that are optimal for the codes, for rows where they, as stored, lower the error."""
+        codes = state.weight / state.scale[self.group_of]
+        wanted = self._grouped((self.A @ state.target).mul_(codes)).sum(1).T
+        gram = torch.empty(wanted.shape[0], self.groups, self.groups, dtype=codes.dtype, device=codes.device)
+        size = self.width // self.groups
+        for group in range(self.groups):
+            inputs = slice(group * size, (group + 1) * size)
+            gram[:, group] = self._grouped((self.A[:, inputs] @ codes[inputs]).mul_(codes)).sum(1).T
+        old = state.scale.T
+        empty = gram.diagonal(dim1=1, dim2=2) == 0
+        system = gram + torch.diag_embed(empty + 1e-6 * gram.diagonal(dim1=1, dim2=2))
+        solved, info = torch.linalg.solve_ex(system, torch.where(empty, 0.0, wanted)[..., None])
+        new = torch.where(empty, old, solved[..., 0])
+        valid = (new > 0).all(1) & new.isfinite().all(1) & (info == 0)
+        new = self._stored(torch.where(valid[:, None], new, old))
+
+        def error(scale: Tensor) -> Tensor:
+            return ((gram @ scale[..., None])[..., 0] - 2 * wanted).mul_(scale).sum(1)
+
+        better = valid & (error(new) < error(old))
+        state.scale = torch.where(better[:, None], new, old).T.contiguous()
+        state.weight = codes.mul_(state.scale[self.group_of])
