@@ -120,7 +120,7 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
     if procedure.grid is not None:
         grid = fitted_grid(procedure.grid, skeleton, plan, structure)
         procedure = replace(procedure, grid=grid)
-        plan = replace(plan, out_bytes=plan.out_bytes - saved_bytes(grid, plan, structure))
+        plan = replace(plan, out_bytes=plan.out_bytes - saved_bytes(grid, skeleton, plan, structure))
     if "channel_scale" in solver.needs:
         check_channel_scales(skeleton, structure)
     if "norm_scale" in solver.needs:

@@ -26,14 +26,14 @@ def fitted_grid(grid: Grid, skeleton: Skeleton, plan: Plan, structure: Structure
     Raises:
         InputError: the weights of a layer cannot be stored on it.
     """
-    widths = _widths(plan, structure)
+    shapes = _shapes(skeleton, plan, structure)
     dtypes = {skeleton.checkpoint.stored_dtype(layer.parameter) for layer in plan.layers}
     if len(dtypes) > 1:
         found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise InputError(f"the weights are stored as {found}, and a config names one dtype", "choose one: --dtype")
-    grid = grid.fitted(widths.values(), dtypes.pop())
+    grid = grid.fitted((width for _, width in shapes.values()), dtypes.pop())
     for layer in plan.layers:
-        reason = _obstacle(layer, skeleton) or compressed_tensors.mismatch((layer.shape[0], widths[layer.name]), grid)
+        reason = _obstacle(layer, skeleton) or compressed_tensors.mismatch(shapes[layer.name], grid)
         if reason:
             smaller = "" if reason.startswith(WHOLE) else "choose another group size, such as int4:g32 or int8, or "
             raise InputError(
@@ -57,18 +57,20 @@ def _obstacle(layer: LayerRef, skeleton: Skeleton) -> str:
     return ""
 
 
-def _widths(plan: Plan, structure: Structure) -> dict[str, int]:
-    """The number of inputs that every layer keeps, by its full name."""
-    cuts = structure.by_name
-    return {layer.name: cuts[layer.name].width if layer.name in cuts else layer.shape[1] for layer in plan.layers}
+def _shapes(skeleton: Skeleton, plan: Plan, structure: Structure) -> dict[str, tuple[int, int]]:
+    """The shape `(out, in)` that every layer has in the end, by its full name."""
+    smaller, shapes = structure.shapes(skeleton), {}
+    for layer in plan.layers:
+        rows, width = smaller.get(layer.parameter, layer.shape) if layer.expert is None else layer.shape
+        shapes[layer.name] = (rows, width)
+    return shapes
 
 
-def saved_bytes(grid: Grid, plan: Plan, structure: Structure) -> int:
-    """Bytes by which the files of a model get smaller; rows that are removed count as if they were stored."""
-    widths = _widths(plan, structure)
-    before = sum(layer.shape[0] * widths[layer.name] * grid.scale_dtype.itemsize for layer in plan.layers)
-    after = sum(compressed_tensors.written_bytes((layer.shape[0], widths[layer.name]), grid) for layer in plan.layers)
-    return before - after
+def saved_bytes(grid: Grid, skeleton: Skeleton, plan: Plan, structure: Structure) -> int:
+    """Bytes by which the files of a model get smaller."""
+    shapes = _shapes(skeleton, plan, structure).values()
+    element = grid.scale_dtype.itemsize
+    return sum(rows * width * element - compressed_tensors.written_bytes((rows, width), grid) for rows, width in shapes)
 
 
 def config_section(grid: Grid, skeleton: Skeleton, quantized: Iterable[str]) -> dict[str, Any]:
@@ -80,13 +82,13 @@ def config_section(grid: Grid, skeleton: Skeleton, quantized: Iterable[str]) -> 
         quantized: full names of the layers on the grid.
     """
     on_grid = set(quantized)
-    linear = {name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
-    dense = linear - on_grid
+    modules = dict(skeleton.model.named_modules())
+    dense = {name for name, module in modules.items() if isinstance(module, nn.Linear)} - on_grid
     # Readers know a layer by the name of its module, or by that of its tensor on disk.
     stored = skeleton.checkpoint
     names = {f"{name}.weight" for name in dense if f"{name}.weight" in stored}
     on_disk = {stored.origin(name).names[0].removesuffix(".weight") for name in names if stored.stored_as_is(name)}
-    return compressed_tensors.config_of(grid, dense | on_disk - on_grid)
+    return compressed_tensors.config_of(grid, dense | on_disk - modules.keys())
 
 
 def open_quantized(folder: Path, grid: Grid) -> SafetensorsFolder:

@@ -38,6 +38,7 @@ class Block:
         layers: the layers to be pruned, by local name.
         changed: new values of parameters as they will be stored, by full name.
         scales: of those that are on a grid, by full name.
+        supports: of those, bool, True = kept; a weight that is kept may be zero on the grid.
         advanced: whether the batches have passed.
         dense_module: the block of the dense model; the same module unless experts are removed.
     """
@@ -62,6 +63,7 @@ class Block:
         self._sliced = dict(sliced_parameters(self.module))
         self._orders: list[tuple[Coupling, Tensor]] = []
         self.scales: dict[str, Scales] = {}
+        self.supports: dict[str, Tensor] = {}
         self._kept_experts: Tensor | None = None
         self._borrowed: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -161,7 +163,7 @@ class Block:
         if ref.expert is None:
             self.changed[ref.parameter] = (stored.T if ref.transposed else stored).contiguous().cpu()
             if solution.scales is not None:
-                self.scales[ref.parameter] = solution.scales
+                self.scales[ref.parameter], self.supports[ref.parameter] = solution.scales, solution.mask
         else:
             if ref.parameter not in self.changed:
                 self.changed[ref.parameter] = self.as_stored(local, parameter).clone().cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,12 @@ from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.batch import Batch, hidden_of
 from llmprune.streaming.batch_shards import validation_batches
 from llmprune.streaming.block import Block
+from llmprune.streaming.fake_quantize import SCALE as OF_SCALES
+from llmprune.streaming.fake_quantize import FakeQuantization
 
 RATE = 0.01  # of a parameter's root mean square, per step
+SCALE_RATE = 0.001
+"""The same of scales: each moves all weights of its group."""
 WHITENING = 0.5
 WARM_UP = 0.1
 BATCH_TOKENS = 1024
@@ -51,7 +55,7 @@ def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) ->
     parameter's root mean square, so it needs no tuning by model. Masks hold exactly: a pruned weight has no gradient.
     One batch in sixteen (at least one) is held out, of the solves too where there are so many; the epoch that did best
     there, with its weights as the file will hold them, is kept, or the block as it was. A step whose gradients are not
-    finite is left out.
+    finite is left out. Weights on a grid stay on it, and their scales are trained as well, see `FakeQuantization`.
 
     Args:
         block: a block of a stream with a dense stream, its groups all solved.
@@ -62,8 +66,11 @@ def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) ->
     held_out = validation_batches(peers.batches)
     training = [number for number in range(peers.batches) if number not in held_out]
     values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block).items()}
-    masks = {name: value != 0 for name, value in values.items() if value.dim() > 1}
-    loss = BlockLoss(block, values, peers)
+    grid = FakeQuantization(block)
+    masks = {name: grid.supports.get(name, value != 0) for name, value in values.items() if value.dim() > 1}
+    trained = list(values)
+    values |= grid.parameters()
+    loss = BlockLoss(block, values, peers, grid.applied)
     before = after = loss.mean(held_out)
     if not values:
         return BlockReconstruction(block.name, before, after)
@@ -80,11 +87,13 @@ def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) ->
             for (name, value), gradient in zip(values.items(), gradients, strict=True):
                 value.grad = gradient.mul_(masks[name]) if name in masks else gradient
             schedule.step()
-        stored = {name: block.as_stored(name, value.detach()).float() for name, value in values.items()}
+        rounded = grid.rounded(values)
+        stored = {name: block.as_stored(name, rounded[name]).float() for name in trained}
         if (reached := loss.mean(held_out, stored)) < after:
-            best, after = {name: value.clone() for name, value in stored.items()}, reached
+            best, after = {name: value.clone() for name, value in (rounded | stored).items()}, reached
     peers.group.broadcast(best.values())
-    block.store(best)
+    block.store({name: value for name, value in best.items() if name in trained})
+    grid.store(best)
     block.recompute_outputs()
     return BlockReconstruction(block.name, before, after, skipped_steps)
 
@@ -120,10 +129,17 @@ class BlockLoss:
         block: the block.
         values: float32 parameters to compute with, by their names in the block.
         peers: the processes and batches that take part.
+        applied: what the block computes with, of the parameters.
     """
 
-    def __init__(self, block: Block, values: dict[str, nn.Parameter], peers: Peers) -> None:
-        self.block, self.values, self.group = block, values, peers.group
+    def __init__(
+        self,
+        block: Block,
+        values: dict[str, nn.Parameter],
+        peers: Peers,
+        applied: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+    ) -> None:
+        self.block, self.values, self.group, self.applied = block, values, peers.group, applied
         self.batches = {batch.shard.batch: batch for batch in block.batches}
         means = [_dense(batch).square().mean((0, 1)) * batch.shard.weight for batch in block.batches]
         energy = (torch.stack(means).sum(0) / peers.batches).to(block.skeleton.device)
@@ -133,7 +149,7 @@ class BlockLoss:
     def __call__(self, batch: Batch, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """The mean over the tokens of a batch; with other values in place of the parameters, if given."""
         skeleton, call = self.block.skeleton, batch.calls[self.block.index]
-        values = {name: value.to(skeleton.compute) for name, value in (values or self.values).items()}
+        values = {name: value.to(skeleton.compute) for name, value in (values or self.applied(self.values)).items()}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self.block.module, values, args, kwargs)
@@ -179,7 +195,9 @@ class Schedule:
 
     def __init__(self, values: dict[str, nn.Parameter], steps: int) -> None:
         self.steps, self.done = steps, 0
-        self.rates = [RATE * _rms(value) for value in values.values()]
+        self.rates = [
+            (SCALE_RATE if name.endswith(OF_SCALES) else RATE) * _rms(value) for name, value in values.items()
+        ]
         groups = [{"params": [value], "lr": rate} for value, rate in zip(values.values(), self.rates, strict=True)]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
 

@@ -95,11 +95,16 @@ class Structure:
 
     def _removed(self, skeleton: Skeleton) -> Iterator[tuple[str, int]]:
         """Name of every tensor that gets smaller, and how many values it loses."""
-        tensors = dict(skeleton.model.state_dict())
-        shapes = shapes_after([cut.example for cut in self.cuts], tensors)
-        for name, shape in (shapes | (self.mixtures.shapes(tensors) if self.mixtures else {})).items():
+        tensors = skeleton.model.state_dict()
+        for name, shape in self.shapes(skeleton).items():
             if shape != tuple(tensors[name].shape):
                 yield name, tensors[name].numel() - math.prod(shape)
+
+    def shapes(self, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
+        """The new shape of every tensor that may get smaller, by full name."""
+        tensors = dict(skeleton.model.state_dict())
+        shapes = shapes_after([cut.example for cut in self.cuts], tensors)
+        return shapes | (self.mixtures.shapes(tensors) if self.mixtures else {})
 
     @property
     def experts_left(self) -> dict[str, int]:
