@@ -110,7 +110,7 @@ def pack(
     if form := stored_form(folder):
         raise InputError(
             f"the weights of {folder} are stored as {form.form}, and packing takes floating point",
-            "prune the model first; what a run writes is floating point",
+            "pack the folder of a run without --quantize",
         )
     pattern = goal.pattern
     if pattern is None or pattern.nm is None:
