@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_VERSION, MODEL_ARCH_NAMES, GGUFReader, GGUFWriter, get_tensor_name_map
+from gguf import GGML_QUANT_VERSION, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
@@ -30,7 +30,7 @@ from llmprune.export.gguf_families import (
     rope_factors,
     settings_of,
 )
-from llmprune.export.gguf_types import FILE_TYPES, KINDS, LOSSLESS, byte_shape, decode, encode, kind_of
+from llmprune.export.gguf_types import FILE_TYPES, KINDS, LOSSLESS, byte_shape, decode, encode, kind_of, pieces
 from llmprune.export.gguf_vocab import vocabulary
 from llmprune.model.checkpoint import Checkpoint
 from llmprune.model.skeleton import build_on_meta
@@ -38,6 +38,7 @@ from llmprune.progress import Progress
 from llmprune.runtime.files import replacing
 from llmprune.runtime.foreign import read_json, reading, user_path
 from llmprune.sources.demo import default_cache
+from llmprune.sources.gguf_header import read_gguf_header
 from llmprune.sources.models import Source, load_tokenizer, open_source
 
 if TYPE_CHECKING:
@@ -325,18 +326,21 @@ def check_zeros(path: Path, tensors: Sequence[Planned], progress: Progress) -> t
     Raises:
         CheckError: a zero of the source is none in the file, or a tensor is not there as it was written.
     """
-    found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    header = read_gguf_header(path)
     before = after = 0
     progress.start("reading again", sum(tensor.nbytes for tensor in tensors), "B")
     for tensor in tensors:
-        there = found[tensor.name]
-        shape = tuple(int(size) for size in reversed(there.shape))
-        if (shape, there.tensor_type) != (tensor.shape, tensor.kind):
-            raise CheckError(f"{tensor.name!r} is {shape} {there.tensor_type.name} in the file", "report it")
-        zeros, kept = tensor.read() == 0, decode(there.data, tensor.kind, tensor.shape) == 0
-        if lost := int((zeros & ~kept).sum()):
-            raise CheckError(f"{lost:,} zeros of {tensor.name!r} are none in the file", "report it")
-        before, after = before + int(zeros.sum()), after + int(kept.sum())
+        shape, kind = header.shapes[tensor.name][::-1], Kind(header.kinds[tensor.name])
+        if (shape, kind) != (tensor.shape, tensor.kind):
+            raise CheckError(f"{tensor.name!r} is {shape} {kind.name} in the file", "report it")
+        data = np.fromfile(path, np.uint8, tensor.nbytes, offset=header.starts[tensor.name])
+        data = data.reshape(-1, byte_shape(shape, kind)[-1])
+        weight = tensor.read().reshape(-1, shape[-1])
+        for rows in pieces(shape):
+            zeros, kept = weight[rows] == 0, decode(data[rows], kind) == 0
+            if lost := int((zeros & ~kept).sum()):
+                raise CheckError(f"{lost:,} zeros of {tensor.name!r} are none in the file", "report it")
+            before, after = before + int(zeros.sum()), after + int(kept.sum())
         progress.step(tensor.nbytes)
     progress.finish()
     return before, after

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
+
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, LlamaFileType, dequantize, quantize
@@ -20,6 +23,13 @@ FILE_TYPES = {
 }  # fmt: skip
 LOSSLESS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _FLOATS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+_SCALE = torch.finfo(torch.float16).max
+"""The largest scale of a block."""
+LARGEST = {kind: torch.finfo(dtype).max for kind, dtype in _FLOATS.items()}
+LARGEST |= {Kind.Q8_0: 127 * _SCALE, Kind.Q4_0: 8 * _SCALE}
+"""The largest weight of each type."""
+PIECE = 2**22
+"""Weights that are converted at a time."""
 _TINY = 1e-30
 """Weights below it are 0 to any type of blocks; the inverse of so small a scale would not be finite."""
 
@@ -59,25 +69,37 @@ def encode(name: str, weight: Tensor, kind: Kind) -> NDArray[np.uint8]:
     Raises:
         InputError: it holds NaN or Inf, or would in this type.
     """
-    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    made = np.empty((prod(weight.shape[:-1]), byte_shape(weight.shape, kind)[-1]), np.uint8)
+    for rows in pieces(weight.shape):
+        made[rows] = _encoded(name, weight.reshape(-1, weight.shape[-1])[rows], kind)
+    return made.reshape(-1)
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of a tensor that are computed with at a time."""
+    rows = prod(shape[:-1])
+    step = max(PIECE // max(shape[-1], 1), 1)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _encoded(name: str, weight: Tensor, kind: Kind) -> NDArray[np.uint8]:
+    largest = float(torch.stack(torch.aminmax(weight)).abs().max())
     if not np.isfinite(largest):
         raise InputError(f"the weights of {name!r} hold NaN or Inf", "use an undamaged checkpoint")
+    if largest > LARGEST[kind]:
+        raise InputError(
+            f"the weights of {name!r} reach {largest:,.0f}, the largest {kind.name.lower()} is {LARGEST[kind]:,.0f}",
+            "choose another type, such as --type bf16",
+        )
     if kind in _FLOATS:
-        stored = weight.to(_FLOATS[kind])
-        if not bool(torch.isfinite(stored).all()):
-            raise InputError(
-                f"the weights of {name!r} reach {largest:,.0f}, the largest {kind.name.lower()} is "
-                f"{torch.finfo(_FLOATS[kind]).max:,.0f}",
-                "choose another type, such as --type bf16",
-            )
-        return stored.contiguous().flatten().view(torch.uint8).numpy()
-    scaled = torch.where(weight.abs() < _TINY, 0, weight).contiguous().numpy()
-    return np.ascontiguousarray(quantize(scaled, kind)).reshape(-1)
+        return weight.to(_FLOATS[kind]).contiguous().view(torch.uint8).numpy()
+    quantized: NDArray[np.uint8] = quantize(torch.where(weight.abs() < _TINY, 0, weight).numpy(), kind)
+    return quantized
 
 
-def decode(data: NDArray[np.generic], kind: Kind, shape: tuple[int, ...]) -> Tensor:
-    """What a tensor's bytes mean, float32, of a shape `(..., out, in)`."""
-    raw = np.array(data).reshape(-1).view(np.uint8)
+def decode(data: NDArray[np.uint8], kind: Kind) -> Tensor:
+    """What the bytes of some rows mean, float32, `(rows, in)`; from uint8, `(rows, bytes)`."""
     if kind in _FLOATS:
-        return torch.from_numpy(raw).view(_FLOATS[kind]).float().view(shape)
-    return torch.from_numpy(dequantize(raw.reshape(byte_shape(shape, kind)), kind)).view(shape)
+        return torch.from_numpy(data).view(_FLOATS[kind]).float()
+    return torch.from_numpy(dequantize(data, kind))

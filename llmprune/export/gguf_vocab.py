@@ -218,9 +218,12 @@ def _begins_with_space(form: Form, steps: Sequence[Form], progress: Progress) ->
         if kind == "Prepend" and step["prepend"] == SPACE:
             prefix = True
         elif kind == "Metaspace" and step["replacement"] == SPACE:
-            prefix = prefix or step["prepend_scheme"] != "never"
-            if step["prepend_scheme"] == "first":
-                progress.warn("llama.cpp puts a space behind every special token; this tokenizer only before a text")
+            if step["prepend_scheme"] != "never":
+                prefix = True
+                progress.warn(
+                    "llama.cpp puts a space behind every special token, and before a text that begins with one; "
+                    "this tokenizer may not"
+                )
         elif not (kind == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE) and not (
             kind == "Split" and step["pattern"] == {"String": " "}  # there is none any more
         ):
