@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,25 @@ class LlamaCpp:
 
 @torch.no_grad()
 def greedy(
-    model: PreTrainedModel, prompt: list[int], count: int, forbidden: Sequence[int] = ()
-) -> tuple[list[int], list[Tensor]]:
-    """Greedy tokens of transformers, and the log-probabilities before each of them."""
-    tokens, told = list(prompt), []
-    for _ in range(count):
-        logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
-        told.append(logits.log_softmax(-1))
-        allowed = logits.clone()
-        allowed[list(forbidden)] = -torch.inf
-        tokens.append(int(allowed.argmax()))
-    return tokens[len(prompt) :], told
+    model: PreTrainedModel, prompt: list[int], found: list[int], forbidden: Sequence[int] = ()
+) -> tuple[list[int], Tensor]:
+    """The greedy tokens of transformers behind a prompt and each of the tokens that were found, and log-probabilities.
+
+    Where they are the tokens found, both have written the same text.
+    """
+    logits = model(input_ids=torch.tensor([prompt + found]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    allowed = logits.clone()
+    allowed[:, list(forbidden)] = -torch.inf
+    return allowed.argmax(-1).tolist(), logits.log_softmax(-1)
 
 
+@cache
+def ascii_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer all of whose tokens are text; not to be changed."""
+    return byte_level(every_byte=False)
+
+
+@cache
 def words(count: int = 3000) -> list[str]:
     """Lines of random words."""
     draw = random.Random(0)
