@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def check_engine(options: argparse.Namespace) -> None:
             "--engine llama.cpp is measured on the CPU, one sequence at a time",
             "leave out --batch and --device; --gguf-type takes the place of --dtype",
         )
+    elif not find_spec("xllamacpp"):
+        raise InputError("--engine llama.cpp needs xllamacpp, which is not installed", "pip install xllamacpp")
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
