@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from llmprune.cli.shell import Parser, run_command, say
 from llmprune.cli.values import positive
 from llmprune.errors import InputError, PruneError
 from llmprune.export import GGUF_TYPES
+from llmprune.runtime.memory import peak_memory
 
 MEASURES = {"prefill": "tokens/s", "decode": "tokens/s"}
 SETTINGS = ("prompt", "new", "batch", "threads", "device", "dtype", "engine", "gguf_type")
@@ -295,7 +295,7 @@ def measured(model: Any, prompt: Any, sparse: bool) -> dict[str, float | None]:
     if prompt.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resident_peak()
+        peak = peak_memory()
     if sparse:
         return {"memory": peak, "flops": None}
     # The counter does not know the fused attention of CPUs.
@@ -303,11 +303,6 @@ def measured(model: Any, prompt: Any, sparse: bool) -> dict[str, float | None]:
     with FlopCounterMode(display=False) as counter:
         model(prompt, use_cache=False, logits_to_keep=1)
     return {"memory": peak, "flops": counter.get_total_flops()}
-
-
-def resident_peak() -> int:
-    """The most memory of this process, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def clock(tensor: Any) -> float:

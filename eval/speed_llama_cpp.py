@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.cli.shell import say
+from llmprune.runtime.memory import peak_memory
 
 
 def serve_gguf(task: dict[str, Any]) -> None:
@@ -51,6 +52,4 @@ def _timed(server: Any, prompt: list[int], new: int) -> dict[str, float]:
 
 def _measured(path: Path) -> dict[str, Any]:
     """Peak memory of the process, and the size of the file; operations are not counted."""
-    from eval.speed import resident_peak
-
-    return {"memory": resident_peak(), "flops": None, "size": path.stat().st_size}
+    return {"memory": peak_memory(), "flops": None, "size": path.stat().st_size}

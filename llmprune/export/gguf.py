@@ -128,7 +128,8 @@ def export_gguf(
     Args:
         folder: of a model, pruned or not.
         out: file to make; None for the name of `folder` and the type, beside it.
-        kind: type of the matrices, one of `GGUF_TYPES`; None for that of the weights, without loss.
+        kind: type of the matrices, one of `GGUF_TYPES`; None for that of the embeddings, without loss where all weights
+            have it.
         overwrite: whether to replace a file.
         progress: notified of the steps.
 

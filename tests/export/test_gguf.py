@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from commands import edit_config
-from helpers import edit_tensor, rewrite, tiny_model
+from helpers import edit_tensor, on_disk, rewrite, tiny_model
+from quantised import meant, save_fp8
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -242,6 +243,16 @@ def test_windows_that_llama_cpp_lacks_bound_the_context(tmp_path: Path) -> None:
     export_gguf(source, tmp_path / "model.gguf")
     field = gguf.GGUFReader(tmp_path / "model.gguf").fields["llama.context_length"]
     assert field.contents() == 64
+
+
+def test_weights_in_fewer_bits_are_exported_with_what_they_mean(tmp_path: Path) -> None:
+    source = save_fp8("llama", tmp_path / "model", vocab_size=ROWS)
+    llama_cpp.ascii_tokenizer().save_pretrained(source)
+    assert export_gguf(source).type == "bf16"
+    export_gguf(source, tmp_path / "model.gguf", kind="f32")
+    weight = on_disk(source)["model.layers.1.mlp.up_proj.weight"]
+    scales = on_disk(source)["model.layers.1.mlp.up_proj.weight_scale_inv"]
+    assert torch.equal(stored(tmp_path / "model.gguf")["blk.1.ffn_up.weight"], meant(weight, scales, (32, 32)))
 
 
 def refused(source: Path, out: Path, says: str, hints: str, **options: Any) -> None:
