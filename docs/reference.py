@@ -24,6 +24,7 @@ COMMANDS = {
     "push": flags.push_parser,
     "pack": flags.pack_parser,
     "unpack": flags.unpack_parser,
+    "export": flags.export_parser,
     "report": flags.report_parser,
 }
 

@@ -1,8 +1,9 @@
 """`python -m eval.speed DENSE PRUNED`: how fast is a pruned model beside the dense one, in prefill and in decoding?
 
-Each model runs in a process of its own, through plain transformers. The processes live side by side and take turns, so
-that whatever else the machine does meets all of them; what is told is the ratio within a turn, its median and its
-spread. Where the GPU has sparse kernels, 2:4 layers are measured with them, too (`llmprune.accelerate`, in bfloat16).
+Each model runs in a process of its own, through plain transformers or, with `--engine llama.cpp`, exported to GGUF and
+through llama.cpp. The processes live side by side and take turns, so that whatever else the machine does meets all of
+them; what is told is the ratio within a turn, its median and its spread. Where the GPU has sparse kernels, 2:4 layers
+are measured with them, too (`llmprune.accelerate`, in bfloat16).
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ from eval import record
 from eval.models import find_model, load_stock
 from llmprune.cli.shell import Parser, run_command, say
 from llmprune.cli.values import positive
-from llmprune.errors import PruneError
+from llmprune.errors import InputError, PruneError
+from llmprune.export import GGUF_TYPES
+from llmprune.runtime.memory import peak_memory
 
 MEASURES = {"prefill": "tokens/s", "decode": "tokens/s"}
-SETTINGS = ("prompt", "new", "batch", "threads", "device", "dtype")
+SETTINGS = ("prompt", "new", "batch", "threads", "device", "dtype", "engine", "gguf_type")
+ENGINES = ("transformers", "llama.cpp")
 
 
 def build_parser() -> Parser:
@@ -43,6 +48,8 @@ def build_parser() -> Parser:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
     parser.add_argument("--dtype", help="such as bfloat16 (default: the folder's own; bfloat16 with sparse kernels)")
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what runs them (default: transformers)")
+    parser.add_argument("--gguf-type", choices=GGUF_TYPES, help="of --engine llama.cpp (default: that of the weights)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="file that receives the result as JSON")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout instead of the table")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -60,11 +67,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Measure two models, write and print what was found."""
+    check_engine(options)
     stamp = record.stamp(["python", "-m", "eval.speed", *given], options.out)
     options.dense, options.pruned = (find_model(name).folder for name in (options.dense, options.pruned))
     figures = record.write(options.out, stamp, compare(options))
     say(json.dumps(figures, indent=2) if options.json else text(figures))
     return 0
+
+
+def check_engine(options: argparse.Namespace) -> None:
+    """Refuse what llama.cpp is not measured with, and its settings without it.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if options.engine == "transformers":
+        if options.gguf_type:
+            raise InputError("--gguf-type means nothing without --engine llama.cpp", "leave it out, or add the engine")
+    elif options.batch != 1 or options.device != "cpu" or options.dtype:
+        raise InputError(
+            "--engine llama.cpp is measured on the CPU, one sequence at a time",
+            "leave out --batch and --device; --gguf-type takes the place of --dtype",
+        )
+    elif not find_spec("xllamacpp"):
+        raise InputError("--engine llama.cpp needs xllamacpp, which is not installed", "pip install xllamacpp")
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
@@ -74,9 +100,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     settings["dtype"] = settings["dtype"] or ("bfloat16" if sparse else None)
     folders = {"dense": options.dense, "pruned": options.pruned} | ({"sparse": options.pruned} if sparse else {})
     with ExitStack() as stack:
+        made = exported(folders, options.gguf_type, stack) if options.engine == "llama.cpp" else folders
         workers = {
-            name: stack.enter_context(Worker(folder, {**settings, "sparse": name == "sparse"}))
-            for name, folder in folders.items()
+            name: stack.enter_context(Worker(made[name], {**settings, "sparse": name == "sparse"})) for name in folders
         }
         for worker in workers.values():
             worker.turn()  # warm-up
@@ -87,21 +113,30 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "folder": str(folder),
             **{measure: statistics.median(turn[name][measure] for turn in turns) for measure in MEASURES},
             "size": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-            **ends[name],
+            **ends[name],  # of a GGUF file the size, too
         }
         for name, folder in folders.items()
     }
     ratios = {name: over_dense(turns, name) for name in folders if name != "dense"}
-    promised = models["dense"]["flops"] / models["pruned"]["flops"]
+    counted = [models[name]["flops"] for name in ("dense", "pruned")]
+    promised = counted[0] / counted[1] if all(counted) else None
     return {
         **models,
         "speedup": ratios["pruned"],
         **({"sparse_speedup": ratios["sparse"]} if sparse else {}),
         "promised": promised,
-        "kept": (ratios["pruned"]["prefill"]["median"] - 1) / (promised - 1) if promised != 1 else None,
+        "kept": (ratios["pruned"]["prefill"]["median"] - 1) / (promised - 1) if promised not in (None, 1) else None,
         "settings": {**settings, "repeats": options.repeats},
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
     }
+
+
+def exported(folders: dict[str, Path], kind: str | None, stack: ExitStack) -> dict[str, Path]:
+    """The models as GGUF files, which are gone when the stack is left."""
+    from llmprune.export.gguf import export_gguf
+
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return {name: Path(export_gguf(folder, place / f"{name}.gguf", kind=kind).out) for name, folder in folders.items()}
 
 
 def has_kernels(device: str) -> bool:
@@ -143,7 +178,9 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def promise(figures: dict[str, Any]) -> str:
-    """What the operations promise, and how much of it is there."""
+    """What the operations promise, and how much of it is there; '' where they were not counted."""
+    if figures["promised"] is None:
+        return ""
     kept = "" if figures["kept"] is None else f"; {figures['kept']:.0%} of that gain was measured"
     return f"by its operations, prefill should be {figures['promised']:.3f} times as fast{kept}"
 
@@ -152,14 +189,15 @@ def text(figures: dict[str, Any]) -> str:
     """A table for people."""
     table = rows(figures)
     lines = [f"{first:<20}" + "".join(f"{cell:>11}" for cell in cells) + f"  {last}" for first, *cells, last in table]
-    return "\n".join(line.rstrip() for line in [*lines, promise(figures)])
+    return "\n".join(line.rstrip() for line in [*lines, promise(figures)]).rstrip()
 
 
 def table(figures: dict[str, Any]) -> str:
     """The same in Markdown."""
     head, *rest = ("| " + " | ".join(row) + " |" for row in rows(figures))
     said = promise(figures)
-    return "\n".join([head, "|---|" + "--:|" * (head.count("|") - 2), *rest, "", f"{said[0].upper()}{said[1:]}."])
+    end = ["", f"{said[0].upper()}{said[1:]}."] if said else []
+    return "\n".join([head, "|---|" + "--:|" * (head.count("|") - 2), *rest, *end])
 
 
 class Worker:
@@ -208,6 +246,11 @@ class Worker:
 
 def serve(task: dict[str, Any]) -> None:
     """The worker's side: answer every line of stdin with a line of JSON."""
+    if task["engine"] == "llama.cpp":
+        from eval.speed_llama_cpp import serve_gguf
+
+        serve_gguf(task)
+        return
     import torch
     from transformers import logging
 
@@ -252,7 +295,7 @@ def measured(model: Any, prompt: Any, sparse: bool) -> dict[str, float | None]:
     if prompt.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = peak_memory()
     if sparse:
         return {"memory": peak, "flops": None}
     # The counter does not know the fused attention of CPUs.

@@ -11,6 +11,7 @@ from typing import Any
 from llmprune.cli.guesses import ANSWERS, answer
 from llmprune.cli.shell import Parser, say
 from llmprune.cli.values import positive
+from llmprune.export import EXPORTS, GGUF_TYPES
 from llmprune.job import GROUPS, Job, knobs
 from llmprune.knobs import REQUIRED, Knob
 from llmprune.pruning.criteria import CRITERIA
@@ -34,6 +35,7 @@ examples:
   llmprune --model demo --sparsity channels:25%+heads:33%
   llmprune verify demo-balanced-2of4
   llmprune push demo-balanced-2of4 you/demo-2of4 --private
+  llmprune export demo-balanced-2of4 gguf --type q8_0
 """
 
 
@@ -69,6 +71,7 @@ def build_parser(job: type[Job] = Job) -> Parser:
         usage="llmprune --model MODEL --sparsity PATTERN [options]\n       llmprune verify DIR [--sparsity PATTERN]\n"
         "       llmprune push DIR ORG/NAME [--private]\n"
         "       llmprune pack DIR [--out DIR]\n       llmprune unpack DIR [--out DIR]\n"
+        "       llmprune export DIR gguf [--type TYPE]\n"
         "       llmprune report DIR [--generate N]",
         description="Prune a Hugging Face language model block by block, after training, on one machine;\n"
         "measure its perplexity before and after; leave a folder that plain transformers loads.",
@@ -183,6 +186,20 @@ def unpack_parser() -> Parser:
     parser = _command("unpack", "Write the plain folder that was packed, byte for byte.", "a packed folder")
     parser.stopped = AS_IT_WAS
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (default: DIR without -packed)")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    return parser
+
+
+def export_parser() -> Parser:
+    """Flags of `llmprune export`."""
+    parser = _command("export", "Write a model as a file for another program: gguf for llama.cpp.", "a model folder")
+    parser.stopped = "interrupted; the output file is as it was"
+    parser.add_argument("format", choices=EXPORTS, help="format of the file")
+    parser.add_argument(
+        "--type", choices=GGUF_TYPES, help="type of the matrices (default: that of the weights, without loss)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to make (default: DIR-TYPE.gguf)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file, if there is one")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     return parser
 

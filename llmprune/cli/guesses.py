@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = ("quantize", "verify", "push", "pack", "unpack", "report")
+COMMANDS = ("quantize", "verify", "push", "pack", "unpack", "export", "report")
 PRUNE = "llmprune --model MODEL --sparsity 2:4"
 _PROGRESS = "progress is shown already, unless --quiet is given; --debug adds the traceback of an error"
 ANSWERS = {
@@ -48,6 +48,7 @@ _WORDS = {
         ("eval", "evaluate", "perplexity", "benchmark"), f"{PRUNE} --eval TEXT measures perplexity before and after"
     ),
     **dict.fromkeys(("quantise", "quantization"), "llmprune quantize DIR int4"),
+    **dict.fromkeys(("gguf", "convert", "to-gguf"), "llmprune export DIR gguf"),
     **dict.fromkeys(
         ("finetune", "train"), f"{PRUNE} --reconstruct EPOCHS trains each block; llmprune.KeepZeros is for the whole"
     ),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.cli.flags import (
     build_parser,
+    export_parser,
     make_job,
     pack_parser,
     push_parser,
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "push": (push_parser, run_push),
         "pack": (pack_parser, run_pack),
         "unpack": (unpack_parser, run_unpack),
+        "export": (export_parser, run_export),
         "report": (report_parser, run_report),
     }
     if arguments[:1] == ["quantize"]:
@@ -219,6 +221,23 @@ def run_unpack(options: argparse.Namespace) -> int:
 
     out = unpack(options.dir, options.out, progress=terminal.TerminalProgress())
     say(json.dumps({"out": str(out)}, indent=2) if options.json else f"saved to {printable(out)}")
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """`llmprune export`."""
+    silence_libraries(options.debug)
+    from llmprune.cli import terminal
+    from llmprune.export.gguf import export_gguf
+
+    report = export_gguf(
+        options.dir,
+        options.out,
+        kind=options.type,
+        overwrite=options.overwrite,
+        progress=terminal.TerminalProgress(),
+    )
+    say(json.dumps(report.to_json(), indent=2) if options.json else report.text())
     return 0
 
 

@@ -32,10 +32,14 @@ class GgufHeader:
     Args:
         values: the metadata, without arrays.
         shapes: of the tensors by name, innermost dimension first.
+        kinds: their types, as numbers of `gguf.GGMLQuantizationType`.
+        starts: where in the file their data begins.
     """
 
     values: dict[str, int | float | bool | str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    starts: dict[str, int] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -110,7 +114,9 @@ class _Cursor:
         alignment = found.values.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
             raise ValueError(f"its alignment is {alignment}")
-        needed = -(-self.at // alignment) * alignment + max(ends, default=0)
+        begin = -(-self.at // alignment) * alignment
+        found.starts = {name: begin + offset for name, offset in found.starts.items()}
+        needed = begin + max(ends, default=0)
         if needed > len(self.data):
             raise ValueError(f"it has {len(self.data):,} bytes, its header says {needed:,}")
         return found
@@ -129,7 +135,7 @@ class _Cursor:
         if kind not in GGML_QUANT_SIZES:
             raise ValueError(f"tensor {name!r} has the unknown type {kind}")
         block, size = GGML_QUANT_SIZES[kind]
-        found.shapes[name] = shape
+        found.shapes[name], found.kinds[name], found.starts[name] = shape, kind, offset
         return offset + math.prod(shape) // int(block) * int(size)
 
     def value(self, kind: int) -> int | float | bool | str | None:

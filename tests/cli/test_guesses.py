@@ -83,6 +83,7 @@ WORDS = {
     "help": "^hint: llmprune --help$",
     "version": "^hint: llmprune --version$",
     "quantise": "llmprune quantize DIR int4",
+    "convert": "^hint: llmprune export DIR gguf$",
     "verfy": "did you mean llmprune verify DIR",
     "verfy out --json": "did you mean llmprune verify out --json",
     "upload": "llmprune push DIR ORG/NAME",

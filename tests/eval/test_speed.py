@@ -50,6 +50,26 @@ def test_sparse_kernels_are_a_third_model_where_there_are_such(
     assert prefill.count("(") == 2
 
 
+def test_llama_cpp_is_another_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="xllamacpp is missing", exc_type=ImportError)
+    for name, width in (("dense", 256), ("pruned", 128)):
+        folder = save_tiny("llama", tmp_path / name, tokenizer=False, vocab_size=320, intermediate_size=width)
+        llama_cpp.ascii_tokenizer().save_pretrained(folder)
+    folders = [str(tmp_path / name) for name in ("dense", "pruned")]
+    flags = ["--engine", "llama.cpp", "--gguf-type", "q8_0", "--repeats", "2", "--prompt", "8", "--new", "4"]
+    assert speed.main([*folders, *flags, "--threads", "1", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["pruned"]["size"] < figures["dense"]["size"]
+    assert figures["promised"] is None
+    assert min(figures[name][key] for name in ("dense", "pruned") for key in ("prefill", "decode", "memory")) > 0
+    assert speed.text(figures).splitlines()[-1].startswith("prefill, GFLOP")
+    assert speed.table(figures).count("\n") == 6
+    assert speed.main([*folders, *flags, "--batch", "2"]) == 2
+    assert "one sequence at a time" in capsys.readouterr().err
+    assert speed.main([*folders, "--gguf-type", "f16"]) == 2
+    assert "--gguf-type means nothing" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert speed.main([str(tmp_path), str(tmp_path)]) == 2
     assert "hint:" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from eval import record, sweep, tables
 from llmprune.cli.flags import (
     EXIT_CODES,
     build_parser,
+    export_parser,
     pack_parser,
     push_parser,
     report_parser,
@@ -21,7 +22,8 @@ from llmprune.cli.flags import (
     verify_parser,
 )
 from llmprune.errors import InputError, Interrupted, PruneError
-from llmprune.export import packed
+from llmprune.export import GGUF_TYPES, packed
+from llmprune.export.gguf_families import FAMILIES
 from llmprune.model import bounded, header
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS
@@ -92,7 +94,7 @@ def test_the_first_commands_of_the_readme_do_everything() -> None:
 
 def test_every_command_of_the_pages_parses() -> None:
     parsers = {"verify": verify_parser, "pack": pack_parser, "unpack": unpack_parser, "report": report_parser}
-    parsers |= {"push": push_parser, "--model": build_parser}
+    parsers |= {"push": push_parser, "export": export_parser, "--model": build_parser}
     usage, recorded = "docs/reference/cli.md", "eval/LOG.md"
     text = "\n".join(text for page, text in TEXTS.items() if page not in {usage, recorded})
     found = re.findall(rf"^[^`\n]*(?<![\w.])llmprune ({'|'.join(parsers)}) ([^#`\n]*)", text, re.MULTILINE)
@@ -129,6 +131,12 @@ def test_the_rooms_of_the_architecture_stand_on_their_floors() -> None:
     rows = re.findall(r"^\| (\d+) \| `(\w+)(?:\.py)?` \| \S", TEXTS["ARCHITECTURE.md"], re.MULTILINE)
     floors = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms if not room.startswith("__")}
     assert {room: int(floor) for floor, room in rows} == floors
+
+
+def test_the_guide_to_gguf_names_every_type() -> None:
+    page = TEXTS["docs/guides/gguf.md"]
+    assert all(re.search(rf"\b{name}\b", page) for name in FAMILIES)
+    assert all(f"`{name}`" in page for name in GGUF_TYPES)
 
 
 def test_the_readme_names_every_method_and_criterion() -> None:
