@@ -114,7 +114,7 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
             skeleton, sparsity.removals, couplings, runs, job.round_to, sparsity.pattern, job.trust_remote_code
         )
         sliced = structure.sliced_layers(skeleton) if sparsity.pattern is None and procedure.grid is None else None
-        plan = plan.smaller(sliced, structure.saved(skeleton)).with_experts(structure.experts_left)
+        plan = plan.smaller(sliced, structure.saved(skeleton)).resized(structure.shapes(skeleton))
         for text in structure.summary:
             progress.note(text)
     if procedure.grid is not None:
