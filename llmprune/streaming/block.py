@@ -16,7 +16,7 @@ from llmprune.model.blocks import LayerRef, find_layers
 from llmprune.model.experts import ExpertMatrix, WatchedParameter, sliced_parameters, storage_of
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.problem import LayerSolution, Scales
-from llmprune.runtime.mapped import MappedFile
+from llmprune.runtime.mapped import MappedFile, release_pages
 from llmprune.streaming.batch import Batch, hidden_of, own_state
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.expert_cut import ExpertCut
@@ -380,12 +380,13 @@ class _Narrow:
         if not isinstance(layer, ExpertMatrix) or value.shape == before.shape:
             return False
         if parameter not in self.parameters:
-            shape = (layer.place.layout.count, *value.shape)
-            in_file = parameter in self.sliced
+            shape, in_file = (layer.place.layout.count, *value.shape), parameter in self.sliced
             self.parameters[parameter] = (
                 MappedFile(shape, value.dtype, self.folder).tensor if in_file else value.new_empty(shape)
             )
         self.parameters[parameter][layer.place.index].copy_(value)
+        for used in (before, self.parameters[parameter]):
+            release_pages(used)
         return True
 
 

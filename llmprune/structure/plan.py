@@ -126,8 +126,8 @@ class _Planner:
             changes, reason = self.settings(channel_settings(self.skeleton.config, widths), cuts)
             if changes:
                 texts = [
-                    f"{old} -> {new} ({1 - new / old:.1%} of them, {own[old][1] if own[old][0] == new else 'in step'})"
-                    for old, new in widths.items()
+                    f"{old} -> {new} ({1 - new / old:.1%} of them, {step if new == alone else 'in step with others'})"
+                    for (old, new), (alone, step) in zip(widths.items(), own.values(), strict=True)
                 ]
                 return cuts, changes, f"{removal.name}: MLP channels {'; '.join(texts)}{self._beside()}"
             reasons.append(
