@@ -1,4 +1,4 @@
-"""One SparseGPT run of LLM Compressor, timed from the inside; see `peer_worker.py`."""
+"""One SparseGPT or GPTQ run of LLM Compressor, timed from the inside; see `peer_worker.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ sys.path.append(str(Path(__file__).parent))  # an isolated Python does not look 
 from peer_worker import Stages, load_dense, run, save_dense, watch
 
 PACKAGES = ("llmcompressor", "compressed-tensors", "torch", "transformers", "datasets", "safetensors", "numpy")
-SOLVER_MODULE = "llmcompressor.modifiers.pruning.sparsegpt.base"
+SOLVERS = {
+    "prune": ("llmcompressor.modifiers.pruning.sparsegpt.base", "sparsify_weight"),
+    "quantize": ("llmcompressor.modifiers.gptq.base", "quantize_weight"),
+}
 
 
 def modifier(sparsity: str) -> Any:
@@ -24,6 +27,16 @@ def modifier(sparsity: str) -> Any:
         options = {"sparsity": float(sparsity), "mask_structure": "0:0"}
     pruning = importlib.import_module("llmcompressor.modifiers.pruning")
     return pruning.SparseGPTModifier(targets=["Linear"], ignore=["re:.*lm_head"], **options)
+
+
+def quantizer(group: int) -> Any:
+    """GPTQ of every linear layer but the head: symmetric int4, a scale for so many inputs of a row (0: for a row)."""
+    quantization = importlib.import_module("compressed_tensors.quantization")
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    weights = quantization.QuantizationArgs(num_bits=4, symmetric=True, **strategy)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    gptq = importlib.import_module("llmcompressor.modifiers.gptq")
+    return gptq.GPTQModifier(config_groups={"group_0": scheme}, ignore=["re:.*lm_head"])
 
 
 def calibration(path: Path) -> tuple[Any, int, int]:
@@ -39,7 +52,8 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
     stages = Stages()
     with stages("import"):
         oneshot = importlib.import_module("llmcompressor").oneshot
-        solves, grams = watch(SOLVER_MODULE, "sparsify_weight"), watch(SOLVER_MODULE, "accumulate_hessian")
+        module, solver = SOLVERS["prune" if options.int4_group is None else "quantize"]
+        solves, grams = watch(module, solver), watch(module, "accumulate_hessian")
     with stages("load"):
         model, tokenizer = load_dense(options.model, options.threads)
     with stages("oneshot"):
@@ -47,7 +61,7 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
         oneshot(
             model=model,
             tokenizer=tokenizer,
-            recipe=modifier(options.sparsity),
+            recipe=modifier(options.sparsity) if options.int4_group is None else quantizer(options.int4_group),
             dataset=dataset,
             num_calibration_samples=samples,
             max_seq_length=length,
