@@ -72,19 +72,21 @@ class Plan:
         dense = dict.fromkeys(left, "no channels, heads or experts to lose")
         return replace(self.without(dense), out_bytes=self.out_bytes - saved)
 
-    def with_experts(self, kept: Mapping[str, int]) -> Plan:
-        """The plan of a model with fewer experts in some parameters.
+    def resized(self, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
+        """The plan of a model in which some parameters with the matrices of experts are smaller.
 
         Args:
-            kept: how many stay, by the full name of the parameter that holds their matrices.
+            shapes: the new ones, `(experts, ...)`, by full name.
         """
         layers, removed = [], 0
         for layer in self.layers:
-            place, count = layer.expert, kept.get(layer.parameter)
-            if place is None or count is None:
+            place, shape = layer.expert, shapes.get(layer.parameter)
+            if place is None or shape is None:
                 layers.append(layer)
-            elif place.index < count:
-                layers.append(replace(layer, expert=replace(place, layout=replace(place.layout, count=count))))
+            elif place.index < shape[0]:
+                rows, width = shape[:0:-1] if layer.transposed else shape[1:]
+                layout = replace(place.layout, count=shape[0], shape=(rows, width))
+                layers.append(replace(layer, expert=replace(place, layout=layout)))
             else:
                 removed += layer.weights
         return replace(self, layers=tuple(layers), removed=removed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -114,7 +115,7 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
             skeleton, sparsity.removals, couplings, runs, job.round_to, sparsity.pattern, job.trust_remote_code
         )
         sliced = structure.sliced_layers(skeleton) if sparsity.pattern is None and procedure.grid is None else None
-        plan = plan.smaller(sliced, structure.saved(skeleton)).with_experts(structure.experts_left)
+        plan = plan.smaller(sliced, structure.saved(skeleton)).resized(structure.shapes(skeleton))
         for text in structure.summary:
             progress.note(text)
     if procedure.grid is not None:
@@ -221,13 +222,17 @@ def _check_space(run: RunContext) -> None:
 
 
 def _expert_bytes(run: RunContext) -> int:
-    """Bytes of the files with pruned experts, where those of a block exceed the memory for them."""
+    """Bytes of the files with pruned experts and narrower ones, where those of a block exceed the memory for them."""
     if run.recipe.whole_blocks:
         return 0
-    skeleton = run.skeleton
+    skeleton, smaller = run.skeleton, run.structure.shapes(run.skeleton)
     blocks = (skeleton.sliced(skeleton.block_parameters(index)) for index in range(len(skeleton.blocks)))
     sizes = (
-        sum(slices.shape.numel() * skeleton.checkpoint.stored_dtype(name).itemsize for name, slices in block.items())
+        sum(
+            (slices.shape.numel() + (math.prod(smaller[name]) if name in smaller else 0))
+            * skeleton.checkpoint.stored_dtype(name).itemsize
+            for name, slices in block.items()
+        )
         for block in blocks
     )
     return run.group.world_size * max(sizes, default=0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from llmprune.errors import CheckError, InputError
 from llmprune.export.verify import check_layers, grids_of, patterns_of
 from llmprune.export.verify_grid import off_grid
+from llmprune.model.blocks import find_layers
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.allocation import allocate
@@ -49,9 +50,14 @@ def check_weights(run: RunContext, progress: Progress) -> str:
         the sha256 of all weights.
     """
     progress.start("checking weights", run.skeleton.checkpoint.folder.nbytes, "B")
-    held_in = {layer.name: layer.parameter for layer in run.plan.layers}
-    pruned = {held_in.get(name, f"{name}.weight") for name in run.chosen}
-    digest = run.skeleton.checkpoint.check_finite(progress.step, pruned)
+    skeleton, chosen = run.skeleton, run.chosen
+    pruned = {
+        layer.parameter
+        for index, block in enumerate(skeleton.blocks)
+        for layer in find_layers(block, skeleton.block_name(index), skeleton.config)
+        if layer.name in chosen
+    }
+    digest = skeleton.checkpoint.check_finite(progress.step, pruned)
     progress.finish()
     return digest
 

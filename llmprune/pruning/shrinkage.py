@@ -81,7 +81,9 @@ def shrunk(stats: InputStats, pooled: InputStats, quartic: float) -> InputStats:
             return every
         return None if own is None or every is None else torch.lerp(own, every, weight)
 
-    gram, cross, dense = (mean(getattr(stats, name), getattr(pooled, name)) for name in ("gram", "cross", "dense"))
+    gram, cross, dense, zeros = (
+        mean(getattr(stats, name), getattr(pooled, name)) for name in ("gram", "cross", "dense", "zero_fraction")
+    )
     assert gram is not None
     held = (
         stats.held
@@ -90,7 +92,9 @@ def shrunk(stats: InputStats, pooled: InputStats, quartic: float) -> InputStats:
         if stats.held
         else None
     )
-    return replace(stats, tokens=tokens, gram=gram, cross=cross, dense=dense, held=held, pooled=count)
+    return replace(
+        stats, tokens=tokens, gram=gram, cross=cross, dense=dense, zero_fraction=zeros, held=held, pooled=count
+    )
 
 
 def _inverse_scale(gram: Tensor) -> Tensor:

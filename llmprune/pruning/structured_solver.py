@@ -10,6 +10,7 @@ from torch import Tensor
 from llmprune.pruning.criteria import Criterion
 from llmprune.pruning.criteria.problem import RemovalProblem
 from llmprune.pruning.criteria.reconstruct import least_squares, on_support, reconstruct
+from llmprune.pruning.criteria.scores import Magnitude
 from llmprune.pruning.grid import Grid
 from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.linalg import relative_error
@@ -91,14 +92,16 @@ class StructuredSolver:
         gram = problem.stats.gram
         scale = None if removal.scale is None else removal.scale.to(gram.device)
         asked = RemovalProblem(target, gram, removal.units.to(gram.device), scale, problem.stats.zero_fraction)
-        kept, retries = self._choose(asked, removal.count)
+        reached = problem.stats.tokens > 0
+        # An expert that no token came to keeps what is largest, as it is.
+        kept, retries = self._choose(asked, removal.count) if reached else (_largest(asked, removal.count), 0)
         weight = torch.zeros_like(target)
         weight[:, kept] = target[:, kept]
         stats = {"error_uncompensated": relative_error(layer.weight, weight.float(), problem.stats)}
         stats |= {"choice_retries": float(retries)} if retries else {}
         mask = torch.zeros_like(weight, dtype=torch.bool)
         mask[:, kept] = layer.weight[:, kept] != 0
-        if self.recipe.compensate:
+        if self.recipe.compensate and reached:
             fit = reconstruct(target, problem.stats, kept)
             weight[:, kept] = fit.weight
             stats |= {"compensation_ridge": fit.ridge} | (
@@ -110,7 +113,7 @@ class StructuredSolver:
             holed = (~mask[:, kept]).any(1).nonzero().flatten()
             if len(holed):
                 weight[holed] = on_support(target, problem.stats, fit, weight, mask, holed)
-        status = Status.DAMPING_RAISED if retries else Status.OK if problem.stats.tokens else Status.NO_INPUT
+        status = Status.DAMPING_RAISED if retries else Status.OK if reached else Status.NO_INPUT
         return LayerSolution((weight * mask).float(), mask, status, stats), kept
 
     def _choose(self, problem: RemovalProblem, count: int) -> tuple[Tensor, int]:
@@ -170,3 +173,8 @@ class StructuredSolver:
             [LayerSolution(whole, mask, status, {**solution.stats, **found.stats}, scales)],
             kept if order is None else kept[order.to(kept.device)],
         )
+
+
+def _largest(problem: RemovalProblem, count: int) -> Tensor:
+    """The kept inputs, `(k,)`, int64, without the `count` units of every pool that have the smallest weights."""
+    return problem.kept(Magnitude().select(problem, count).removed)

@@ -16,6 +16,7 @@ from llmprune.model.blocks import LayerRef, find_layers
 from llmprune.model.experts import ExpertMatrix, WatchedParameter, sliced_parameters, storage_of
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.problem import LayerSolution, Scales
+from llmprune.runtime.mapped import MappedFile, release_pages
 from llmprune.streaming.batch import Batch, hidden_of, own_state
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.expert_cut import ExpertCut
@@ -254,20 +255,23 @@ class Block:
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """The block's tensors by their names on disk, with new weights, permuted and sliced."""
         checkpoint = self.skeleton.checkpoint
+        whole = {_storage(self.module, local)[0] for coupling, _ in self._orders for local in self._moved_by(coupling)}
         for local, values in self._sliced.items():
             name = f"{self.name}.{local}"
-            if name in self.changed or checkpoint.stored_as_is(name):
+            if name in self.changed or checkpoint.stored_as_is(name) or local in whole:
                 self.changed[name] = values.complete(checkpoint.stored_dtype(name), self._folder)
         spread = {name: self.as_stored(name, scales.spread()).cpu() for name, scales in self._local_scales().items()}
+        narrow = _Narrow(self.module, set(self._sliced), self._folder)
         for coupling, order in self._orders:
-            names = dict.fromkeys(coupling.permuted_parameters(self.module) + coupling.sliced_parameters(self.module))
-            current = {local: self._as_written(local) for local in names}
+            current = {local: self._as_written(local) for local in self._moved_by(coupling)}
             # A scale goes where its weight goes.
             moved = permute_and_slice(coupling, order.cpu(), {**current, **spread}) if spread else {}
             spread |= {local: moved[local] for local in spread.keys() & moved.keys()}
             for local, value in permute_and_slice(coupling, order.cpu(), current).items():
-                self._rewrite(local, value)
+                if not narrow.takes(local, value, current[local]):
+                    self._rewrite(local, value)
         self._orders.clear()
+        self.changed |= {f"{self.name}.{local}": value for local, value in narrow.parameters.items()}
         sliced = {f"{self.name}.{local}": values.slices.export for local, values in self._sliced.items()}
         tensors = checkpoint.export(self.skeleton.block_parameters(self.index), self.changed, sliced)
         return self._on_grid(tensors, spread) if spread else tensors
@@ -292,6 +296,10 @@ class Block:
                 continue
             grid, scale = self.scales[f"{self.name}.{local}"].grid, spread[local]
             yield from compressed_tensors.written(disk, tensor, scale[:, :: grid.group or scale.shape[1]], grid)
+
+    def _moved_by(self, coupling: Coupling) -> list[str]:
+        """Local names of the weights and biases that another order of a layer's inputs changes, or fewer of them."""
+        return list(dict.fromkeys(coupling.permuted_parameters(self.module) + coupling.sliced_parameters(self.module)))
 
     def movable(self, coupling: Coupling, dense: Collection[str]) -> bool:
         """Whether all that a permutation moves can be written, and no layer that must stay as it is takes part.
@@ -348,6 +356,38 @@ class Block:
             self.changed[f"{self.name}.{local}"] = value
         else:
             part(self.changed[f"{self.name}.{parameter}"]).copy_(value)
+
+
+class _Narrow:
+    """The parameters of experts that lose channels, as they are filled expert by expert.
+
+    Args:
+        module: the block.
+        sliced: local names of those that are not in memory, and then in files.
+        folder: for these.
+
+    Attributes:
+        parameters: by local name.
+    """
+
+    def __init__(self, module: nn.Module, sliced: Collection[str], folder: Path | None) -> None:
+        self.module, self.sliced, self.folder = module, sliced, folder
+        self.parameters: dict[str, Tensor] = {}
+
+    def takes(self, local: str, value: Tensor, before: Tensor) -> bool:
+        """Note the new matrix or bias of an expert; false where it is not smaller than before, or not an expert's."""
+        parameter, layer = _storage(self.module, local)[0], self.module.get_submodule(local.rpartition(".")[0])
+        if not isinstance(layer, ExpertMatrix) or value.shape == before.shape:
+            return False
+        if parameter not in self.parameters:
+            shape, in_file = (layer.place.layout.count, *value.shape), parameter in self.sliced
+            self.parameters[parameter] = (
+                MappedFile(shape, value.dtype, self.folder).tensor if in_file else value.new_empty(shape)
+            )
+        self.parameters[parameter][layer.place.index].copy_(value)
+        for used in (before, self.parameters[parameter]):
+            release_pages(used)
+        return True
 
 
 def _tensor(module: nn.Module, local: str) -> Tensor:

@@ -70,30 +70,45 @@ class ExpertStatistics:
         self.block, self.options, self._observed_by = block, options, observed_by
         self._at_entry: dict[tuple[str, str], InputStats] = {}
 
-    def collect(self, number: int, refs: Sequence[LayerRef], batches: Sequence[RoutedBatch]) -> InputStats:
+    def collect(
+        self, number: int, refs: Sequence[LayerRef], batches: Sequence[RoutedBatch], removed: bool = False
+    ) -> InputStats:
         """The statistics of a group of an expert's matrices, over the tokens that are routed to it in the pruned model.
 
         Args:
             number: of the group.
             refs: its layers.
             batches: those of this process.
+            removed: whether inputs are to be removed; tokens then count by their gate values.
         """
         place = refs[0].expert
         assert place is not None
-        pooled = self._pooled(number, refs, batches) if self.options.shrink else None
+        pooled = self._pooled(number, refs, batches, removed) if self.options.shrink else None
         quartic = None if pooled is None else QuarticSum(pooled.gram)
-        own = GroupStatistics(self.options, refs, self.block.skeleton.device)
+        own = GroupStatistics(self.options, refs, self.block.skeleton.device, removed)
         sent = [routed.pruned.tokens_of(place.index) for routed in batches]
-        for routed, tokens, fitted in zip(batches, sent, self._fitted(batches, sent), strict=True):
+        weights = self._token_weights(place.index, batches) if removed else [None] * len(batches)
+        for routed, tokens, weight, fitted in zip(batches, sent, weights, self._fitted(batches, sent), strict=True):
             if len(tokens):
                 rows, dense = self._rows(number, refs[0], routed, tokens)
-                own.add_rows(routed.batch, rows, dense, fitted)
+                own.add_rows(routed.batch, rows, dense, weight, fitted)
                 if quartic is not None and routed.batch.shard.batch not in self.options.left_out:
-                    quartic.add(rows)
+                    quartic.add(rows if weight is None else rows * weight)
         stats = own.result()
         if pooled is None or quartic is None:
             return stats
         return shrunk(stats, pooled, self.options.group.sum([quartic.value])[0])
+
+    def _token_weights(self, expert: int, batches: Sequence[RoutedBatch]) -> list[Tensor]:
+        """The gate values of an expert's tokens in every batch, `(tokens, 1)`, over their root mean square.
+
+        What the mixture gives is the sum of the experts' outputs times these.
+        """
+        gates = [routed.pruned.gates_of(expert)[1][:, None] for routed in batches]
+        own = [sum(float(part.square().sum(dtype=torch.float64)) for part in gates), sum(map(len, gates))]
+        squares, tokens = self.options.group.sum(own)
+        scale = (tokens / squares) ** 0.5 if squares else 0.0
+        return [part * scale for part in gates]
 
     def _fitted(self, batches: Sequence[RoutedBatch], sent: Sequence[Tensor]) -> list[int]:
         """How many of the tokens of every batch are fitted to: all but the last quarter of those of all processes."""
@@ -109,7 +124,9 @@ class ExpertStatistics:
         shards = [routed.batch.shard for routed in batches]
         return [shard.fitted_rows([found[shard.batch][at] for at in range(shard.windows)]) for shard in shards]
 
-    def _pooled(self, number: int, refs: Sequence[LayerRef], batches: Sequence[RoutedBatch]) -> InputStats:
+    def _pooled(
+        self, number: int, refs: Sequence[LayerRef], batches: Sequence[RoutedBatch], removed: bool
+    ) -> InputStats:
         """The statistics of all tokens, or of every so many of them, as if they had been sent to this expert.
 
         Where the inputs are the tokens themselves, those of all experts are the same.
@@ -119,7 +136,7 @@ class ExpertStatistics:
         if key in self._at_entry:
             return self._at_entry[key]
         (every,) = self.options.group.sum([sum(len(routed.pruned.hidden) for routed in batches)])
-        pooled = GroupStatistics(self.options, refs, self.block.skeleton.device)
+        pooled = GroupStatistics(self.options, refs, self.block.skeleton.device, removed)
         at_entry = True
         for routed in batches:
             hidden = routed.pruned.hidden

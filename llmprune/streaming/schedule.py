@@ -138,7 +138,7 @@ class GroupSchedule:
     ) -> Iterator[tuple[int, InputStats]]:
         for number, layers in enumerate(self.order):
             if routed := self._routed(layers[0], pruned, dense):
-                stats = self._experts.collect(number, self._refs(layers), routed)
+                stats = self._experts.collect(number, self._refs(layers), routed, self._loses(layers))
             else:
                 stats = self._paused_statistics(number, layers, pruned, dense)
             # A member of a group may be called after later groups have begun.
@@ -189,7 +189,7 @@ class GroupSchedule:
             if here != owner:
                 owner, routed = here, self._routed_again(here) if here else []
             if routed:
-                yield number, self._experts.collect(number, self._refs(layers), routed)
+                yield number, self._experts.collect(number, self._refs(layers), routed, self._loses(layers))
             else:
                 yield number, self._repeated_statistics(number, layers)
         self.block.advance()
@@ -230,5 +230,8 @@ class GroupSchedule:
     def _statistics(self, layers: list[str]) -> GroupStatistics:
         module = self.block.module.get_submodule(layers[0])
         bias = dict(module.named_parameters()).get("bias")
-        removed = layers[0] in self.analysis.removed
-        return GroupStatistics(self.options, self._refs(layers), self.block.skeleton.device, removed, bias)
+        device = self.block.skeleton.device
+        return GroupStatistics(self.options, self._refs(layers), device, self._loses(layers), bias)
+
+    def _loses(self, layers: list[str]) -> bool:
+        return layers[0] in self.analysis.removed

@@ -95,21 +95,29 @@ class GroupStatistics:
             return
         self._running.add(seen.inputs, self._residual_target(seen, dense) or dense.inputs, scale, batch.fitted)
 
-    def add_rows(self, batch: Batch, rows: Tensor, dense: Tensor | None, fitted: int | None = None) -> None:
+    def add_rows(
+        self,
+        batch: Batch,
+        rows: Tensor,
+        dense: Tensor | None,
+        weight: Tensor | None = None,
+        fitted: int | None = None,
+    ) -> None:
         """Add the inputs of some tokens of a batch.
 
         Args:
             batch: the batch.
             rows: in the pruned model, `(rows, in)`.
             dense: in the dense model; None where it is not streamed.
+            weight: of the tokens, `(rows, 1)`; None for 1.
             fitted: how many of them are not held out; by default three quarters.
         """
         if batch.shard.batch in self.options.left_out:
             return
         if isinstance(self._running, RunningGram):
-            self._running.add(rows)
+            self._running.add(rows, weight)
         else:
-            self._running.add(rows, dense, fitted=fitted)
+            self._running.add(rows, dense, weight, fitted)
 
     def result(self) -> InputStats:
         """Statistics per token over the windows of all processes; the sums are used up.
@@ -138,8 +146,8 @@ class GroupStatistics:
         return in_range(total, square)
 
     def _mean_square(self, rows: Tensor) -> float:
-        """Of the first batch, of which other processes may have a part, or all."""
-        here = rows if self._first else rows[:0]
+        """Of the first batch, of which other processes may have a part, or all; of an expert, its first tokens."""
+        here = rows if self._first or self._routed else rows[:0]
         squares, count = self.options.group.sum([float(here.square().sum(dtype=torch.float64)), here.numel()])
         return squares / max(count, 1)
 

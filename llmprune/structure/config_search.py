@@ -29,22 +29,29 @@ def channel_settings(config: PreTrainedConfig, widths: Mapping[int, int]) -> Ite
         widths: old width -> new width.
     """
     settings = config.get_text_config().to_dict()
-    for pairs in product(*(list(_width_settings(settings, old, new)) for old, new in widths.items())):
-        yield dict(pairs)
+    for parts in product(*(list(_width_settings(settings, old, new)) for old, new in widths.items())):
+        found: dict[str, int] = {}
+        for part in parts:
+            found |= part
+        yield found
 
 
-def _width_settings(settings: Mapping[str, Any], old: int, new: int) -> Iterator[tuple[str, int]]:
-    """Candidates for one width: settings equal to the old one, then unset ones with a name like a width, then other
-    numbers with a name like an MLP's, scaled in proportion: the model may derive its width from them.
+def _width_settings(settings: Mapping[str, Any], old: int, new: int) -> Iterator[dict[str, int]]:
+    """Candidates for one width: a setting equal to the old one, all such that have a name like an MLP's, then unset
+    ones with a name like a width, then other numbers with a name like an MLP's, scaled in proportion: the model may
+    derive its width from them.
     """
     numbers = {key: value for key, value in settings.items() if type(value) is int}
-    yield from ((key, new) for key, value in numbers.items() if value == old)
-    yield from ((key, new) for key, value in settings.items() if value is None and re.search(_WIDTH, key))
+    equal = [key for key, value in numbers.items() if value == old]
+    yield from ({key: new} for key in equal)
+    if len(alike := [key for key in equal if re.search(_MLP, key)]) > 1:
+        yield dict.fromkeys(alike, new)
+    yield from ({key: new} for key, value in settings.items() if value is None and re.search(_WIDTH, key))
     for key, value in numbers.items():
         if value != old and re.search(_MLP, key):
             # The model may round in between, either way.
             scaled = sorted({value * new // old, -(-value * new // old)})
-            yield from ((key, number) for number in scaled if 0 < number != value)
+            yield from ({key: number} for number in scaled if 0 < number != value)
 
 
 def head_settings(config: PreTrainedConfig, heads: int, groups: int, width: int) -> Iterator[dict[str, int]]:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.errors import InputError
+from llmprune.model.experts import storage_of
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.sparsity import Kind
 from llmprune.structure.coupling import Coupling, Producer
 from llmprune.structure.expert_cut import Mixtures
-from llmprune.structure.slicing import shapes_after
+from llmprune.structure.slicing import Shapes, shapes_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -50,18 +51,47 @@ class Cut:
         """Number of inputs that are kept."""
         return self.coupling.width - self.count * self.units.shape[0] * self.units.shape[2]
 
-    @property
-    def example(self) -> tuple[Coupling, Tensor, str]:
-        """Coupling, kept inputs and block prefix for shapes only: as if the last units of every pool were removed."""
+    def rows(self, block: nn.Module) -> int:
+        """Number of outputs of the layer."""
+        found = storage_of(block, f"{self.coupling.consumer}.weight")
+        assert found is not None
+        return found[1](block.get_parameter(found[0]).data).numel() // self.coupling.width
+
+    def parameters(self, block: nn.Module) -> dict[str, str]:
+        """Full names of the parameters that get smaller, by the local names of the weights and biases in them.
+
+        They differ for an expert, whose matrices lie in parameters with those of others.
+
+        Args:
+            block: its block.
+        """
+        names = self.coupling.sliced_parameters(block)
+        return {name: f"{self.block}.{place[0]}" for name in names if (place := storage_of(block, name)) is not None}
+
+    def shapes(self, block: nn.Module) -> Shapes:
+        """New shapes by full name, see `shapes_after`: they are the same whichever inputs are removed."""
         kept = torch.ones(self.coupling.width, dtype=torch.bool)
         kept[self.units[:, self.units.shape[1] - self.count :].flatten()] = False
-        return self.coupling, kept.nonzero().flatten(), f"{self.block}."
+        found = shapes_after(self.coupling, kept.nonzero().flatten(), block)
+        return {f"{self.block}.{local}": shape for local, shape in found.items()}
 
 
 def removed_ratio(cuts: Sequence[Cut]) -> Fraction:
     """Ratio of the units that the cuts remove to all units of these layers."""
     removed = sum(cut.count * cut.units.shape[0] for cut in cuts)
     return Fraction(removed, sum(cut.units.shape[0] * cut.units.shape[1] for cut in cuts))
+
+
+def smaller_shapes(skeleton: Skeleton, cuts: Sequence[Cut], mixtures: Mixtures | None) -> Shapes:
+    """The new shapes of the tensors that get smaller, by full name."""
+    fewer: Shapes = mixtures.shapes(dict(skeleton.model.state_dict())) if mixtures else {}
+    found: Shapes = {}
+    for cut in cuts:
+        block = skeleton.model.get_submodule(cut.block)
+        if not found.keys() >= set(cut.parameters(block).values()):  # else another expert has told them
+            found |= cut.shapes(block)
+    both = {name: (fewer[name][0], *found[name][1:]) for name in fewer.keys() & found.keys()}
+    return fewer | found | both
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +125,13 @@ class Structure:
 
     def _removed(self, skeleton: Skeleton) -> Iterator[tuple[str, int]]:
         """Name of every tensor that gets smaller, and how many values it loses."""
-        tensors = skeleton.model.state_dict()
-        for name, shape in self.shapes(skeleton).items():
-            if shape != tuple(tensors[name].shape):
-                yield name, tensors[name].numel() - math.prod(shape)
-
-    def shapes(self, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
-        """The new shape of every tensor that may get smaller, by full name."""
         tensors = dict(skeleton.model.state_dict())
-        shapes = shapes_after([cut.example for cut in self.cuts], tensors)
-        return shapes | (self.mixtures.shapes(tensors) if self.mixtures else {})
+        for name, shape in self.shapes(skeleton).items():
+            yield name, tensors[name].numel() - math.prod(shape)
 
-    @property
-    def experts_left(self) -> dict[str, int]:
-        """How many experts stay, by the full name of every tensor that has a part for each."""
-        cuts = self.mixtures.cuts.values() if self.mixtures else ()
-        return {f"{cut.block}.{local}": cut.kept for cut in cuts for local in cut.parts}
+    def shapes(self, skeleton: Skeleton) -> Shapes:
+        """The new shapes of the tensors that get smaller, by full name."""
+        return smaller_shapes(skeleton, self.cuts, self.mixtures)
 
     @property
     def by_name(self) -> dict[str, Cut]:
@@ -148,7 +169,8 @@ def scale_of(block: nn.Module, coupling: Coupling) -> Tensor:
 
 def scale_producer(block: nn.Module, coupling: Coupling) -> Producer | None:
     """The norm among the producers of a consumer; None where there is none, or more than one."""
-    vectors = [s for s in coupling.producers if block.get_parameter(f"{s.local}.weight").dim() == 1]
+    places = [(s, storage_of(block, f"{s.local}.weight")) for s in coupling.producers]
+    vectors = [s for s, place in places if place is not None and block.get_parameter(place[0]).dim() == 1]
     return vectors[0] if len(vectors) == 1 else None
 
 

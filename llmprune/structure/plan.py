@@ -16,11 +16,12 @@ from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.sparsity import WORDS, Kind, Removal
 from llmprune.structure.config_search import changed_config, channel_settings, find_settings, head_settings
 from llmprune.structure.coupling import Coupling
-from llmprune.structure.cut import Cut, Structure, removed_ratio
+from llmprune.structure.cut import Cut, Structure, removed_ratio, smaller_shapes
+from llmprune.structure.expert_coupling import expert_couplings, has_experts
 from llmprune.structure.expert_cut import Mixtures
 from llmprune.structure.expert_plan import BlockRuns, plan_experts
 from llmprune.structure.heads import check_share, head_options, head_text, head_units
-from llmprune.structure.slicing import shapes_after
+from llmprune.structure.slicing import Shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +69,20 @@ def plan_structure(
     mixtures: Mixtures | None = None
     cuts: list[Cut] = []
     changes: dict[str, int] = {}
-    summary = []
+    texts: dict[Kind, str] = {}
     ratios: dict[Kind, Fraction] = {}
-    for removal in removals:
+    removals = list(removals)
+    # Channels are those of the experts that stay.
+    for removal in sorted(removals, key=lambda removal: removal.kind != "experts"):
         if removal.kind == "experts":
-            mixtures, text = plan_experts(skeleton, removal, runs, trust_remote_code)
-            changes = changes | mixtures.changes
-            summary.append(text)
-            ratios[removal.kind] = mixtures.ratio
+            mixtures, texts["experts"] = plan_experts(skeleton, removal, runs, trust_remote_code)
+            changes, ratios["experts"] = changes | mixtures.changes, mixtures.ratio
             continue
         if removal.kind == "channels":
-            found, new, text = planner.channels(removal, round_to)
+            found, new, texts["channels"] = planner.channels(removal, round_to, mixtures)
         else:
-            found, new, text = planner.heads(removal)
+            found, new, texts["heads"] = planner.heads(removal)
         cuts, changes = cuts + found, changes | new
-        summary.append(text)
         ratios[removal.kind] = removed_ratio(found)
     config = changed_config(skeleton.config, changes)
     _, reason = planner.settings(iter([changes]), cuts, mixtures)
@@ -90,7 +90,7 @@ def plan_structure(
         raise InputError(
             f"the config cannot express all removals at once: {reason}", "remove only channels, heads or experts"
         )
-    return Structure(tuple(cuts), changes, config, tuple(summary), ratios, mixtures)
+    return Structure(tuple(cuts), changes, config, tuple(texts[removal.kind] for removal in removals), ratios, mixtures)
 
 
 class _Planner:
@@ -108,44 +108,47 @@ class _Planner:
     ) -> None:
         self.skeleton, self.pattern, self.trust = skeleton, pattern, trust
         self.couplings, self.opaque = couplings.of, couplings.opaque
-        self.tensors = dict(skeleton.model.state_dict())
 
-    def channels(self, removal: Removal, round_to: int | None) -> tuple[list[Cut], dict[str, int], str]:
-        """Cuts of MLP channels, new settings, and a summary."""
-        found = list(self._consumers("channels"))
-        widths = {}
-        texts = []
-        for old in dict.fromkeys(coupling.width for _, coupling in found):
-            new, step, note = self._rounded(removal, old, round_to)
-            widths[old] = new
-            texts.append(f"{old} -> {new} ({1 - new / old:.1%} of them, multiples of {step}{note})")
-        cuts = [
-            Cut("channels", block, coupling, coupling.classes[0].T[None], coupling.width - widths[coupling.width])
-            for block, coupling in found
-        ]
-        for cut in cuts:
-            self._check(cut)
-        changes, reason = self.settings(channel_settings(self.skeleton.config, widths), cuts)
-        if not changes:
-            raise InputError(
+    def channels(
+        self, removal: Removal, round_to: int | None, mixtures: Mixtures | None = None
+    ) -> tuple[list[Cut], dict[str, int], str]:
+        """Cuts of MLP channels, new settings, and a summary; of experts, those that stay are cut."""
+        found = list(self._consumers("channels", mixtures))
+        own = {coupling.width: self._rounded(removal, coupling.width, round_to) for _, coupling in found}
+        reasons: list[str] = []
+        for widths in _width_options({old: new for old, (new, _) in own.items()}):
+            cuts = [
+                Cut("channels", block, coupling, coupling.classes[0].T[None], coupling.width - widths[coupling.width])
+                for block, coupling in found
+            ]
+            for cut in cuts:
+                self._check(cut)
+            changes, reason = self.settings(channel_settings(self.skeleton.config, widths), cuts)
+            if changes:
+                texts = [
+                    f"{old} -> {new} ({1 - new / old:.1%} of them, {step if new == alone else 'in step with others'})"
+                    for (old, new), (alone, step) in zip(widths.items(), own.values(), strict=True)
+                ]
+                return cuts, changes, f"{removal.name}: MLP channels {'; '.join(texts)}{self._beside()}"
+            reasons.append(
                 f"the config of {self.skeleton.config.model_type!r} cannot express a width of "
-                f"{', '.join(map(str, widths.values()))} for the inputs of {cuts[0].name!r}: {reason}",
-                "this model cannot lose MLP channels; remove weights instead, e.g. --sparsity 2:4",
+                f"{', '.join(map(str, widths.values()))} for the inputs of {cuts[0].name!r}: {reason}"
             )
-        return cuts, changes, f"{removal.name}: MLP channels {'; '.join(texts)}{self._beside()}"
+        raise InputError(reasons[0], "this model cannot lose MLP channels; remove weights instead, e.g. --sparsity 2:4")
 
     def _beside(self) -> str:
-        """That experts keep their channels, and how much of the blocks they are; '' where there are none."""
+        """That some experts keep their channels, and how much of the blocks they are; '' where there are none."""
         counts, fused = expert_counts(self.skeleton.config), 0
         for index, block in enumerate(self.skeleton.blocks):
             name = self.skeleton.block_name(index)
             fused += sum(w.weights for w in find_other_weights(block, name, counts) if w.reason == FUSED)
-            fused += sum(layer.weights for layer in find_layers(block, name, self.skeleton.config) if layer.expert)
+            if not expert_couplings(block):
+                fused += sum(layer.weights for layer in find_layers(block, name, self.skeleton.config) if layer.expert)
         total = sum(parameter.numel() for parameter in self.skeleton.blocks.parameters())
         return f"; the experts, {fused / total:.1%} of the block parameters, keep all of theirs" if fused else ""
 
-    def _rounded(self, removal: Removal, old: int, round_to: int | None) -> tuple[int, int, str]:
-        """The number of kept channels, the multiple it is rounded to, and why that is less than 64."""
+    def _rounded(self, removal: Removal, old: int, round_to: int | None) -> tuple[int, str]:
+        """The number of kept channels, and the multiple it is rounded to with why that is less than 64."""
         step, note = round_to or ROUND_TO, ""
         if round_to is None and step * COARSE > old:
             step = 1 << max(int(math.log2(max(old // COARSE, 1))), 0)
@@ -160,7 +163,7 @@ class _Planner:
                 f"at multiples of {step}",
                 f"choose another ratio, or finer steps: --round-to {max(step // 4, 1)}",
             )
-        return new, step, note
+        return new, f"multiples of {step}{note}"
 
     def heads(self, removal: Removal) -> tuple[list[Cut], dict[str, int], str]:
         """Cuts of attention heads, new settings, and a summary."""
@@ -196,10 +199,11 @@ class _Planner:
             "this model cannot lose heads; remove channels (channels:25%) or weights (2:4) instead",
         )
 
-    def _consumers(self, kind: Kind) -> Iterator[tuple[str, Coupling]]:
-        """Block name and coupling of every consumer of channels, or of heads."""
+    def _consumers(self, kind: Kind, mixtures: Mixtures | None = None) -> Iterator[tuple[str, Coupling]]:
+        """Block name and coupling of every consumer of channels, or of heads; of experts, of those that stay."""
         found = 0
-        for index, couplings in enumerate(self.couplings):
+        for index, own in enumerate(self.couplings):
+            couplings = [*own, *(self._experts(index, mixtures) if kind == "channels" else ())]
             inner = {dependency.local for coupling in couplings for dependency in coupling.dependencies}
             for coupling in couplings:
                 if _kind(coupling) == kind and coupling.consumer not in inner:
@@ -208,10 +212,24 @@ class _Planner:
         if not found:
             opaque = f"{type(self.skeleton.blocks[0]).__name__} {self.opaque}" if self.opaque else ""
             mixed = f"the inputs of {self._suspect()!r} do not each come from rows of other layers"
+            experts = self._undescribed() if kind == "channels" else ""
             raise InputError(
-                f"no {WORDS[kind]} could be traced: {opaque or mixed}",
+                f"no {WORDS[kind]} could be traced: {experts or opaque or mixed}",
                 "this model can lose weights only, e.g. --sparsity 2:4",
             )
+
+    def _experts(self, index: int, mixtures: Mixtures | None) -> list[Coupling]:
+        """The couplings of the experts of a block, as many as stay."""
+        found = expert_couplings(self.skeleton.blocks[index])
+        cut = mixtures.cuts.get(self.skeleton.block_name(index)) if mixtures else None
+        return found[: cut.kept] if cut else found
+
+    def _undescribed(self) -> str:
+        """That experts are there whose channels are not known, or ''."""
+        for index, block in enumerate(self.skeleton.blocks):
+            if has_experts(block) and not expert_couplings(block):
+                return f"the experts of {self.skeleton.block_name(index)!r} do not say how gate and up lie"
+        return ""
 
     def _suspect(self) -> str:
         """The last layer of the first block whose inputs are coupled with no rows."""
@@ -233,15 +251,16 @@ class _Planner:
                 f"removing inputs of {cut.name!r} would change the others: a norm is taken over all of them",
                 "this model cannot lose them; remove weights instead, e.g. --sparsity 2:4",
             )
-        checkpoint = self.skeleton.checkpoint
-        for local in cut.coupling.sliced_parameters(self.skeleton.model.get_submodule(cut.block)):
-            name = f"{cut.block}.{local}"
-            if not checkpoint.stored_as_is(name) or checkpoint.shared(name):
+        block, checkpoint = self.skeleton.model.get_submodule(cut.block), self.skeleton.checkpoint
+        for local, name in cut.parameters(block).items():
+            own = name == f"{cut.block}.{local}"
+            written = checkpoint.stored_as_is(name) if own else checkpoint.writable(name)
+            if not written or checkpoint.shared(name):
                 raise InputError(
                     f"{name!r} cannot get smaller: it is shared between blocks, or stored in another form",
                     "remove weights instead, e.g. --sparsity 2:4",
                 )
-        rows = self.tensors[f"{cut.name}.weight"].numel() // cut.coupling.width
+        rows = cut.rows(block)
         if self.pattern is not None and (problem := self.pattern.mismatch(rows, cut.width)):
             raise InputError(f"{self.pattern.name} does not fit {cut.name!r}: {problem}", "choose another --round-to")
 
@@ -249,9 +268,21 @@ class _Planner:
         self, candidates: Iterator[dict[str, int]], cuts: list[Cut], mixtures: Mixtures | None = None
     ) -> tuple[dict[str, int], str]:
         """The first candidate settings that give the shapes after the cuts, see `find_settings`."""
-        shapes = shapes_after([cut.example for cut in cuts], self.tensors)
-        shapes |= mixtures.shapes(self.tensors) if mixtures else {}
+        shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in self.skeleton.model.state_dict().items()}
+        shapes |= smaller_shapes(self.skeleton, cuts, mixtures)
         return find_settings(self.skeleton.config, candidates, shapes, self.skeleton.compute, self.trust)
+
+
+def _width_options(widths: dict[int, int]) -> Iterator[dict[int, int]]:
+    """New widths by old ones: each rounded for itself, then multiples of the smallest in step with it.
+
+    A config may say the width of one expert, and as a multiple of that the width of shared ones.
+    """
+    yield widths
+    least = min(widths)
+    in_step = {old: old // least * widths[least] if old % least == 0 else new for old, new in widths.items()}
+    if in_step != widths:
+        yield in_step
 
 
 def _kind(coupling: Coupling) -> Kind | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from llmprune.model.experts import storage_of
 from llmprune.pruning.permutation import classes_left
 from llmprune.structure.coupling import Coupling, Producer, permute
 
@@ -97,14 +97,22 @@ def _new_index(kept: Tensor, size: int) -> Tensor:
     return numbers
 
 
-def shapes_after(cuts: Sequence[tuple[Coupling, Tensor, str]], tensors: Mapping[str, Tensor]) -> Shapes:
-    """The shapes of all tensors of a model after the removal of some inputs, by name.
+def shapes_after(coupling: Coupling, kept: Tensor, block: nn.Module) -> Shapes:
+    """The new shapes of the parameters of a block when a consumer keeps some of its inputs, by local name.
+
+    Of a parameter with the matrices of experts: as if all experts lost as many.
 
     Args:
-        cuts: coupling, kept inputs, and the block's prefix.
-        tensors: of the model, on the meta device.
+        coupling: of the consumer.
+        kept: its inputs that stay, `(k,)`, int64.
+        block: the block, also on the meta device.
     """
-    shapes: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for coupling, kept, prefix in cuts:
-        shapes |= {name: tuple(t.shape) for name, t in slice_channels(coupling, kept, tensors, prefix).items()}
+    stored = {name: storage_of(block, name) for name in coupling.sliced_parameters(block)}
+    places = {name: found for name, found in stored.items() if found is not None}
+    tensors = {name: part(block.get_parameter(place).data) for name, (place, part) in places.items()}
+    meta = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
+    shapes = {}
+    for name, tensor in slice_channels(coupling, kept, meta).items():
+        place, experts = places[name][0], places[name][0] != name
+        shapes[place] = (*([len(block.get_parameter(place))] if experts else []), *tensor.shape)
     return shapes

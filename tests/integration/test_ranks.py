@@ -139,6 +139,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cramped": {"method": "sparsegpt", "targets": "dense", "cramped": True},
     "mixture of experts": {"model": "mixture"},
     "fewer experts": {"model": "mixture", "sparsity": "experts:50%", "method": "obs", "targets": "dense"},
+    "narrower experts": {"model": "mixture", "sparsity": "channels:25%", "method": "apoz", "targets": "dense"},
 }
 
 

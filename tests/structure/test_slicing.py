@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from variants import source_of, toy_couplings
 
 from llmprune import InputError
+from llmprune.model.experts import storage_of
 from llmprune.pruning.sparsity import Removal, parse_sparsity
 from llmprune.streaming.block_types import all_couplings, block_runs
 from llmprune.structure.coupling import Dependency
@@ -106,19 +107,26 @@ CHANNELS = [
     "exaone4",
     "qwen2_moe",
     "lfm2",
-]
-NO_CHANNELS = [
-    "bloom",
-    "mpt",
     "mixtral",
     "qwen3_moe",
     "olmoe",
     "gpt_oss",
+    "granitemoe",
     "deepseek_v3",
-    "mamba",
+    "nemotron_h",
     "jamba",
-    "bitnet",
 ]
+NO_CHANNELS = [
+    "bloom",
+    "mpt",
+    "mamba",
+    "bitnet",
+    "llama4_text",
+    "dbrx",
+    "jetmoe",
+]
+SEVERAL = {"qwen2_moe": 2, "deepseek_v3": 2, "nemotron_h": 3}
+"""Settings of the config that say widths of MLPs."""
 
 
 def structure_of(folder: Path, *removals: Removal, **options: Any) -> Structure:
@@ -141,20 +149,29 @@ def random_kept(one: Cut, generator: torch.Generator) -> Tensor:
 
 def zeroed_and_cut(folder: Path, structure: Structure) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The dense model with columns of its consumers zeroed, and the smaller one without them."""
-    dense = reload(folder)
+    dense, skeleton = reload(folder), skeleton_of(folder)
     state = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     small = dict(state)
+    experts: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
     for one in structure.cuts:
-        kept = random_kept(one, generator)
-        small |= slice_channels(one.coupling, kept, small, f"{one.block}.")
+        kept, block = random_kept(one, generator), skeleton.model.get_submodule(one.block)
         removed = torch.ones(one.coupling.width, dtype=torch.bool)
         removed[kept] = False
-        weight = state[f"{one.name}.weight"]
+        places = {local: storage_of(block, local) for local in one.coupling.sliced_parameters(block)}
+        own = {local: part(state[f"{one.block}.{name}"]) for local, (name, part) in places.items()}
+        now = {local: part(small[f"{one.block}.{name}"]) for local, (name, part) in places.items()}
+        for local, value in slice_channels(one.coupling, kept, now).items():
+            name = f"{one.block}.{places[local][0]}"
+            if name == f"{one.block}.{local}":
+                small[name] = value
+            else:
+                experts.setdefault(name, []).append(value)
+        weight = own[f"{one.coupling.consumer}.weight"]
         (weight.T if not one.coupling.transposed else weight)[removed] = 0
     dense.load_state_dict(state)
     model = AutoModelForCausalLM.from_config(structure.config, dtype=torch.float32).eval()
-    model.load_state_dict(small)
+    model.load_state_dict(small | {name: torch.stack(values) for name, values in experts.items()})
     return dense, model
 
 
@@ -173,7 +190,7 @@ def assert_same_function(folder: Path, structure: Structure) -> None:
 @pytest.mark.parametrize("name", CHANNELS)
 def test_removed_channels_compute_the_same_as_zeros(name: str, tmp_path: Path) -> None:
     structure = structure_of(source_of(name, tmp_path), Removal("channels", QUARTER))
-    assert len(structure.changes) == 1
+    assert len(structure.changes) == SEVERAL.get(name, 1)
     assert_same_function(tmp_path, structure)
 
 
@@ -189,6 +206,22 @@ def test_a_width_that_is_derived_from_a_size_is_set_by_that_size(
     structure = structure_of(tmp_path, Removal("channels", QUARTER), round_to=max(multiple, 4))
     assert f"{old} -> {new}" in structure.summary[0]
     assert set(structure.changes) == {"intermediate_size"}
+    assert_same_function(tmp_path, structure)
+
+
+def test_shared_experts_stay_as_wide_as_several_of_the_others(tmp_path: Path) -> None:
+    """Rounded each for itself the widths would be 24 and 44, and the config says the second as twice the first."""
+    source_of("deepseek_v3", tmp_path, n_shared_experts=2)
+    structure = structure_of(tmp_path, Removal("channels", Fraction(3, 10)), round_to=4)
+    assert structure.changes["moe_intermediate_size"] == 24
+    assert "64 -> 48" in structure.summary[0]
+    assert_same_function(tmp_path, structure)
+
+
+def test_one_width_may_stand_in_several_settings(tmp_path: Path) -> None:
+    source_of("qwen2_moe", tmp_path, shared_expert_intermediate_size=32)
+    structure = structure_of(tmp_path, Removal("channels", QUARTER))
+    assert structure.changes == {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
     assert_same_function(tmp_path, structure)
 
 
