@@ -2,7 +2,7 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a JSON-lines file of `eval.sweep`, or a JSON
 file of `eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed`, `eval.solvers` or
-`eval.structured_scale`, `eval.expert_scale` or `eval.zeros`, or that of `eval.families`. Figures are never typed.
+`eval.structured_scale`, `eval.expert_scale`, `eval.quantizers` or `eval.zeros`, or that of `eval.families`. Figures are never typed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from eval import (
     families,
     peers,
     processes,
+    quantizers,
     record,
     scale,
     solvers,
@@ -38,6 +39,7 @@ MAKERS = {
     "promised": speed.table,
     "solved": solvers.table,
     "schemes": zeros.table,
+    "grid": quantizers.table,
 }
 """Who makes the table of a result, by a key that only such results have."""
 
