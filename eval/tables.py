@@ -1,8 +1,9 @@
 """`python -m eval.tables`: rewrite the tables of the README, the pages and eval/LOG.md from eval/results.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a JSON-lines file of `eval.sweep`, or a JSON
-file of `eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed`, `eval.solvers` or
-`eval.structured_scale`, `eval.expert_scale`, `eval.quantizers` or `eval.zeros`, or that of `eval.families`. Figures are never typed.
+file of `eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed`, `eval.solvers`,
+`eval.structured_scale`, `eval.expert_scale`, `eval.quantizers` or `eval.zeros`, or that of `eval.families`. Figures are
+never typed.
 """
 
 from __future__ import annotations

@@ -178,6 +178,8 @@ class PruneReport:
         """A table for notebooks: the main figures, removals and warnings."""
         rows = {"sparsity": self.sparsity["meaning"], "method": words.recipe_text(self.recipe)}
         rows |= {f"removed {number}": text for number, text in enumerate(self.sparsity["removed"], 1)}
+        if text := words.grid_text(self.quantization):
+            rows["quantised"] = text
         if self.sparsity["removed"]:
             rows["parameters"] = words.parameters_text(self.model)
         for key in ("dense", "pruned") if self.evaluation else ():
