@@ -432,7 +432,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "GPTQ": ({"quant_method": "gptq", "bits": 4}, "gptq"),
     "AWQ": ({"quant_method": "awq", "bits": 4}, "awq"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-    "packed": ({**INTEGER, "format": "pack-quantized"}, "compressed-tensors, pack-quantized"),
+    "packed with zero points": (
+        {**compressed("channel", type="int", symmetric=False), "format": "pack-quantized"},
+        "pack-quantized of another kind",
+    ),
+    "packed in two bits": (
+        {**compressed("channel", type="int", num_bits=2), "format": "pack-quantized"},
+        "pack-quantized of another kind",
+    ),
     "int8": ({**INTEGER, "format": "int-quantized"}, "compressed-tensors, int-quantized"),
     "naive int8": ({**INTEGER, "format": "naive-quantized"}, "compressed-tensors, int8 weights"),
     "zero points": (compressed("channel", symmetric=False), "asymmetric float8"),
