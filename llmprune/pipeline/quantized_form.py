@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ from torch import nn
 
 from llmprune.errors import InputError
 from llmprune.model import compressed_tensors
-from llmprune.model.blocks import LayerRef
+from llmprune.model.blocks import LayerRef, find_layers
 from llmprune.model.dequantize import dequantized
 from llmprune.model.quantization import quantization_of
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
+from llmprune.pipeline.stock_loading import check_loading
 from llmprune.pruning.grid import Grid
 from llmprune.structure.cut import Structure
 
@@ -24,7 +27,7 @@ def fitted_grid(grid: Grid, skeleton: Skeleton, plan: Plan, structure: Structure
     """The grid with its group size and the dtype of its scales, for the layers of a plan.
 
     Raises:
-        InputError: the weights of a layer cannot be stored on it.
+        InputError: the weights of a layer cannot be stored on it, or transformers would not load the model.
     """
     shapes = _shapes(skeleton, plan, structure)
     dtypes = {skeleton.checkpoint.stored_dtype(layer.parameter) for layer in plan.layers}
@@ -40,6 +43,7 @@ def fitted_grid(grid: Grid, skeleton: Skeleton, plan: Plan, structure: Structure
                 f"{grid.name} does not fit layer {layer.name!r}: {reason}",
                 f"{smaller}leave such layers in floating point with --skip GLOB",
             )
+    check_loading(grid, skeleton, plan)
     return grid
 
 
@@ -84,11 +88,31 @@ def config_section(grid: Grid, skeleton: Skeleton, quantized: Iterable[str]) -> 
     on_grid = set(quantized)
     modules = dict(skeleton.model.named_modules())
     dense = {name for name, module in modules.items() if isinstance(module, nn.Linear)} - on_grid
-    # Readers know a layer by the name of its module, or by that of its tensor on disk.
+    # Readers know a layer by the name of its module, or by that of its tensor on disk; and vLLM has linear layers where
+    # transformers has routers and experts.
     stored = skeleton.checkpoint
-    names = {f"{name}.weight" for name in dense if f"{name}.weight" in stored}
+    others = {name for name, module in modules.items() if _is_other_matrix(module)}
+    names = {f"{name}.weight" for name in dense | others if f"{name}.weight" in stored}
     on_disk = {stored.origin(name).names[0].removesuffix(".weight") for name in names if stored.stored_as_is(name)}
-    return compressed_tensors.config_of(grid, dense | on_disk - modules.keys())
+    return compressed_tensors.config_of(grid, dense | others | _experts(skeleton) | on_disk - modules.keys())
+
+
+def _is_other_matrix(module: nn.Module) -> bool:
+    """Whether a module that is no linear layer multiplies with a matrix, as routers do."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and not isinstance(module, (nn.Linear, nn.Embedding))
+
+
+def _experts(skeleton: Skeleton) -> set[str]:
+    """Patterns of the names on disk of the matrices of all experts, one for every mixture."""
+    found = set()
+    for index, block in enumerate(skeleton.blocks):
+        layers = find_layers(block, skeleton.block_name(index), skeleton.config)
+        for parameter in {layer.parameter for layer in layers if layer.expert is not None}:
+            names = [name.replace(".", "/") for name in skeleton.checkpoint.origin(parameter).names]
+            module = os.path.commonpath([name.rpartition("/")[0] for name in names]).replace("/", ".")
+            found.add(f"re:{re.escape(module)}[.].*")
+    return found
 
 
 def open_quantized(folder: Path, grid: Grid) -> SafetensorsFolder:

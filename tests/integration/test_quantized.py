@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,42 @@ def test_layers_that_the_format_has_not_are_refused(kind: str, says: str, tokens
     with pytest.raises(InputError, match=says) as refused:
         prune(job_of(model, tokens, tmp_path / "out", quantize="int8"))
     assert "--skip" in refused.value.hint
+
+
+SKIP = ("*experts*",)
+READERS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
+    "merged experts in integers": (
+        "qwen3_moe",
+        "int8",
+        SKIP,
+        "does not load 'model.layers.0.mlp.experts.gate_up_proj'",
+    ),
+    "replaced experts": ("llama4_text", "fp8", SKIP, "does not load Llama4TextExperts"),
+    "packed layers that are initialised": ("falcon", "int8", (), "initialises weights that packed layers do not have"),
+}
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_models_that_transformers_does_not_load_quantised_are_refused(case: str, tokens: Path, tmp_path: Path) -> None:
+    kind, grid, skip, says = READERS[case]
+    model = save_tiny(kind, tmp_path / "model")
+    with pytest.raises(InputError) as refused:
+        prune(job_of(model, tokens, tmp_path / "out", quantize=grid, skip=skip))
+    assert says in refused.value.message
+
+
+def test_experts_and_routers_in_floating_point_are_loaded_and_named(tokens: Path, tmp_path: Path) -> None:
+    model = save_tiny("qwen3_moe", tmp_path / "model")
+    prune(job_of(model, tokens, tmp_path / "out", quantize="fp8", skip=SKIP))
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    own = weights_of(tmp_path / "out").checkpoint
+    experts = [name for name in own if ".experts." in name]
+    assert experts
+    assert all(torch.equal(found[name], own[name]) for name in experts)
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    on_disk = [name for name in load_file(tmp_path / "out" / "model.safetensors") if ".mlp." in name]
+    patterns = [name.removeprefix("re:") if name.startswith("re:") else re.escape(name) for name in ignored]
+    assert all(any(re.fullmatch(rf"{one}(\.weight)?", name) for one in patterns) for name in on_disk)
 
 
 def test_a_tied_head_stays_in_floating_point(tokens: Path, tmp_path: Path) -> None:
