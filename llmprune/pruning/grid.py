@@ -72,6 +72,13 @@ class Grid:
         """The largest q."""
         return 2.0 ** (self.bits - 1) - 1 if self.kind == "int" else torch.finfo(torch.float8_e4m3fn).max
 
+    @property
+    def lowest_scale(self) -> float:
+        """The smallest scale: with integers, float16's numbers below the normal ones are exact enough, too."""
+        info = torch.finfo(self.scale_dtype)
+        exact = self.kind == "int" and self.scale_dtype == torch.float16
+        return info.smallest_normal * info.eps if exact else info.smallest_normal
+
     def describe(self) -> str:
         """One phrase that leaves no doubt which values a weight may have."""
         values = f"{self.bits}-bit integers" if self.kind == "int" else "float8 (E4M3)"

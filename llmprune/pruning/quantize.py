@@ -139,7 +139,7 @@ class _Rows:
     def _stored(self, scale: Tensor) -> Tensor:
         """Scales as they can be stored, none of them zero."""
         stored = scale.to(self.grid.scale_dtype)
-        return stored.clamp_(min=torch.finfo(stored.dtype).tiny).float()
+        return stored.clamp_(min=self.grid.lowest_scale).float()
 
     def _grouped(self, values: Tensor) -> Tensor:
         """`(groups, inputs of a group, rows)`, a view of `(in, rows)`."""

@@ -218,3 +218,13 @@ def test_it_lowers_the_damage_of_pruning_then_quantising_clearly() -> None:
     assert float(errors(problem, found.weight).sum()) < 0.8 * float(
         errors(problem, rounded(pruned[0].weight, grid)).sum()
     )
+
+
+@pytest.mark.parametrize("name", ["int8", "int4:g32"])
+def test_small_weights_are_as_precise_with_scales_in_half_precision(name: str) -> None:
+    problem = problem_of(64, 8)
+    problem = GroupProblem((LayerProblem("layer", problem.layers[0].weight * 1e-4),), problem.stats)
+    half, full = (
+        quantize(problem, dense(problem), grid_of(name, dtype=dtype), 2)[0] for dtype in (torch.float16, torch.float32)
+    )
+    assert errors(problem, half.weight.half().float()).sum() < 1.5 * errors(problem, full.weight).sum()
