@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from llmprune.errors import InputError, printable
 from llmprune.export.verify_grid import off_grid
 from llmprune.model.blocks import LayerRef
 from llmprune.model.checkpoint import Checkpoint
+from llmprune.model.quantization_section import config_section, wrong_section
 from llmprune.model.selection import make_plan, select
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.slices import find_slices
@@ -21,7 +22,7 @@ from llmprune.pruning.grid import Grid, parse_grid
 from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern
 from llmprune.pruning.sparsity import Sparsity, parse_sparsity
 from llmprune.reporting.report import PruneReport
-from llmprune.runtime.foreign import user_path
+from llmprune.runtime.foreign import read_json, user_path
 from llmprune.sources.demo import default_cache
 from llmprune.sources.models import open_source
 
@@ -103,11 +104,13 @@ class FolderCheck:
     grid: str = ""
     on_grid: int = 0
     wrong_grids: list[str] = field(default_factory=list)
+    wrong_config: list[str] = field(default_factory=list)
 
     @property
     def violations(self) -> int:
         """Number of missing zeros in all layers, of settings unlike the report's, and of layers off the grid."""
-        return sum(layer.violations for layer in self.layers) + len(self.wrong_sizes) + len(self.wrong_grids)
+        others = (self.wrong_sizes, self.wrong_grids, self.wrong_config)
+        return sum(layer.violations for layer in self.layers) + sum(map(len, others))
 
     @property
     def wrong_sizes(self) -> list[str]:
@@ -126,6 +129,7 @@ class FolderCheck:
             "sizes": sizes,
             "grid": self.grid,
             "off_grid": self.wrong_grids,
+            "config": self.wrong_config,
         }
 
     def text(self) -> str:
@@ -138,6 +142,7 @@ class FolderCheck:
         if self.grid:
             lines.append(f"{self.on_grid - len(self.wrong_grids)} of {self.on_grid} layers hold codes of {self.grid}")
             lines += [f"VIOLATED {wrong}" for wrong in self.wrong_grids[:20]]
+            lines += [f"VIOLATED config: {wrong}" for wrong in self.wrong_config]
         return "\n".join(map(printable, lines + (self._zeros() if self.pattern.pattern else [])))
 
     def _zeros(self) -> list[str]:
@@ -192,7 +197,18 @@ def verify_folder(folder: Path, selection: LayerSelection = BY_REPORT, trust_rem
         grid=report.quantization.get("grid", "") if report else "",
         on_grid=len(grids),
         wrong_grids=off_grid(user_path(folder), skeleton.checkpoint, grids),
+        wrong_config=check_config(user_path(folder), skeleton, grids),
     )
+
+
+def check_config(folder: Path, skeleton: Skeleton, grids: Sequence[tuple[LayerRef, Grid]]) -> list[str]:
+    """What of the config's `quantization_config` does not belong to the layers on a grid, a line for each."""
+    if not grids:
+        return []
+    names = [ref.name for ref, _ in grids]
+    found = read_json(folder / "config.json").get("quantization_config", {})
+    wanted = config_section(grids[0][1], skeleton, names)
+    return wrong_section(found, wanted, names)
 
 
 def grids_of(report: PruneReport, skeleton: Skeleton) -> list[tuple[LayerRef, Grid]]:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from llmprune.errors import InputError
 from llmprune.model import compressed_tensors
-from llmprune.model.blocks import LayerRef, find_layers
+from llmprune.model.blocks import LayerRef
 from llmprune.model.dequantize import dequantized
 from llmprune.model.quantization import quantization_of
 from llmprune.model.reader import SafetensorsFolder
@@ -75,44 +69,6 @@ def saved_bytes(grid: Grid, skeleton: Skeleton, plan: Plan, structure: Structure
     shapes = _shapes(skeleton, plan, structure).values()
     element = grid.scale_dtype.itemsize
     return sum(rows * width * element - compressed_tensors.written_bytes((rows, width), grid) for rows, width in shapes)
-
-
-def config_section(grid: Grid, skeleton: Skeleton, quantized: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` of a model.
-
-    Args:
-        grid: of the weights.
-        skeleton: the model.
-        quantized: full names of the layers on the grid.
-    """
-    on_grid = set(quantized)
-    modules = dict(skeleton.model.named_modules())
-    dense = {name for name, module in modules.items() if isinstance(module, nn.Linear)} - on_grid
-    # Readers know a layer by the name of its module, or by that of its tensor on disk; and vLLM has linear layers where
-    # transformers has routers and experts.
-    stored = skeleton.checkpoint
-    others = {name for name, module in modules.items() if _is_other_matrix(module)}
-    names = {f"{name}.weight" for name in dense | others if f"{name}.weight" in stored}
-    on_disk = {stored.origin(name).names[0].removesuffix(".weight") for name in names if stored.stored_as_is(name)}
-    return compressed_tensors.config_of(grid, dense | others | _experts(skeleton) | on_disk - modules.keys())
-
-
-def _is_other_matrix(module: nn.Module) -> bool:
-    """Whether a module that is no linear layer multiplies with a matrix, as routers do."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and not isinstance(module, (nn.Linear, nn.Embedding))
-
-
-def _experts(skeleton: Skeleton) -> set[str]:
-    """Patterns of the names on disk of the matrices of all experts, one for every mixture."""
-    found = set()
-    for index, block in enumerate(skeleton.blocks):
-        layers = find_layers(block, skeleton.block_name(index), skeleton.config)
-        for parameter in {layer.parameter for layer in layers if layer.expert is not None}:
-            names = [name.replace(".", "/") for name in skeleton.checkpoint.origin(parameter).names]
-            module = os.path.commonpath([name.rpartition("/")[0] for name in names]).replace("/", ".")
-            found.add(f"re:{re.escape(module)}[.].*")
-    return found
 
 
 def open_quantized(folder: Path, grid: Grid) -> SafetensorsFolder:

@@ -20,11 +20,11 @@ from llmprune.model.auto_class import auto_class, text_section
 from llmprune.model.companions import copy_companions, copy_json
 from llmprune.model.compressed_tensors import format_of
 from llmprune.model.quantization import without_quantization
+from llmprune.model.quantization_section import config_section
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.tower import tower_name
 from llmprune.pipeline.context import RunContext
-from llmprune.pipeline.quantized_form import config_section
 from llmprune.pipeline.timing import Clock
 from llmprune.pruning.grid import Grid
 from llmprune.pruning.pattern import SparsityPattern

@@ -158,6 +158,29 @@ def test_verify_finds_what_is_off_the_grid(case: str, llama: Path, tokens: Path,
     assert json.loads(json.dumps(found.to_json()))["violations"] == found.violations
 
 
+CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "another group": (lambda it: it["config_groups"]["group_0"]["weights"].update(group_size=64), "group_size is 64"),
+    "a dense layer": (lambda it: it.update(ignore=[]), "ignore lacks 'lm_head'"),
+    "a layer on the grid": (lambda it: it["ignore"].append("model.layers.0.mlp.up_proj"), "which is on the grid"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_verify_finds_a_config_that_does_not_belong_to_the_files(
+    case: str, llama: Path, tokens: Path, tmp_path: Path
+) -> None:
+    change, says = CONFIGS[case]
+    prune(job_of(llama, tokens, tmp_path / "out"))
+    assert verify_folder(tmp_path / "out").violations == 0
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+    found = verify_folder(tmp_path / "out")
+    assert (found.violations, len(found.wrong_config)) == (1, 1)
+    assert says in found.text()
+
+
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "no grid": ({"quantize": "int3"}, "unknown grid 'int3'", "int4:g64"),
     "a width": ({"quantize": "int4:g128"}, "64 inputs are not divisible by 128", "int4:g32"),
