@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 
 from torch import nn
-from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+from transformers.quantizers import base
 
 from llmprune.errors import InputError
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.grid import Grid
 
+REPLACED: frozenset[str] = frozenset(getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", ()))
+"""Classes that transformers replaces in quantised models; older versions replace none."""
 HINT = "use fp8, and leave experts in floating point with --skip '*experts*'"
 
 
@@ -22,7 +24,7 @@ def check_loading(grid: Grid, skeleton: Skeleton, plan: Plan) -> None:
         InputError: naming what is not loaded.
     """
     kinds = {type(module).__name__ for module in skeleton.model.modules()}
-    if replaced := kinds & MODULES_TO_PATCH_FOR_QUANTIZATION.keys():
+    if replaced := kinds & REPLACED:
         raise InputError(
             f"transformers does not load {min(replaced)} of a quantised model: it puts other modules in their place",
             "leave out --quantize",
