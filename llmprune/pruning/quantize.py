@@ -30,7 +30,7 @@ from llmprune.pruning.problem import GroupProblem, LayerSolution, Scales, Status
 DAMPING = 0.01
 BLOCK = 32
 """Columns between two products of matrices."""
-ROWS_AT_A_TIME = 1024
+ROWS_AT_A_TIME = 2048
 SHRINKS = torch.linspace(1.0, 0.4, 25).tolist()
 """Fractions of a group's largest weight that are tried as the largest value of the grid."""
 
@@ -53,35 +53,27 @@ def quantize(
     gram = problem.stats.gram
     if problem.stats.tokens == 0:
         gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = inverse_factor(gram, damping)
-    A = add_ridge(gram, factor.ridge)
-    del factor
     # The sweep's order; the groups stay those of consecutive inputs.
-    order = A.diagonal().argsort(descending=True, stable=True)
-    upper = inverse_factor(gram[order][:, order], damping)
-    upper.upper.div_(upper.upper.diagonal()[:, None].clone())
-    found = [
-        _layer(_Rows(A, grid, upper.upper, order), layer.weight, solution, passes)
-        for layer, solution in zip(problem.layers, solutions, strict=True)
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    factor = inverse_factor(gram[order][:, order], damping)
+    factor.upper.div_(factor.upper.diagonal()[:, None].clone())
+    rows = _Rows(add_ridge(gram, factor.ridge), grid, factor.upper, order)
+    target = torch.cat([layer.weight for layer in problem.layers])
+    weight = torch.cat([solution.weight for solution in solutions])
+    support = torch.cat([solution.mask for solution in solutions])
+    parts = [slice(at, at + ROWS_AT_A_TIME) for at in range(0, len(weight), ROWS_AT_A_TIME)]
+    scales = torch.cat([rows.solve(target[part], weight[part], support[part], passes) for part in parts])
+    more = {"grid_retries": float(factor.retries)} if factor.retries else {}
+    return [
+        replace(
+            one,
+            weight=new,
+            scales=Scales(grid, values, rows.group_of),
+            status=Status.DAMPING_RAISED if more else one.status,
+            stats=one.stats | more,
+        )
+        for one, new, values in zip(solutions, problem.split(weight), problem.split(scales), strict=True)
     ]
-    if not upper.retries:
-        return found
-    more = {"grid_retries": float(upper.retries)}
-    return [replace(one, status=Status.DAMPING_RAISED, stats=one.stats | more) for one in found]
-
-
-def _layer(rows: _Rows, target: Tensor, solution: LayerSolution, passes: int) -> LayerSolution:
-    weight, scales = torch.empty_like(solution.weight), []
-    for at in range(0, len(target), ROWS_AT_A_TIME):
-        part = slice(at, at + ROWS_AT_A_TIME)
-        state = rows.begin(target[part].T, solution.weight[part].T, solution.mask[part].T)
-        for _ in range(passes):
-            rows.refit_scales(state)
-            rows.descend(state)
-        weight[part] = state.weight.T
-        scales.append(state.scale.T)
-    values = torch.cat(scales).contiguous()
-    return replace(solution, weight=weight, scales=Scales(rows.grid, values, rows.group_of))
 
 
 @dataclass(slots=True)
@@ -116,6 +108,15 @@ class _Rows:
         self.width = len(A)
         self.groups = grid.groups(self.width)
         self.group_of = torch.arange(self.width, device=A.device) // (self.width // self.groups)
+
+    def solve(self, target: Tensor, weight: Tensor, support: Tensor, passes: int) -> Tensor:
+        """Put rows on the grid, in place of `weight (rows, in)`; returns their scales, `(rows, groups)`."""
+        state = self.begin(target.T, weight.T, support.T)
+        for _ in range(passes):
+            self.refit_scales(state)
+            self.descend(state)
+        weight.copy_(state.weight.T)
+        return state.scale.T
 
     def begin(self, target: Tensor, start: Tensor, support: Tensor) -> _State:
         """The better of the sweep and of rounding to the nearest, row by row."""
@@ -162,31 +163,35 @@ class _Rows:
         """Round column by column; columns to come compensate the error of `weight`, which is used up."""
         order, result = self.order.tolist(), torch.empty_like(weight)
         weight, group_of = weight[self.order], self.group_of[self.order].tolist()
+        # Views of single columns, made once: making them anew costs as much as the arithmetic on them.
+        column, kept, scales, rounded = weight.unbind(), support.unbind(), scale.unbind(), result.unbind()
         for start in range(0, self.width, BLOCK):
             stop = min(start + BLOCK, self.width)
             missed = torch.empty_like(weight[start:stop])
-            for at in range(start, stop):
-                rounded = self._rounded(weight[at], scale[group_of[at]]).mul_(support[order[at]])
-                result[order[at]] = rounded
-                torch.sub(weight[at], rounded, out=missed[at - start])
-                weight[at + 1 : stop].addr_(self.unit[at, at + 1 : stop], missed[at - start], alpha=-1)
+            for at, error in enumerate(missed.unbind(), start):
+                value = self._rounded(column[at], scales[group_of[at]]).mul_(kept[order[at]])
+                rounded[order[at]].copy_(value)
+                torch.sub(column[at], value, out=error)
+                weight[at + 1 : stop].addr_(self.unit[at, at + 1 : stop], error, alpha=-1)
             weight[stop:].addmm_(self.unit[start:stop, stop:].T, missed, alpha=-1)
         return result
 
     def descend(self, state: _State) -> None:
         """One pass of coordinate descent: column by column, the best value of the grid for all other columns."""
-        A, weight, scale = self.A, state.weight, state.scale
+        A, weight = self.A, state.weight
         diagonal, group_of = A.diagonal().tolist(), self.group_of.tolist()
+        column, kept, scales = weight.unbind(), state.support.unbind(), state.scale.unbind()
         gradient = A @ (weight - state.target)
         for start in range(0, self.width, BLOCK):
             stop = min(start + BLOCK, self.width)
             ahead, moved = gradient[start:stop].clone(), torch.empty_like(weight[start:stop])
-            for at in range(start, stop):
-                free = torch.sub(weight[at], ahead[at - start], alpha=1 / diagonal[at])
-                new = self._rounded(free, scale[group_of[at]]).mul_(state.support[at])
-                torch.sub(new, weight[at], out=moved[at - start])
-                weight[at] = new
-                ahead[at + 1 - start :].addr_(A[at, at + 1 : stop], moved[at - start])
+            slopes = ahead.unbind()
+            for at, change in enumerate(moved.unbind(), start):
+                free = torch.sub(column[at], slopes[at - start], alpha=1 / diagonal[at])
+                new = self._rounded(free, scales[group_of[at]]).mul_(kept[at])
+                torch.sub(new, column[at], out=change)
+                column[at].copy_(new)
+                ahead[at + 1 - start :].addr_(A[at, at + 1 : stop], change)
             gradient.addmm_(A[:, start:stop], moved)
 
     def refit_scales(self, state: _State) -> None:
