@@ -68,7 +68,8 @@ def build_parser(job: type[Job] = Job) -> Parser:
     methods = table("methods for weights", METHODS) + "\n" + table("criteria for channels and heads", CRITERIA)
     parser = Parser(
         prog="llmprune",
-        usage="llmprune --model MODEL --sparsity PATTERN [options]\n       llmprune verify DIR [--sparsity PATTERN]\n"
+        usage="llmprune --model MODEL --sparsity PATTERN [options]\n"
+        "       llmprune quantize DIR GRID [options]\n       llmprune verify DIR [--sparsity PATTERN]\n"
         "       llmprune push DIR ORG/NAME [--private]\n"
         "       llmprune pack DIR [--out DIR]\n       llmprune unpack DIR [--out DIR]\n"
         "       llmprune export DIR gguf [--type TYPE]\n"

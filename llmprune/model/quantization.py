@@ -15,8 +15,6 @@ Block = tuple[int, int]
 TENSOR, CHANNEL = (0, 0), (1, 0)
 FLOAT_FORMATS = ("float-quantized", "naive-quantized")
 """Formats of compressed-tensors that keep an element a byte, and a scale beside them."""
-
-
 INTEGER_FORMAT = "pack-quantized"
 """The format of compressed-tensors that keeps integers in 32-bit words, and scales beside them."""
 
@@ -128,22 +126,26 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Quantization:
 def _integers(schemes: list[Any]) -> Quantization:
     """Symmetric integers in 32-bit words, of one number of bits."""
     found = [group.get("weights") for group in schemes if isinstance(group, Mapping)]
-    weights = [scheme for scheme in found if isinstance(scheme, Mapping)]
-    bits = {scheme.get("num_bits") for scheme in weights}
-    plain = all(
-        scheme.get("type", "int") == "int"
-        and scheme.get("symmetric", True) is True
-        and scheme.get("strategy") in ("group", "channel")
-        and scheme.get("actorder") is None
-        for scheme in weights
-    )
-    if not plain or len(bits) != 1 or not bits <= {4, 8}:
+    weights = [scheme for scheme in found if isinstance(scheme, Mapping) and _is_plain(scheme)]
+    bits = {int(scheme["num_bits"]) for scheme in weights}
+    if len(weights) < len(schemes) or len(bits) != 1:
         raise _refused(f"compressed-tensors, {INTEGER_FORMAT} of another kind than symmetric int4 or int8")
     (number,) = bits
-    assert isinstance(number, int)
-    groups = {scheme["group_size"] for scheme in weights if scheme.get("strategy") == "group"}
+    groups = {int(scheme["group_size"]) for scheme in weights if scheme["strategy"] == "group"}
     scales = f"groups of {' and '.join(map(str, sorted(groups)))}" if groups else "a scale each output"
     return Quantization(f"int{number}, {scales}", bits=number)
+
+
+def _is_plain(weights: Mapping[str, Any]) -> bool:
+    """Whether a scheme is one of symmetric integers that are read, its groups those of consecutive inputs."""
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    return (
+        weights.get("type", "int") == "int"
+        and weights.get("num_bits") in (4, 8)
+        and weights.get("symmetric", True) is True
+        and weights.get("actorder") is None
+        and (strategy == "channel" or (strategy == "group" and type(size) is int and size > 0))
+    )
 
 
 def _scheme(weights: Mapping[str, Any]) -> Block:

@@ -63,7 +63,8 @@ def wrong_section(found: Mapping[str, Any], wanted: Mapping[str, Any], quantized
     """
     own, wants = _settings(found), _settings(wanted)
     wrong = [f"{key} is {own.get(key)}, not {value}" for key, value in wants.items() if own.get(key) != value]
-    ignored = set(found.get("ignore", ()))
+    said = found.get("ignore")
+    ignored = {name for name in said if isinstance(name, str)} if isinstance(said, list) else set()
     lacking, extra = sorted(set(wanted["ignore"]) - ignored), sorted(ignored & set(quantized))
     wrong += [f"ignore lacks {lacking[0]!r}, which is in floating point"] if lacking else []
     return wrong + ([f"ignore names {extra[0]!r}, which is on the grid"] if extra else [])
@@ -72,6 +73,8 @@ def wrong_section(found: Mapping[str, Any], wanted: Mapping[str, Any], quantized
 def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
     """How layers are stored, by a section of one scheme."""
     settings = {key: section.get(key) for key in ("quant_method", "format")}
-    for group in section.get("config_groups", {}).values():
-        settings |= {"targets": group.get("targets"), **group.get("weights", {})}
+    groups = section.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        settings |= {"targets": group.get("targets"), **weights} if isinstance(weights, Mapping) else {}
     return settings

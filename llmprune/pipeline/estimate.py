@@ -266,7 +266,7 @@ def _pruning(task: Task) -> int:
     covered = parts.covered
     held = parts.whole * task.element + parts.experts + covered * (task.element if recipe.dense_stream else 0)
     new = covered * checkpoint.stored_dtype(task.plan.layers[0].parameter).itemsize
-    solve = max(_solving(recipe, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers)
+    solve = max(_solving(task, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers)
     pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
     passing = pausing if pausing <= BLOCK_MEMORY else repeating
     window = _window(task)
@@ -274,21 +274,23 @@ def _pruning(task: Task) -> int:
     # Weights that are stored in another form are there in both while they are written.
     written = sum(0 if checkpoint.stored_as_is(layer.parameter) else layer.weights for layer in task.plan.layers)
     rewrite = min(written // task.blocks, covered) * new // max(covered, 1)
+    # The scale of every weight, and its code.
+    rewrite += 2 * new if task.grid else 0
     if parts.experts:
         rewrite += min(HELD_BYTES, task.skeleton.checkpoint.out_bytes() // task.blocks)
     return held + new + max(solve + passing, window + passing, train + repeating, rewrite)
 
 
-def _solving(recipe: Recipe, width: int, rows: int, lands: bool) -> int:
+def _solving(task: Task, width: int, rows: int, lands: bool) -> int:
     """A group of so many inputs and stacked rows: statistics, weights, and what the stages around the method need."""
-    square, stack = width**2, rows * width
+    recipe, square, stack = task.recipe, width**2, rows * width
     paired = recipe.targets == "dense"
     stages = [(cost.squares, cost.stacks + (1 if paired else 0)) for cost in _costs(recipe)]
     if paired:
         stages.append((3.5, 3.2 if lands else 5.5))
     if recipe.refit:
         stages.append((4.8, 3.5))
-    if recipe.grid_passes:
+    if task.grid is not None:
         stages.append((4, 5))
     if recipe.permute or recipe.ridge:
         stages[0] = (stages[0][0] + (2.4 if recipe.permute else 1), stages[0][1])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmprune.errors import InputError
 from llmprune.job import Job
-from llmprune.pruning.sparsity import NONE, Sparsity
+from llmprune.pruning.sparsity import Sparsity
 from llmprune.reporting.html_report import PAGE
 from llmprune.reporting.model_card import SPEED
 from llmprune.reporting.report import FILE, PruneReport
@@ -42,8 +42,8 @@ def output_folder(job: Job, sparsity: Sparsity) -> Path:
     out = job.out
     if out is None:
         model = Path(job.model).stem if job.model.endswith(".gguf") else Path(job.model).name
-        parts = [sparsity.name if sparsity.name != NONE else "", job.grid.name if job.grid else ""]
-        out = Path("-".join([model or "model", job.label, *(_spelled(part) for part in parts if part)]))
+        parts = [_spelled(sparsity.name) if sparsity else "", job.grid.name.replace(":", "") if job.grid else ""]
+        out = Path("-".join([model or "model", job.label, *filter(None, parts)]))
     try:
         # A link stays a link: its target is replaced.
         out = Path(os.path.realpath(user_path(out)))
@@ -109,14 +109,5 @@ def foreign_files(out: Path, report: PruneReport) -> list[str]:
 
 def _spelled(name: str) -> str:
     """A pattern's name as part of a file name: `2of4`, `channels25pct`."""
-    for old, new in (
-        ("channels:", "channels"),
-        ("heads:", "heads"),
-        ("int4:", "int4"),
-        ("int8:", "int8"),
-        (":", "of"),
-        ("%", "pct"),
-        ("+", "-"),
-    ):
-        name = name.replace(old, new)
-    return name
+    removals = re.sub(r"([a-z]+):", r"\1", name)
+    return removals.replace(":", "of").replace("%", "pct").replace("+", "-")

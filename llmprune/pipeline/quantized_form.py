@@ -1,4 +1,4 @@
-"""How a run stores weights on a grid: what the layers must fulfil, what the config says, how the files are read."""
+"""How a run stores weights on a grid: what the layers must fulfil, how much smaller files get, how they are read."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def fitted_grid(grid: Grid, skeleton: Skeleton, plan: Plan, structure: Structure
         raise InputError(f"the weights are stored as {found}, and a config names one dtype", "choose one: --dtype")
     grid = grid.fitted((width for _, width in shapes.values()), dtypes.pop())
     for layer in plan.layers:
-        reason = _obstacle(layer, skeleton) or compressed_tensors.mismatch(shapes[layer.name], grid)
-        if reason:
-            smaller = "" if reason.startswith(WHOLE) else "choose another group size, such as int4:g32 or int8, or "
+        if obstacle := _obstacle(layer, skeleton):
             raise InputError(
-                f"{grid.name} does not fit layer {layer.name!r}: {reason}",
-                f"{smaller}leave such layers in floating point with --skip GLOB",
+                f"{grid.name} does not fit layer {layer.name!r}: its weight is {obstacle}",
+                "leave such layers in floating point with --skip GLOB",
+            )
+        if mismatch := compressed_tensors.mismatch(shapes[layer.name], grid):
+            raise InputError(
+                f"{grid.name} does not fit layer {layer.name!r}: {mismatch}",
+                "choose int4:g32 or int8, or leave such layers in floating point with --skip GLOB",
             )
     check_loading(grid, skeleton, plan)
     return grid
 
 
-WHOLE = "its weight is"
-
-
 def _obstacle(layer: LayerRef, skeleton: Skeleton) -> str:
     """Why the format holds no layer of this kind, or ''."""
     if layer.expert is not None:
-        return f"{WHOLE} a part of a tensor of all experts, and the format has linear layers only"
+        return "a part of a tensor of all experts, and the format has linear layers only"
     if layer.transposed:
-        return f"{WHOLE} stored transposed, and the format has linear layers only"
+        return "stored transposed, and the format has linear layers only"
     if not skeleton.checkpoint.stored_as_is(layer.parameter):
-        return f"{WHOLE} a part of another tensor on disk"
+        return "a part of another tensor on disk"
     return ""
 
 

@@ -27,7 +27,7 @@ def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
         InputError: method, options or flags do not fit what is to go.
     """
     sparsity, grid = parse_sparsity(job.sparsity), job.grid
-    if sparsity.pattern is None and not sparsity.removals and grid is None:
+    if not sparsity and grid is None:
         raise InputError("--sparsity none leaves nothing to be done", "add --quantize int4, or name a pattern")
     _check_method(job, sparsity)
     recipe, options = job.recipe, dict(job.options)
@@ -75,7 +75,7 @@ def _check_method(job: Job, sparsity: Sparsity) -> None:
         or (job.method in EXPERT_CRITERIA and sparsity.drops_experts)
     ):
         return
-    if sparsity.pattern is None and not sparsity.removals:
+    if not sparsity:
         raise InputError(
             f"--method {job.method} does not apply to --sparsity {sparsity.name}: no weight is pruned",
             "leave it out: --effort says how weights are quantised",

@@ -28,6 +28,7 @@ from llmprune.pruning.experts.refit import refit
 from llmprune.pruning.grid import Grid
 from llmprune.pruning.linalg import clamped_ratio, error_terms
 from llmprune.pruning.pattern import SparsityPattern
+from llmprune.reporting.report import FILE as REPORT
 from llmprune.reporting.report import BlockReconstruction, MixtureReport, PruneReport
 from llmprune.runtime.oom import with_oom_retry
 from llmprune.sources.generated import generate, generation_batch_size, sample_prompts
@@ -48,6 +49,9 @@ def check_weights(run: RunContext, progress: Progress) -> str:
 
     Returns:
         the sha256 of all weights.
+
+    Raises:
+        InputError: they are damaged, or zeros are missing of a source whose zeros are to be held.
     """
     progress.start("checking weights", run.skeleton.checkpoint.folder.nbytes, "B")
     skeleton, chosen = run.skeleton, run.chosen
@@ -59,7 +63,21 @@ def check_weights(run: RunContext, progress: Progress) -> str:
     }
     digest = skeleton.checkpoint.check_finite(progress.step, pruned)
     progress.finish()
+    _check_held(run)
     return digest
+
+
+def _check_held(run: RunContext) -> None:
+    """Refuse a pruned source that lost zeros since its report was written, such as by a fine-tune."""
+    patterns = patterns_of(run.held) if run.held else {}
+    layers = [(layer, patterns[layer.name]) for layer in run.plan.layers if layer.name in patterns]
+    for check in check_layers(run.skeleton.checkpoint, layers):
+        if check.violations:
+            raise InputError(
+                f"{check.name!r} misses {check.violations} zeros of {patterns[check.name].name}, which "
+                f"{REPORT} in {run.source.folder} says that it holds",
+                f"prune it again, or remove its {REPORT} to quantise it as it is",
+            )
 
 
 def compare_with_whole(run: RunContext, progress: Progress) -> None:

@@ -25,19 +25,6 @@ HINT = "use int4, int4:g64, int4:channel, int8, int8:g128 or fp8"
 
 
 @dataclass(frozen=True, slots=True)
-class GridCheck:
-    """The values that `Grid.check` found off the grid.
-
-    Args:
-        weights: number of weights.
-        violations: how many of them are no multiple `s q` of their scale.
-    """
-
-    weights: int
-    violations: int
-
-
-@dataclass(frozen=True, slots=True)
 class Grid:
     """The values that the weights of a layer may have.
 
@@ -118,16 +105,6 @@ class Grid:
             return values.round().clamp_(self.lowest, self.highest)
         return values.clamp(self.lowest, self.highest).to(torch.float8_e4m3fn).to(values.dtype)
 
-    def stored_bits(self, width: int, scale_bits: int) -> float:
-        """Bits of a weight in a row of so many inputs, its part of the scales among them."""
-        return self.bits + scale_bits * self.groups(width) / width
-
-    def check(self, weight: Tensor, scale: Tensor) -> GridCheck:
-        """Count the values of `weight (out, in)`, as it is read, that are no `s q` with `scale (out, groups)`."""
-        spread = spread_scale(scale.float(), weight.shape[1])
-        found = self.nearest(weight.float() / spread) * spread
-        return GridCheck(weight.numel(), int((found.to(weight.dtype) != weight).sum()))
-
 
 def parse_grid(text: str) -> Grid:
     """The grid that `int4`, `int8`, `fp8`, `int4:g64` or `int4:channel` stands for.
@@ -148,5 +125,5 @@ def parse_grid(text: str) -> Grid:
 
 
 def spread_scale(scale: Tensor, width: int) -> Tensor:
-    """The scale of every weight, `(out, in)`, from `(out, groups)`."""
+    """The scale of every weight of rows of so many inputs, `(out, in)`, from `(out, groups)`."""
     return scale.repeat_interleave(width // scale.shape[1], dim=1)

@@ -78,7 +78,7 @@ def quantize(
 
 @dataclass(slots=True)
 class _State:
-    """Some rows of a layer, as columns.
+    """Some rows of a group of layers, as columns.
 
     Args:
         target: W*, `(in, rows)`.
@@ -94,7 +94,7 @@ class _State:
 
 
 class _Rows:
-    """The steps for some rows of a layer.
+    """The steps for some rows of a group of layers.
 
     Args:
         A: `(in, in)`, symmetric positive definite.

@@ -11,6 +11,8 @@ from llmprune.knobs import RATIO, REQUIRED, SWITCH, TEXT, choice, knob, knobs_of
 Targets = Literal["pruned", "dense"]
 Allocate = Literal["uniform", "error", "owl"]
 AUTO = "auto"
+GPTQ = "gptq"
+"""What a recipe without a method is called: its weights are quantised, and none pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,8 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """The names of criteria and method."""
-        return "+".join(dict.fromkeys(filter(None, (self.expert_criterion, self.criterion, self.method))))
+        """The names of criteria and method; where there are none, weights are only quantised."""
+        return "+".join(dict.fromkeys(filter(None, (self.expert_criterion, self.criterion, self.method)))) or GPTQ
 
     @property
     def dense_stream(self) -> bool:
@@ -158,7 +160,7 @@ class Recipe:
         """The method and every setting that is not the plain method's, in one phrase."""
         settings = [(each, getattr(self, each.name)) for each in knobs_of(Recipe) if each.label]
         return " + ".join(
-            [self.label or "grid", *(each.label.format(value) for each, value in settings if value != each.default)]
+            [self.label, *(each.label.format(value) for each, value in settings if value != each.default)]
         )
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmprune.errors import printable
 from llmprune.model.auto_class import CAUSAL
+from llmprune.pruning.recipe import GPTQ
 from llmprune.reporting.report import PruneReport
 from llmprune.reporting.words import (
     bos_text,
@@ -183,7 +184,8 @@ def _tags(report: PruneReport) -> list[str]:
     tags = [*_done(report).replace("quantised", "quantized").split(" and ")]
     tags += ["sparse"] if report.sparsity["fraction"] else []
     tags += ["compressed-tensors"] if report.quantization else []
-    return [*tags, "llmprune", *filter(None, [report.method["name"]])]
+    # To the Hub, that name as a tag is another format.
+    return [*tags, "llmprune", *([name] if (name := report.method["name"]) != GPTQ else [])]
 
 
 def _base(report: PruneReport, inherited: dict[str, Any]) -> Any:

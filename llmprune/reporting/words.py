@@ -140,6 +140,7 @@ class Figures(Protocol):
 
     recipe: dict[str, Any]
     sparsity: dict[str, Any]
+    quantization: dict[str, Any]
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -197,4 +198,6 @@ def _layer_error(report: Figures) -> str:
         return mean
     before, after, now = (sum(errors) / len(found) for errors in zip(*found, strict=True))
     text = f"{mean}; of layers with removed inputs {before:.4f} before compensation, {after:.4f} after"
-    return text + (f", {now:.4f} with the weights pruned" if now != after else "")
+    done = ["pruned"] if report.sparsity["fraction"] else []
+    done += ["quantised"] if report.quantization else []
+    return text + (f", {now:.4f} with the weights {' and '.join(done)}" if now != after else "")

@@ -126,6 +126,15 @@ def test_a_pruned_folder_is_quantised_with_its_zeros_held(llama: Path, tokens: P
         prune(job_of(tmp_path / "out", tokens, tmp_path / "again"))
 
 
+def test_a_pruned_folder_whose_zeros_are_gone_is_refused(llama: Path, tokens: Path, tmp_path: Path) -> None:
+    prune(job_of(llama, tokens, tmp_path / "pruned", quantize=None))
+    edit_tensor(tmp_path / "pruned", "model.layers.1.mlp.up_proj.weight", lambda weight: weight.add_(0.01))
+    with pytest.raises(InputError, match=r"up_proj' misses \d+ zeros of 2:4.*prune_report.json") as refused:
+        prune(job_of(tmp_path / "pruned", tokens, tmp_path / "out", sparsity="none"))
+    assert "remove its prune_report.json" in refused.value.hint
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stopped_run_goes_on_to_the_same_bytes(llama: Path, tokens: Path, tmp_path: Path) -> None:
     class Stops(Progress):
         def step(self, count: float = 1, text: str = "") -> None:
@@ -179,6 +188,15 @@ def test_verify_finds_a_config_that_does_not_belong_to_the_files(
     found = verify_folder(tmp_path / "out")
     assert (found.violations, len(found.wrong_config)) == (1, 1)
     assert says in found.text()
+
+
+@pytest.mark.parametrize("ignore", [None, "lm_head", [["lm_head"]], 3])
+def test_a_config_whose_list_is_none_is_told(ignore: Any, llama: Path, tokens: Path, tmp_path: Path) -> None:
+    prune(job_of(llama, tokens, tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ignore
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert "VIOLATED config: ignore lacks 'lm_head'" in verify_folder(tmp_path / "out").text()
 
 
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {

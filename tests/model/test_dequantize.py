@@ -436,6 +436,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {**compressed("channel", type="int", symmetric=False), "format": "pack-quantized"},
         "pack-quantized of another kind",
     ),
+    "packed in groups of what": (
+        {**compressed("group", type="int", num_bits=4, group_size=[64]), "format": "pack-quantized"},
+        "pack-quantized of another kind",
+    ),
     "packed in two bits": (
         {**compressed("channel", type="int", num_bits=2), "format": "pack-quantized"},
         "pack-quantized of another kind",

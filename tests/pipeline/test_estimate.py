@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, object]] = {
     "sparsegpt": {"method": "sparsegpt"},
     "many tokens": {"method": "sparsegpt", "samples": 128},
     "balanced": {"effort": "balanced"},
+    "quantised": {"effort": "balanced", "quantize": "int4"},
     "own text": {"method": "sparsegpt", "self_calibration": 1.0},
     "evaluated": {"method": "magnitude", "evaluate": True},
     "experts, one by one": {"method": "sparsegpt", "expert_memory": 8 * 2**20},
