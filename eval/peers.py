@@ -40,6 +40,7 @@ OUR_PACKAGES = ("llmprune", "torch", "transformers", "safetensors", "numpy")
 COMPARED = ("whole", "solve", "process", "peak_rss_mib")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 LOG_TAIL = 12
+OUR_HINT = "see that `python -m llmprune --help` works in this environment"
 QUIET = 0.1
 
 
@@ -104,27 +105,35 @@ def build_parser() -> Parser:
         description="Compare llmprune's SparseGPT with another tool's on the same tokens, threads and evaluation.",
         allow_abbrev=False,
     )
+    add_shared(parser, samples=16, threads=2)
+    add = parser.add_argument
+    add("--eval", type=existing, required=True, help="text to measure perplexity on")
+    add("--sparsity", default="2:4", help="2:4 prunes 2 of every 4 weights, 50%% half of each layer (default: 2:4)")
+    add("--repeats", type=positive, default=1, help="runs of each tool, in turns; medians are reported (default: 1)")
+    add("--tools", choices=("both", "peer", "ours"), default="both", help="which tools to run (default: both)")
+    add("--peer", choices=tuple(PEERS), default="llmcompressor", help="the other tool (default: llmcompressor)")
+    add("--peer-batch-size", type=positive, default=1, help="windows per forward of the peer (default: 1, its own)")
+    add("--json", action="store_true", help="the whole result as JSON on stdout instead of the table")
+    return parser
+
+
+def add_shared(parser: Parser, *, samples: int, threads: int) -> None:
+    """The flags of every comparison with a peer; `samples` and `threads` are defaults."""
     add = parser.add_argument
     add("--model", type=existing, required=True, help="folder of the dense model")
     add("--calib", type=existing, required=True, help="text to calibrate on, or a frozen token file (.safetensors)")
-    add("--eval", type=existing, required=True, help="text to measure perplexity on")
-    add("--sparsity", default="2:4", help="2:4 prunes 2 of every 4 weights, 50%% half of each layer (default: 2:4)")
-    add("--samples", type=positive, default=16, help="calibration windows taken from a text (default: 16)")
+    add(
+        "--samples", type=positive, default=samples, help="calibration windows taken from a text (default: %(default)s)"
+    )
     add("--seq-len", type=window, default=512, help="tokens per calibration window (default: 512)")
     add("--seed", type=seed, default=0, help="choice of windows (default: 0)")
-    add("--threads", type=positive, default=2, help="CPU threads each tool may use (default: 2)")
-    add("--repeats", type=positive, default=1, help="runs of each tool, in turns; medians are reported (default: 1)")
+    add("--threads", type=positive, default=threads, help="CPU threads each tool may use (default: %(default)s)")
     add("--eval-context", type=window, default=1024, help="tokens per evaluation window (default: 1024)")
-    add("--eval-windows", type=positive, default=12, help="windows, from the start of the text (default: 12)")
-    add("--tools", choices=("both", "peer", "ours"), default="both", help="which tools to run (default: both)")
-    add("--peer", choices=tuple(PEERS), default="llmcompressor", help="the other tool (default: llmcompressor)")
+    add("--eval-windows", type=positive, default=12, help="windows, from the start of a text (default: 12)")
     add("--peer-python", type=existing, help="Python that has the peer (default: made once in the cache folder)")
-    add("--peer-batch-size", type=positive, default=1, help="windows per forward of the peer (default: 1, its own)")
     add("--out", type=Path, help="file that receives the whole result as JSON")
-    add("--work", type=Path, help="folder for tokens, logs and pruned models (default: a temporary one)")
-    add("--json", action="store_true", help="the whole result as JSON on stdout instead of the table")
+    add("--work", type=Path, help="folder for tokens, logs and models (default: a temporary one)")
     add("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 def report(message: str) -> None:
@@ -248,8 +257,7 @@ def run_ours(options: argparse.Namespace, wanted: str, tokens: Path, work: Path)
     command = [sys.executable, "-m", "llmprune", "--model", options.model, "--calib", tokens, "--sparsity", wanted]
     command += ["--method", "sparsegpt", "--threads", options.threads, "--out", work / "ours"]
     command += ["--no-eval", "--overwrite", "--json"]
-    hint = "see that `python -m llmprune --help` works in this environment"
-    stdout, process = execute(command, options.threads, work / "ours.log", hint)
+    stdout, process = execute(command, options.threads, work / "ours.log", OUR_HINT)
     report = json.loads(stdout)
     details = {"seconds": report["seconds"], "versions": report["versions"]}
     whole, solve = (report["seconds"][stage] for stage in ("total", "solve"))
@@ -390,14 +398,24 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def compare(options: argparse.Namespace, given: Sequence[str]) -> int:
-    """Run the study; write and print its result."""
+def recorded(
+    program: str,
+    options: argparse.Namespace,
+    given: Sequence[str],
+    study: Callable[[argparse.Namespace, Path], dict[str, Any]],
+) -> dict[str, Any]:
+    """The result of a study, run in a folder of its own and written where `--out` says."""
     silence_libraries(options.debug)
-    stamp = record.stamp(["python", "-m", "eval.peers", *given], options.out)
+    stamp = record.stamp(["python", "-m", program, *given], options.out)
     with tempfile.TemporaryDirectory(prefix="llmprune-peers-") as scratch:
         work = (options.work or Path(scratch)).absolute()
         work.mkdir(parents=True, exist_ok=True)
-        result = record.write(options.out, stamp, study(options, work))
+        return record.write(options.out, stamp, study(options, work))
+
+
+def compare(options: argparse.Namespace, given: Sequence[str]) -> int:
+    """Run the study; write and print its result."""
+    result = recorded("eval.peers", options, given, study)
     say(json.dumps(result, indent=2) if options.json else table(result))
     return 0
 

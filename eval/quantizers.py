@@ -10,15 +10,24 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import record
-from eval.peers import PEERS, describe_tokens, execute, existing, peer_python, report, token_file
-from llmprune.cli.shell import Parser, run_command, say, silence_libraries
-from llmprune.cli.values import positive, seed, window
+from eval.peers import (
+    OUR_HINT,
+    PEERS,
+    add_shared,
+    describe_tokens,
+    execute,
+    existing,
+    peer_python,
+    recorded,
+    report,
+    token_file,
+)
+from llmprune.cli.shell import Parser, run_command, say
+from llmprune.cli.values import positive
 
 PEER = "GPTQ of LLM Compressor"
 OURS = {
@@ -32,21 +41,9 @@ OURS = {
 def build_parser() -> Parser:
     """The flags."""
     parser = Parser(prog="python -m eval.quantizers", description="Compare int4 weights with GPTQ.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--model", type=existing, required=True, help="folder of the dense model")
-    add("--calib", type=existing, required=True, help="text to calibrate on, or a frozen token file (.safetensors)")
-    add("--eval", type=existing, nargs="+", required=True, help="texts to measure perplexity on")
-    add("--group", type=positive, default=64, help="inputs of a row that share a scale (default: 64)")
-    add("--samples", type=positive, default=32, help="calibration windows taken from a text (default: 32)")
-    add("--seq-len", type=window, default=512, help="tokens per calibration window (default: 512)")
-    add("--seed", type=seed, default=0, help="choice of windows (default: 0)")
-    add("--threads", type=positive, default=1, help="CPU threads each tool may use (default: 1)")
-    add("--eval-context", type=window, default=1024, help="tokens per evaluation window (default: 1024)")
-    add("--eval-windows", type=positive, default=12, help="windows, from the start of a text (default: 12)")
-    add("--peer-python", type=existing, help="Python that has the peer (default: made once in the cache folder)")
-    add("--out", type=Path, help="file that receives the whole result as JSON")
-    add("--work", type=Path, help="folder for tokens, logs and models (default: a temporary one)")
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add_shared(parser, samples=32, threads=1)
+    parser.add_argument("--eval", type=existing, nargs="+", required=True, help="texts to measure perplexity on")
+    parser.add_argument("--group", type=positive, default=64, help="inputs of a row that share a scale (default: 64)")
     return parser
 
 
@@ -59,13 +56,20 @@ def study(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     command = [python, "-I", peer.worker, "--model", options.model, "--tokens", tokens, "--sparsity", "none"]
     command += ["--int4-group", options.group, "--threads", options.threads]
     command += ["--out", work / "peer", "--report", work / "peer.json"]
-    execute(command, options.threads, work / "peer.log", "see the log")
+    execute(
+        command,
+        options.threads,
+        work / "peer.log",
+        f"--peer-python must name a Python that has {' and '.join(peer.packages)}",
+    )
     for name, flags in OURS.items():
         report(f"llmprune, {name}")
         folders[f"llmprune, {name}"] = out = work / name
         command = [sys.executable, "-m", "llmprune", "--model", options.model, "--calib", tokens, "--no-eval"]
         command += ["--sparsity", "none", "--quantize", f"int4:g{options.group}", "--threads", options.threads]
-        execute([*command, "--out", out, "--overwrite", "--quiet", *flags], options.threads, work / f"{name}.log", "")
+        execute(
+            [*command, "--out", out, "--overwrite", "--quiet", *flags], options.threads, work / f"{name}.log", OUR_HINT
+        )
     return {
         "grid": f"int4:g{options.group}",
         "threads": options.threads,
@@ -113,13 +117,7 @@ def table(result: dict[str, Any]) -> str:
 
 def compare(options: argparse.Namespace, given: Sequence[str]) -> int:
     """Run the study; write and print its result."""
-    silence_libraries(options.debug)
-    stamp = record.stamp(["python", "-m", "eval.quantizers", *given], options.out)
-    with tempfile.TemporaryDirectory(prefix="llmprune-quantizers-") as scratch:
-        work = (options.work or Path(scratch)).absolute()
-        work.mkdir(parents=True, exist_ok=True)
-        result = record.write(options.out, stamp, study(options, work))
-    say(table(result))
+    say(table(recorded("eval.quantizers", options, given, study)))
     return 0
 
 
