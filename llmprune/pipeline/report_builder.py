@@ -1,4 +1,4 @@
-"""Builds the report of a run, from its first line to its last, and writes the files beside the weights."""
+"""Builds the report of a run, from its first line to its last."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,14 +15,12 @@ from torch import Tensor
 
 from llmprune.job import knobs
 from llmprune.knobs import flag_of
-from llmprune.model.auto_class import auto_class, text_section
-from llmprune.model.companions import copy_companions, copy_json
+from llmprune.model.auto_class import auto_class
 from llmprune.model.compressed_tensors import format_of
-from llmprune.model.quantization import without_quantization
-from llmprune.model.quantization_section import config_section
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.tower import tower_name
+from llmprune.pipeline.companions import write_companions
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.timing import Clock
 from llmprune.pruning.grid import Grid
@@ -31,20 +28,14 @@ from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.problem import InputStats, LayerSolution
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT
 from llmprune.pruning.spectrum import input_spectrum
-from llmprune.reporting.html_report import PAGE, write_report
-from llmprune.reporting.model_card import FILE as CARD
-from llmprune.reporting.model_card import model_card
-from llmprune.reporting.report import FILE, BlockReport, LayerReport, PruneReport
-from llmprune.runtime.files import write_text
+from llmprune.reporting.report import BlockReport, LayerReport, PruneReport
 from llmprune.runtime.memory import peak_memory, resident_memory
-from llmprune.runtime.ownership import regular_files
-from llmprune.runtime.redact import base_name, redacted_command, without_origins
+from llmprune.runtime.redact import base_name, redacted_command
 from llmprune.sources.tokens import TokenBatch
 from llmprune.streaming.batch_shards import BatchSharding
 from llmprune.streaming.block import Block
 from llmprune.streaming.perplexity import Perplexity
 from llmprune.streaming.schedule import Group
-from llmprune.structure.config_search import with_changes
 
 PATHS = frozenset({"out", "calib", "eval_text", "cache_dir"})
 """Fields of a job that name a place on this machine, or a data set; `model` does so unless it is on the Hub."""
@@ -320,51 +311,6 @@ def explosion(run: RunContext, dense: Perplexity, pruned: Perplexity) -> str:
         f"the perplexity rose from {dense.value:.1f} to {pruned.value:.1f}: this model is hardly usable; "
         f"try {', '.join(tries)}"
     )
-
-
-def write_companions(run: RunContext, report: PruneReport) -> None:
-    """Everything in the folder besides the weights."""
-    report.warnings += [
-        f"left out: {path.relative_to(run.source.folder)} is a link that leaves the model folder, or no regular file"
-        for path in copy_companions(run.source.folder, run.unfinished)
-    ]
-    quantized = [layer.name for layer in report.layers if layer.grid]
-    copy_json(run.source.folder / "config.json", run.unfinished / "config.json", partial(pruned_config, run, quantized))
-    report.size = {
-        "dense": run.skeleton.checkpoint.folder.nbytes,
-        "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
-    }
-    write_text(run.unfinished / CARD, model_card(report, run.source.folder))
-    written, _ = regular_files(run.unfinished)
-    report.files = sorted({FILE, PAGE, *(path.relative_to(run.unfinished).as_posix() for path in written)})
-    write_report(report, run.unfinished)
-
-
-def pruned_config(run: RunContext, quantized: Collection[str], source: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's config with the sizes and the dtype of the pruned model; all else stays.
-
-    Args:
-        run: the job.
-        quantized: full names of the layers on a grid.
-        source: the source's config.
-    """
-    config: dict[str, Any] = without_quantization(without_origins(source))
-    if changes := run.structure.changes:
-        section = text_section(run.config)
-        if section not in config and changes.keys() & config.keys():
-            section = ""  # older wrappers say the sizes of their language model beside those of the rest
-        # A config may say a number under another name, which must not contradict it.
-        aliases = {old for old, new in run.config.get_text_config().attribute_map.items() if new in changes}
-        old = config.get(section, {}) if section else config
-        kept = {key: value for key, value in old.items() if key not in aliases}
-        config = with_changes({**config, section: kept} if section else kept, section, changes)
-    if dtype := run.job.dtype or run.dequantized_dtype:
-        # Older readers know the older name only.
-        names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
-        config |= dict.fromkeys(names, dtype)
-    if run.grid is not None:
-        config["quantization_config"] = config_section(run.grid, run.skeleton, quantized)
-    return config
 
 
 def processes(run: RunContext, windows: Tensor) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from llmprune.model.blocks import LayerRef, find_layers
 from llmprune.model.experts import ExpertMatrix, WatchedParameter, sliced_parameters, storage_of
 from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.problem import LayerSolution, Scales
-from llmprune.runtime.mapped import MappedFile, release_pages
 from llmprune.streaming.batch import Batch, hidden_of, own_state
+from llmprune.streaming.narrower_experts import NarrowerExperts
 from llmprune.structure.coupling import Coupling
 from llmprune.structure.expert_cut import ExpertCut
 from llmprune.structure.slicing import permute_and_slice
@@ -261,7 +261,7 @@ class Block:
             if name in self.changed or checkpoint.stored_as_is(name) or local in whole:
                 self.changed[name] = values.complete(checkpoint.stored_dtype(name), self._folder)
         spread = {name: self.as_stored(name, scales.spread()).cpu() for name, scales in self._local_scales().items()}
-        narrow = _Narrow(self.module, set(self._sliced), self._folder)
+        narrow = NarrowerExperts(self.module, set(self._sliced), self._folder)
         for coupling, order in self._orders:
             current = {local: self._as_written(local) for local in self._moved_by(coupling)}
             # A scale goes where its weight goes.
@@ -356,38 +356,6 @@ class Block:
             self.changed[f"{self.name}.{local}"] = value
         else:
             part(self.changed[f"{self.name}.{parameter}"]).copy_(value)
-
-
-class _Narrow:
-    """The parameters of experts that lose channels, as they are filled expert by expert.
-
-    Args:
-        module: the block.
-        sliced: local names of those that are not in memory, and then in files.
-        folder: for these.
-
-    Attributes:
-        parameters: by local name.
-    """
-
-    def __init__(self, module: nn.Module, sliced: Collection[str], folder: Path | None) -> None:
-        self.module, self.sliced, self.folder = module, sliced, folder
-        self.parameters: dict[str, Tensor] = {}
-
-    def takes(self, local: str, value: Tensor, before: Tensor) -> bool:
-        """Note the new matrix or bias of an expert; false where it is not smaller than before, or not an expert's."""
-        parameter, layer = _storage(self.module, local)[0], self.module.get_submodule(local.rpartition(".")[0])
-        if not isinstance(layer, ExpertMatrix) or value.shape == before.shape:
-            return False
-        if parameter not in self.parameters:
-            shape, in_file = (layer.place.layout.count, *value.shape), parameter in self.sliced
-            self.parameters[parameter] = (
-                MappedFile(shape, value.dtype, self.folder).tensor if in_file else value.new_empty(shape)
-            )
-        self.parameters[parameter][layer.place.index].copy_(value)
-        for used in (before, self.parameters[parameter]):
-            release_pages(used)
-        return True
 
 
 def _tensor(module: nn.Module, local: str) -> Tensor:

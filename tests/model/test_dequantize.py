@@ -32,7 +32,9 @@ from llmprune import load, prune
 from llmprune.errors import InputError
 from llmprune.export.pack import pack, unpack
 from llmprune.export.verify import LayerSelection, verify_folder
-from llmprune.model import dequantize
+from llmprune.model import stored_forms
+from llmprune.model.dequantize import dequantized
+from llmprune.model.quantization import Quantization
 from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.estimate import dry_run
@@ -96,7 +98,7 @@ def assert_means(folder: Path, suffix: str, block: tuple[int, int], dtype: torch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_last_blocks_may_be_smaller(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_fp8("qwen3", tmp_path / "model", (128, 128), **RAGGED)
-    monkeypatch.setattr(dequantize, "PART", 7 * 192)  # parts that begin inside of blocks
+    monkeypatch.setattr(stored_forms, "PART", 7 * 192)  # parts that begin inside of blocks
     assert_means(folder, "_scale_inv", (128, 128), dtype)
 
 
@@ -136,8 +138,8 @@ def test_stacked_matrices_have_the_scales_of_each(tmp_path: Path) -> None:
     scales = torch.rand(3, 2, 3)
     single = torch.rand(3)
     rewrite(tmp_path, lambda _: {"a": values, "a_scale_inv": scales, "b": values.clone(), "b_scale_inv": single})
-    blocks = dequantize.Quantization("FP8", ((4, 4), (0, 0)))
-    made = dequantize.dequantized(SafetensorsFolder(tmp_path), blocks, torch.float32)
+    blocks = Quantization("FP8", ((4, 4), (0, 0)))
+    made = dequantized(SafetensorsFolder(tmp_path), blocks, torch.float32)
     for at in range(3):
         assert torch.equal(made["a"][at], meant(values[at], scales[at], (4, 4)))
         assert torch.equal(made["b"][at], meant(values[at], single[at], (0, 0)))
@@ -159,15 +161,15 @@ def test_bytes_of_mxfp4_are_what_the_format_says(tmp_path: Path, monkeypatch: py
     blocks = torch.arange(2 * 5 * 2 * 16).to(torch.uint8).view(2, 5, 2, 16)
     scales = torch.tensor([0, 1, 126, 127, 128, 200, 247, 3, 90, 121] * 2, dtype=torch.uint8).view(2, 5, 2)
     rewrite(tmp_path, lambda _: {"a_blocks": blocks, "a_scales": scales})
-    monkeypatch.setattr(dequantize, "PART", 128)
-    packed = dequantize.Quantization("MXFP4", packed=True)
+    monkeypatch.setattr(stored_forms, "PART", 128)
+    packed = Quantization("MXFP4", packed=True)
     for dtype in (torch.float32, torch.bfloat16):
-        made = dequantize.dequantized(SafetensorsFolder(tmp_path), packed, dtype)
+        made = dequantized(SafetensorsFolder(tmp_path), packed, dtype)
         assert torch.equal(made["a"], unpacked(blocks, scales).to(dtype))
     # A scale of 255 is no number.
     scales[0, 0, 0] = 255
     rewrite(tmp_path, lambda _: {"a_blocks": blocks, "a_scales": scales})
-    made = dequantize.dequantized(SafetensorsFolder(tmp_path), packed)
+    made = dequantized(SafetensorsFolder(tmp_path), packed)
     assert not made["a"].isfinite().all()
 
 
@@ -317,7 +319,7 @@ def test_a_dry_run_of_a_model_on_the_hub_tells_the_same(tmp_path: Path, hub: Hub
 
 
 def test_no_tensor_is_kept_and_little_is_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dequantize, "PART", 2**10)
+    monkeypatch.setattr(stored_forms, "PART", 2**10)
     folder = save_fp8("qwen3", tmp_path / "model", num_hidden_layers=1)
     weights = opened(folder).weights()
     made: list[weakref.ref[Tensor]] = []

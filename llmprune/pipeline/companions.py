@@ -1,0 +1,66 @@
+"""The files of a finished folder beside its weights: config, companions of the source, card and report."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
+
+from llmprune.model.auto_class import text_section
+from llmprune.model.companions import copy_companions, copy_json
+from llmprune.model.quantization import without_quantization
+from llmprune.model.quantization_section import config_section
+from llmprune.pipeline.context import RunContext
+from llmprune.reporting.html_report import PAGE, write_report
+from llmprune.reporting.model_card import FILE as CARD
+from llmprune.reporting.model_card import model_card
+from llmprune.reporting.report import FILE, PruneReport
+from llmprune.runtime.files import write_text
+from llmprune.runtime.ownership import regular_files
+from llmprune.runtime.redact import without_origins
+from llmprune.structure.config_search import with_changes
+
+
+def write_companions(run: RunContext, report: PruneReport) -> None:
+    """Everything in the folder besides the weights."""
+    report.warnings += [
+        f"left out: {path.relative_to(run.source.folder)} is a link that leaves the model folder, or no regular file"
+        for path in copy_companions(run.source.folder, run.unfinished)
+    ]
+    quantized = [layer.name for layer in report.layers if layer.grid]
+    copy_json(run.source.folder / "config.json", run.unfinished / "config.json", partial(pruned_config, run, quantized))
+    report.size = {
+        "dense": run.skeleton.checkpoint.folder.nbytes,
+        "pruned": sum(path.stat().st_size for path in run.unfinished.glob("*.safetensors")),
+    }
+    write_text(run.unfinished / CARD, model_card(report, run.source.folder))
+    written, _ = regular_files(run.unfinished)
+    report.files = sorted({FILE, PAGE, *(path.relative_to(run.unfinished).as_posix() for path in written)})
+    write_report(report, run.unfinished)
+
+
+def pruned_config(run: RunContext, quantized: Collection[str], source: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's config with the sizes and the dtype of the pruned model; all else stays.
+
+    Args:
+        run: the job.
+        quantized: full names of the layers on a grid.
+        source: the source's config.
+    """
+    config: dict[str, Any] = without_quantization(without_origins(source))
+    if changes := run.structure.changes:
+        section = text_section(run.config)
+        if section not in config and changes.keys() & config.keys():
+            section = ""  # older wrappers say the sizes of their language model beside those of the rest
+        # A config may say a number under another name, which must not contradict it.
+        aliases = {old for old, new in run.config.get_text_config().attribute_map.items() if new in changes}
+        old = config.get(section, {}) if section else config
+        kept = {key: value for key, value in old.items() if key not in aliases}
+        config = with_changes({**config, section: kept} if section else kept, section, changes)
+    if dtype := run.job.dtype or run.dequantized_dtype:
+        # Older readers know the older name only.
+        names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+        config |= dict.fromkeys(names, dtype)
+    if run.grid is not None:
+        config["quantization_config"] = config_section(run.grid, run.skeleton, quantized)
+    return config
