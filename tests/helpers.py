@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -43,6 +44,9 @@ from eval.tiny import (  # noqa: F401 - the tests import from here what tiny mod
 from llmprune.job import Job
 from llmprune.model.blocks import find_layers
 from llmprune.model.skeleton import Skeleton
+from llmprune.pipeline.state import RunState
+from llmprune.reporting.report import PruneReport
+from llmprune.streaming.stream import BlockStream
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
@@ -134,6 +138,21 @@ def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]
         save_file(part, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+@contextmanager
+def stopped_behind_the_first_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within, a run is interrupted when its first block is durable."""
+    commit = RunState.commit
+
+    def stop(self: RunState, stream: BlockStream, report: PruneReport) -> None:
+        commit(self, stream, report)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "commit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def edit_tensor(folder: Path, name: str, change: Callable[[Tensor], object]) -> None:

@@ -17,6 +17,7 @@ from helpers import (
     rewrite,
     save_tiny,
     skeleton_of,
+    stopped_behind_the_first_block,
     stream_through,
     streamed_logits,
     token_file,
@@ -224,19 +225,9 @@ def test_the_weights_are_the_same_whatever_memory_there_is(
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmprune.pipeline import state
-
     whole = narrowed(tmp_path, "qwen3_moe", out=tmp_path / "whole")
-    commit = state.RunState.commit
-
-    def stop(self: Any, stream: Any, report: Any) -> None:
-        commit(self, stream, report)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(state.RunState, "commit", stop)
-        with pytest.raises(KeyboardInterrupt):
-            narrowed(tmp_path, "qwen3_moe")
+    with stopped_behind_the_first_block(monkeypatch):
+        narrowed(tmp_path, "qwen3_moe")
     report = narrowed(tmp_path, "qwen3_moe")
     assert [layer.error for layer in report.layers] == [layer.error for layer in whole.layers]
     before, after = on_disk(tmp_path / "whole"), on_disk(tmp_path / "out")

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, job, on_disk, random_tokens, reload, rewrite, save_tiny, token_file
+from helpers import (
+    ROOT,
+    job,
+    on_disk,
+    random_tokens,
+    reload,
+    rewrite,
+    save_tiny,
+    stopped_behind_the_first_block,
+    token_file,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -114,19 +124,9 @@ def test_experts_and_channels_of_the_shared_expert(tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmprune.pipeline import state
-
     whole = removed(tmp_path, method="reap", out=tmp_path / "whole")
-    commit = state.RunState.commit
-
-    def stop(self: Any, stream: Any, report: Any) -> None:
-        commit(self, stream, report)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(state.RunState, "commit", stop)
-        with pytest.raises(KeyboardInterrupt):
-            removed(tmp_path, method="reap")
+    with stopped_behind_the_first_block(monkeypatch):
+        removed(tmp_path, method="reap")
     report = removed(tmp_path, method="reap")
     assert report.mixtures == whole.mixtures
     assert len(report.mixtures) == 2
