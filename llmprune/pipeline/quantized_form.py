@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from llmprune.errors import InputError
@@ -13,7 +14,7 @@ from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.stock_loading import check_loading
-from llmprune.pruning.grid import Grid
+from llmprune.pruning.grid import Grid, parse_grid
 from llmprune.structure.cut import Structure
 
 
@@ -38,10 +39,16 @@ def fitted_grid(grid: Grid, skeleton: Skeleton, plan: Plan, structure: Structure
         if mismatch := compressed_tensors.mismatch(shapes[layer.name], grid):
             raise InputError(
                 f"{grid.name} does not fit layer {layer.name!r}: {mismatch}",
-                "choose int4:g32 or int8, or leave such layers in floating point with --skip GLOB",
+                f"use {' or '.join(_fitting(shapes.values()))}, or leave such layers in floating point with --skip GLOB",
             )
     check_loading(grid, skeleton, plan)
     return grid
+
+
+def _fitting(shapes: Collection[tuple[int, int]]) -> list[str]:
+    """The grids of which one fits all layers of these shapes; the last one always does."""
+    grids = map(parse_grid, ("int4:g32", "int4:channel", "int8", "fp8"))
+    return [grid.name for grid in grids if not any(compressed_tensors.mismatch(shape, grid) for shape in shapes)]
 
 
 def _obstacle(layer: LayerRef, skeleton: Skeleton) -> str:
