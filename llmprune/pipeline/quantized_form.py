@@ -39,7 +39,7 @@ def fitted_grid(grid: Grid, skeleton: Skeleton, plan: Plan, structure: Structure
         if mismatch := compressed_tensors.mismatch(shapes[layer.name], grid):
             raise InputError(
                 f"{grid.name} does not fit layer {layer.name!r}: {mismatch}",
-                f"use {' or '.join(_fitting(shapes.values()))}, or leave such layers in floating point with --skip GLOB",
+                f"use {' or '.join(_fitting(shapes.values()))}, or leave such layers out with --skip GLOB",
             )
     check_loading(grid, skeleton, plan)
     return grid
