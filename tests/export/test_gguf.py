@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from commands import edit_config
-from helpers import edit_tensor, on_disk, rewrite, tiny_model
+from helpers import edit_tensor, on_disk, random_tokens, rewrite, tiny_model, token_file
 from quantised import meant, save_fp8
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from llmprune import Job, prune
 from llmprune.cli.main import main
 from llmprune.errors import CheckError, InputError, PruneError
 from llmprune.export import GGUF_TYPES
@@ -253,6 +254,20 @@ def test_weights_in_fewer_bits_are_exported_with_what_they_mean(tmp_path: Path) 
     weight = on_disk(source)["model.layers.1.mlp.up_proj.weight"]
     scales = on_disk(source)["model.layers.1.mlp.up_proj.weight_scale_inv"]
     assert torch.equal(stored(tmp_path / "model.gguf")["blk.1.ffn_up.weight"], meant(weight, scales, (32, 32)))
+
+
+def test_a_quantised_folder_is_exported_with_its_codes(tmp_path: Path, folder: Path) -> None:
+    tokens = token_file(tmp_path / "tokens.safetensors", random_tokens(8, 32))
+    prune(
+        Job(str(folder), "2:4", quantize="int8", effort="fast", calib=str(tokens), evaluate=False, out=tmp_path / "q")
+    )
+    report = export_gguf(tmp_path / "q", tmp_path / "q.gguf")
+    assert report.type == "f32"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    model(random_tokens(1, 4))
+    wanted = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+    assert torch.equal(stored(tmp_path / "q.gguf")["blk.1.ffn_down.weight"], wanted)
+    assert report.zeros[0] == report.zeros[1] >= wanted.numel() // 2
 
 
 def refused(source: Path, out: Path, says: str, hints: str, **options: Any) -> None:
