@@ -28,6 +28,7 @@ from llmprune.knobs import (
     nearest,
     spellings,
 )
+from llmprune.pruning.blocks import BLOCK_CRITERIA
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.experts import EXPERT_CRITERIA
 from llmprune.pruning.methods import METHODS
@@ -109,7 +110,7 @@ class Job(Stages):
         "recipe",
         f"pruning method ({', '.join(METHODS)}), or criterion for channels and heads ({', '.join(CRITERIA)}) or for "
         f"experts ({', '.join(EXPERT_CRITERIA)}); alone unless flags below add to it; {AUTO}: that of the effort",
-        choice((AUTO,), METHODS, CRITERIA, EXPERT_CRITERIA),
+        choice((AUTO,), METHODS, CRITERIA, EXPERT_CRITERIA, BLOCK_CRITERIA),
         guesses=("algorithm", "pruner", "prune_method", "pruning_method", "criterion"),
     )
     effort: str = knob(
@@ -380,9 +381,13 @@ class Job(Stages):
         if not goal.removals:
             return make_recipe(name if goal.pattern is not None else "", self.effort, asked)
         method = (name if name in METHODS else AUTO) if goal.pattern is not None else ""
-        criterion = (name if name in CRITERIA else AUTO) if goal.narrows else None
-        experts = (name if name in EXPERT_CRITERIA else AUTO) if goal.drops_experts else None
-        return make_recipe(method, self.effort, asked, criterion, experts)
+        tables = {
+            "criterion": CRITERIA if goal.narrows else None,
+            "expert_criterion": EXPERT_CRITERIA if goal.drops_experts else None,
+            "block_criterion": BLOCK_CRITERIA if goal.blocks else None,
+        }
+        criteria = {field: name if name in table else AUTO for field, table in tables.items() if table is not None}
+        return make_recipe(method, self.effort, asked, criteria)
 
     def at(self, effort: str) -> Job:
         """The same job at an effort."""

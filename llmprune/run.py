@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmprune.errors import complete
 from llmprune.job import Job
+from llmprune.pipeline.block_choice import choose_blocks
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.estimate import dry_run
 from llmprune.pipeline.prepare import prepare
@@ -80,6 +81,9 @@ def _prune(job: Job, group: ProcessGroup, progress: Progress) -> PruneReport:
             if main:
                 with clock("dense_evaluation"):
                     state.dense = state.dense or evaluate(run, run.source.folder, "dense perplexity", progress)
+            with clock("choose_blocks") if run.procedure.blocks else nullcontext():
+                run = choose_blocks(run, windows, state, progress)
+                builder.go_on_with(run)
             with clock("prune"):
                 clock.add(state.seconds)
                 group.barrier()
@@ -114,12 +118,12 @@ def prune_blocks(
     with clock("allocate") if run.recipe.allocate != "uniform" else nullcontext():
         patterns = state.patterns = block_patterns(run, windows, at_once, state.patterns, progress)
     stream = block_stream(run, windows, at_once, state.streams, state.saved_rows)
-    state.begin(run.skeleton, builder.report)
-    progress.start("pruning", len(stream) - stream.done)
+    state.begin(run, builder.report)
+    progress.start("pruning", stream.left)
     builder.start_blocks()
     for block in stream:
         with clock("experts") if run.procedure.experts else nullcontext():
-            builder.report.mixtures += remove_experts(run, stream, block)
+            builder.add_mixtures(remove_experts(run, stream, block))
         for group in stream.groups(block):
             pattern, grid = pattern_for(run, group, patterns[block.index]), grid_for(run, group)
             with mmap_large_allocations():
@@ -130,7 +134,7 @@ def prune_blocks(
                     errors = errors_of(run, group, stored)
                     builder.add_group(group, pattern, solution.layers, stored, errors)
         with clock("reconstruct") if run.recipe.reconstruct else nullcontext():
-            builder.report.reconstructions += reconstruct(run, stream, block)
+            builder.add_reconstructions(reconstruct(run, stream, block))
         with clock("write"), mmap_large_allocations():
             state.write(block)
             block.finish()

@@ -72,6 +72,24 @@ class Plan:
         dense = dict.fromkeys(left, "no channels, heads or experts to lose")
         return replace(self.without(dense), out_bytes=self.out_bytes - saved)
 
+    def within(self, blocks: Collection[str], parameters: int) -> Plan:
+        """The plan of a model that keeps some of its blocks.
+
+        Args:
+            blocks: names of the blocks that stay.
+            parameters: number of parameters in them.
+        """
+
+        def stays(name: str) -> bool:
+            return any(name.startswith(f"{block}.") for block in blocks)
+
+        return replace(
+            self,
+            layers=tuple(layer for layer in self.layers if stays(layer.name)),
+            skipped=tuple(item for item in self.skipped if stays(item.name)),
+            block_parameters=parameters,
+        )
+
     def resized(self, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
         """The plan of a model in which some parameters with the matrices of experts are smaller.
 

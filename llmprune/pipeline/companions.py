@@ -11,6 +11,7 @@ from llmprune.model.companions import copy_companions, copy_json
 from llmprune.model.quantization import without_quantization
 from llmprune.model.quantization_section import config_section
 from llmprune.pipeline.context import RunContext
+from llmprune.pipeline.steps import skeleton_of
 from llmprune.reporting.html_report import PAGE, write_report
 from llmprune.reporting.model_card import FILE as CARD
 from llmprune.reporting.model_card import model_card
@@ -62,5 +63,6 @@ def pruned_config(run: RunContext, quantized: Collection[str], source: Mapping[s
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
         config |= dict.fromkeys(names, dtype)
     if run.grid is not None:
-        config["quantization_config"] = config_section(run.grid, run.skeleton, quantized)
+        written = run.skeleton if run.structure.kept_blocks is None else skeleton_of(run, run.unfinished)
+        config["quantization_config"] = config_section(run.grid, written, quantized)
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ from llmprune.job import Job
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.output import workdir_of
+from llmprune.pruning.blocks import BlockCriterion
 from llmprune.pruning.experts import ExpertCriterion
 from llmprune.pruning.grid import Grid
 from llmprune.pruning.layer_solver import LayerSolver
@@ -26,6 +28,7 @@ from llmprune.runtime.process_group import ProcessGroup
 from llmprune.sources.models import DEQUANTIZED, Source
 from llmprune.sources.tokens import TokenBatch
 from llmprune.structure.cut import Structure
+from llmprune.structure.fewer_blocks import renumbering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,6 +47,7 @@ class Procedure:
         sharding: shares the solves among processes.
         experts: chooses the experts to be removed; None where none are.
         grid: the values that kept weights may have; None for floating point.
+        blocks: chooses the blocks to be removed; None where none are.
     """
 
     sparsity: Sparsity
@@ -52,6 +56,7 @@ class Procedure:
     sharding: RowSharding = field(default_factory=RowSharding)
     experts: ExpertCriterion | None = None
     grid: Grid | None = None
+    blocks: BlockCriterion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,7 @@ class RunContext:
         out: the folder to be made.
         left_out: why self-generated text had to be left out, or ''.
         held: the report of the source, where that was pruned before and its weights are only quantised: its zeros stay.
+        repairing: full names of the layers that are fitted anew because blocks behind them are removed.
     """
 
     job: Job
@@ -108,6 +114,7 @@ class RunContext:
     out: Path
     left_out: str = ""
     held: PruneReport | None = None
+    repairing: frozenset[str] = frozenset()
 
     @property
     def recipe(self) -> Recipe:
@@ -154,8 +161,19 @@ class RunContext:
     @property
     def chosen(self) -> frozenset[str]:
         """Full names of the layers that are solved."""
-        cuts = frozenset(self.structure.by_name)
-        return cuts if self.pattern is None and self.grid is None else cuts | self.plan.names
+        own = frozenset(self.structure.by_name) | self.repairing
+        return own if self.pattern is None and self.grid is None else own | self.plan.names
+
+    @property
+    def removed_blocks(self) -> frozenset[int]:
+        """Numbers of the blocks that are removed."""
+        return frozenset(self.structure.removed_blocks(self.skeleton))
+
+    @property
+    def renumbered(self) -> Callable[[str], str]:
+        """The name that something in the dense model, or in its files, has in the model that is made."""
+        kept = self.structure.kept_blocks
+        return str if kept is None else renumbering(self.skeleton, kept)
 
     @property
     def generated_windows(self) -> int:

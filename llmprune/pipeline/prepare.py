@@ -114,7 +114,8 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
         structure = plan_structure(
             skeleton, sparsity.removals, couplings, runs, job.round_to, sparsity.pattern, job.trust_remote_code
         )
-        sliced = structure.sliced_layers(skeleton) if sparsity.pattern is None and procedure.grid is None else None
+        all_layers = sparsity.pattern is not None or procedure.grid is not None or sparsity.blocks is not None
+        sliced = None if all_layers else structure.sliced_layers(skeleton)
         plan = plan.smaller(sliced, structure.saved(skeleton)).resized(structure.shapes(skeleton))
         for text in structure.summary:
             progress.note(text)

@@ -28,7 +28,7 @@ from llmprune.pruning.pattern import SparsityPattern
 from llmprune.pruning.problem import InputStats, LayerSolution
 from llmprune.pruning.recipe import AUTO, DEFAULT_EFFORT
 from llmprune.pruning.spectrum import input_spectrum
-from llmprune.reporting.report import BlockReport, LayerReport, PruneReport
+from llmprune.reporting.report import BlockReconstruction, BlockReport, LayerReport, MixtureReport, PruneReport
 from llmprune.runtime.memory import peak_memory, resident_memory
 from llmprune.runtime.redact import base_name, redacted_command
 from llmprune.sources.tokens import TokenBatch
@@ -67,6 +67,22 @@ class ReportBuilder:
         self.report.calibration["self_generated_sha256"] = digest = generated.provenance.sha256
         return {"the self-generated text": digest[:12]}
 
+    def go_on_with(self, run: RunContext) -> None:
+        """The blocks to be removed are chosen."""
+        self.run = run
+        self.report.sparsity, self.report.coverage = sparsity_facts(run), coverage(run.plan)
+        self.report.model["parameters_left"] = parameters_left(run)
+
+    def add_mixtures(self, mixtures: Sequence[MixtureReport]) -> None:
+        """Add the mixtures of a block that lost experts."""
+        self.report.mixtures += [replace(item, block=self.run.renumbered(item.block)) for item in mixtures]
+
+    def add_reconstructions(self, reconstructions: Sequence[BlockReconstruction]) -> None:
+        """Add the reconstruction of a block."""
+        self.report.reconstructions += [
+            replace(item, block=self.run.renumbered(item.block)) for item in reconstructions
+        ]
+
     def start_blocks(self) -> None:
         """The first block begins."""
         self._since, self._first = time.perf_counter(), len(self.report.layers)
@@ -81,6 +97,7 @@ class ReportBuilder:
     ) -> None:
         """Add the layers of a group, with the errors of their weights as stored."""
         found = layer_reports(group, pattern, solutions, stored, errors)
+        found = [replace(layer, name=self.run.renumbered(layer.name)) for layer in found]
         if self._held:
             found = [replace(layer, pattern=self._held.get(layer.name, "")) for layer in found]
         self.report.layers += found
@@ -91,7 +108,13 @@ class ReportBuilder:
         now = time.perf_counter()
         spread = [min(self._routed), round(median(self._routed)), max(self._routed)] if self._routed else []
         self.report.blocks.append(
-            BlockReport(block.name, round(now - self._since, 3), self.peak_memory(), resident_memory(), spread)
+            BlockReport(
+                self.run.renumbered(block.name),
+                round(now - self._since, 3),
+                self.peak_memory(),
+                resident_memory(),
+                spread,
+            )
         )
         self._routed = []
         self.report.seconds = self.clock.so_far()
@@ -165,7 +188,7 @@ def initial_report(run: RunContext) -> PruneReport:
             "type": config.model_type,
             "class": type(run.skeleton.model).__name__,
             "parameters": plan.parameters,
-            "parameters_left": plan.parameters - run.structure.removed_parameters(run.skeleton),
+            "parameters_left": parameters_left(run),
             "blocks": len(run.skeleton.blocks),
             "loader": auto_class(config),
             **quantization_facts(run),
@@ -191,6 +214,11 @@ def initial_report(run: RunContext) -> PruneReport:
         out=str(run.out),
         warnings=[*filter(None, (run.left_out, run.data.warning))],
     )
+
+
+def parameters_left(run: RunContext) -> int:
+    """The number of parameters of the model that is made."""
+    return run.plan.parameters - run.structure.removed_parameters(run.skeleton)
 
 
 def sparsity_facts(run: RunContext) -> dict[str, Any]:

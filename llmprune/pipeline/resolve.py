@@ -7,8 +7,9 @@ from dataclasses import replace
 from llmprune.errors import InputError
 from llmprune.job import Job
 from llmprune.pipeline.context import Procedure
-from llmprune.pruning.criteria import CRITERIA, load_criterion
-from llmprune.pruning.experts import EXPERT_CRITERIA, load_expert_criterion
+from llmprune.pruning.blocks import BLOCK_CRITERIA, BlockCriterion, load_block_criterion
+from llmprune.pruning.criteria import CRITERIA, Criterion, load_criterion
+from llmprune.pruning.experts import EXPERT_CRITERIA, ExpertCriterion, load_expert_criterion
 from llmprune.pruning.layer_solver import LayerSolver
 from llmprune.pruning.methods import METHODS, load_method
 from llmprune.pruning.parallel import RowSharding
@@ -17,7 +18,7 @@ from llmprune.pruning.sparsity import Sparsity, parse_sparsity
 from llmprune.pruning.structured_solver import StructuredSolver
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 
-REMOVING = {*CRITERIA, *EXPERT_CRITERIA}
+REMOVING = {*CRITERIA, *EXPERT_CRITERIA, *BLOCK_CRITERIA}
 
 
 def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
@@ -31,9 +32,7 @@ def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
         raise InputError("--sparsity none leaves nothing to be done", "add --quantize int4, or name a pattern")
     _check_method(job, sparsity)
     recipe, options = job.recipe, dict(job.options)
-    # Options are those of the method that was named; of a pair, the method of the weights.
-    for_criterion = sparsity.pattern is None or (job.method in REMOVING and job.method not in METHODS)
-    for_experts = for_criterion and (not sparsity.narrows or job.method not in {AUTO, *CRITERIA})
+    criterion, experts, blocks, for_criterion = _criteria(job, sparsity, recipe)
     method = load_method(recipe.method, {} if for_criterion else options) if sparsity.pattern else None
     if method is not None:
         # Of a layer that loses rows later, a count over rows alone stays exact.
@@ -54,17 +53,33 @@ def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
         raise InputError(f"--round-to does not apply to {sparsity.name}", "it is for channels:...")
     recipe = applicable(recipe, job, sparsity)
     sharding = RowSharding(group)
-    inner = LayerSolver(method, recipe, sharding) if method or grid else None
-    experts = None
-    if sparsity.drops_experts:
-        experts = load_expert_criterion(recipe.expert_criterion, options if for_experts else {})
+    repairs = sparsity.blocks is not None and recipe.compensate
+    inner = LayerSolver(method, recipe, sharding) if method or grid or repairs else None
     if inner is not None and not sparsity.narrows:
-        return Procedure(sparsity, recipe, inner, sharding, experts, grid)
-    criterion = None
+        return Procedure(sparsity, recipe, inner, sharding, experts, grid, blocks)
+    solver = StructuredSolver(criterion, recipe, inner, sharding)
+    return Procedure(sparsity, recipe, solver, sharding, experts, grid, blocks)
+
+
+def _criteria(
+    job: Job, sparsity: Sparsity, recipe: Recipe
+) -> tuple[Criterion | None, ExpertCriterion | None, BlockCriterion | None, bool]:
+    """The criteria of what is removed, and whether the options are theirs.
+
+    Options are those of the method that was named; of a pair, the method of the weights.
+    """
+    options = dict(job.options)
+    for_criterion = sparsity.pattern is None or (job.method in REMOVING and job.method not in METHODS)
+    for_experts = for_criterion and (not sparsity.narrows or job.method not in {AUTO, *CRITERIA})
+    for_blocks = for_experts and (not sparsity.drops_experts or job.method in BLOCK_CRITERIA)
+    criterion = experts = blocks = None
     if sparsity.narrows:
         criterion = load_criterion(recipe.criterion, options if for_criterion and not for_experts else {})
-    solver = StructuredSolver(criterion, recipe, inner, sharding)
-    return Procedure(sparsity, recipe, solver, sharding, experts, grid)
+    if sparsity.drops_experts:
+        experts = load_expert_criterion(recipe.expert_criterion, options if for_experts and not for_blocks else {})
+    if sparsity.blocks:
+        blocks = load_block_criterion(recipe.block_criterion, options if for_blocks else {})
+    return criterion, experts, blocks, for_criterion
 
 
 def _check_method(job: Job, sparsity: Sparsity) -> None:
@@ -73,6 +88,7 @@ def _check_method(job: Job, sparsity: Sparsity) -> None:
         or (job.method in METHODS and sparsity.pattern)
         or (job.method in CRITERIA and sparsity.narrows)
         or (job.method in EXPERT_CRITERIA and sparsity.drops_experts)
+        or (job.method in BLOCK_CRITERIA and sparsity.blocks)
     ):
         return
     if not sparsity:
@@ -81,6 +97,7 @@ def _check_method(job: Job, sparsity: Sparsity) -> None:
             "leave it out: --effort says how weights are quantised",
         )
     tables = {"rule for single weights": METHODS if sparsity.pattern else {}}
+    tables["rule for whole blocks"] = BLOCK_CRITERIA if sparsity.blocks else {}
     tables["score for whole experts"] = EXPERT_CRITERIA if sparsity.drops_experts else {}
     tables["score for whole channels and heads"] = CRITERIA if sparsity.narrows else {}
     known = list(dict.fromkeys(name for table in tables.values() for name in table))
@@ -92,6 +109,26 @@ def _check_method(job: Job, sparsity: Sparsity) -> None:
 
 def applicable(recipe: Recipe, job: Job, sparsity: Sparsity) -> Recipe:
     """The recipe without what has no meaning for this pattern; refused if the user asked for it by name."""
+    recipe = _applicable(recipe, job, sparsity)
+    return recipe if sparsity.blocks is None else _for_blocks(recipe, job, sparsity)
+
+
+def _for_blocks(recipe: Recipe, job: Job, sparsity: Sparsity) -> Recipe:
+    """The recipe where whole blocks go: the others compensate towards the dense model's stream, or nothing does."""
+    if job.allocate not in {None, "uniform"}:
+        raise InputError(
+            f"--allocate {job.allocate} does not apply to {sparsity.name}",
+            "leave it out: remove blocks first, then prune the folder that results",
+        )
+    if job.targets == "pruned" and recipe.compensate:
+        raise InputError(
+            f"--targets pruned does not apply to {sparsity.name}",
+            "what removed blocks did is known from the dense model only; leave it out, or add --no-refit",
+        )
+    return replace(recipe, allocate="uniform", targets="dense" if recipe.compensate else recipe.targets)
+
+
+def _applicable(recipe: Recipe, job: Job, sparsity: Sparsity) -> Recipe:
     pattern = sparsity.pattern
     if job.permute and not (pattern and pattern.permutable):
         raise InputError(f"--permute does not apply to {sparsity.name}", "leave it out: it is for N:M patterns")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llmprune.errors import InputError
-from llmprune.model.skeleton import Skeleton
 from llmprune.model.writer import Shard, ShardWriter
 from llmprune.pipeline.context import RANK, RunContext, rank_folder
 from llmprune.progress import Progress
@@ -44,6 +45,8 @@ class WorkerState:
         fingerprint: what the result depends on, as far as it is known; here nothing.
         dense: the perplexity of the dense model, once it is known; here never.
         patterns: every block's pattern, once they are known.
+        removed_blocks: numbers of the blocks that are removed, and names of the layers that compensate, once they are
+            known.
     """
 
     def __init__(self, run: RunContext, progress: Progress) -> None:
@@ -53,6 +56,7 @@ class WorkerState:
         self.fingerprint: dict[str, str] = {}
         self.dense: Perplexity | None = None
         self.patterns: Sequence[SparsityPattern | None] = ()
+        self.removed_blocks: dict[str, Any] = {}
 
     @property
     def streams(self) -> list[dict[str, Any]]:
@@ -70,7 +74,7 @@ class WorkerState:
         found: dict[str, float] = self.state["report"]["seconds"] if self.state else {}
         return found
 
-    def begin(self, skeleton: Skeleton, report: PruneReport) -> None:
+    def begin(self, run: RunContext, report: PruneReport) -> None:
         """Start behind the last finished block: put what was reported of the finished ones into the report."""
         nothing: dict[str, Any] = {"layers": [], "reconstructions": [], "mixtures": [], "blocks": []}
         found = PruneReport.from_json({**report.to_json(), **self.state.get("report", nothing)})
@@ -129,6 +133,7 @@ class RunState(WorkerState):
         self._scope: PatternScope = run.pattern.scope if run.pattern else "layer"
         self._writer = ShardWriter(self.model, self._limit)
         self._total = len(run.skeleton.blocks)
+        self._renumbered: Callable[[str], str] = str
 
     @property
     def blocks(self) -> int:
@@ -154,6 +159,7 @@ class RunState(WorkerState):
         if self.state:
             self.dense = Perplexity(**self.state["dense"]) if self.state["dense"] else None
             self.patterns = parsed(self.state["patterns"], self._scope)
+            self.removed_blocks = self.state.get("removed_blocks", {})
             self._shards().unseal()
             for number in range(len(self.streams)):
                 _tidy(rank_folder(self.folder, number), self._files())
@@ -181,16 +187,19 @@ class RunState(WorkerState):
                     f"{again}drop its work with --restart, or choose another --out",
                 )
 
-    def begin(self, skeleton: Skeleton, report: PruneReport) -> None:
+    def begin(self, run: RunContext, report: PruneReport) -> None:
         """Start behind the last finished block; write what lies outside of the blocks if nothing is written yet."""
-        super().begin(skeleton, report)
-        self._writer = self._shards()
+        super().begin(run, report)
+        self._writer, self._renumbered = self._shards(), run.renumbered
         if not self._writer.shards:
-            self._writer.write(skeleton.export_outside())
+            self._write(run.skeleton.export_outside())
 
     def write(self, block: Block) -> None:
         """Write the block's shard."""
-        self._writer.write(block.export())
+        self._write(block.export())
+
+    def _write(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._writer.write((self._renumbered(name), tensor) for name, tensor in tensors)
 
     def finish(self) -> None:
         """Join the shards of the blocks to few files, give those their final names, and write their index."""
@@ -213,6 +222,7 @@ class RunState(WorkerState):
             shards=[asdict(shard) for shard in self._writer.shards],
             dense=asdict(self.dense) if self.dense else None,
             patterns=names_of(self.patterns),
+            removed_blocks=self.removed_blocks,
             report={key: whole[key] for key in ("layers", "reconstructions", "mixtures", "blocks", "seconds")},
             streams=streams,
             rows=list(self.rows),

@@ -17,6 +17,7 @@ from llmprune.export.verify import check_layers, grids_of, patterns_of
 from llmprune.export.verify_grid import off_grid
 from llmprune.model.blocks import find_layers
 from llmprune.model.reader import SafetensorsFolder
+from llmprune.model.selection import make_plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.allocation import allocate
 from llmprune.pipeline.context import RunContext
@@ -170,6 +171,7 @@ def block_stream(
         shrink=recipe.shrinkage,
         reconstruct=recipe.reconstruct > 0,
         experts=_fewer_experts(run),
+        skipped=run.removed_blocks,
     )
     resources = Resources(
         batch_tokens=at_once * windows.shape[1],
@@ -318,10 +320,13 @@ def verify_written(run: RunContext, report: PruneReport, progress: Progress) -> 
     Raises:
         CheckError: a layer misses zeros.
     """
-    patterns = patterns_of(report)
-    layers = [(ref, patterns[ref.name]) for ref in run.plan.layers if ref.name in patterns]
+    patterns, written = patterns_of(report), skeleton_of(run, run.unfinished)
+    refs = run.plan.layers
+    if run.structure.kept_blocks is not None and patterns:
+        refs = make_plan(written, None, names=tuple(patterns)).layers
+    layers = [(ref, patterns[ref.name]) for ref in refs if ref.name in patterns]
     progress.start("verifying", len(layers))
-    checks = check_layers(skeleton_of(run, run.unfinished).checkpoint, layers, progress.step)
+    checks = check_layers(written.checkpoint, layers, progress.step)
     progress.finish()
     if bad := [check for check in checks if check.violations]:
         raise CheckError(f"{bad[0].name!r} misses {bad[0].violations} zeros of {run.sparsity.name}", "please report it")

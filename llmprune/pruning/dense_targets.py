@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +31,9 @@ class DenseTarget:
     retries: int = 0
 
 
-def dense_targets(problem: GroupProblem, damping: float = TARGET_DAMPING, group: ProcessGroup = SINGLE) -> DenseTarget:
+def dense_targets(
+    problem: GroupProblem, dampings: Sequence[float] = (TARGET_DAMPING,), group: ProcessGroup = SINGLE
+) -> DenseTarget:
     """The regression of the dense model's outputs on the pruned model's inputs, `W* = W + α Δ`, `Δ = M (H + λI)⁻¹`.
 
     M, `(out, in)`, is the cross-covariance of the outputs' residual with the inputs: `M = W (C − H)ᵀ` fits a layer to
@@ -46,7 +49,8 @@ def dense_targets(problem: GroupProblem, damping: float = TARGET_DAMPING, group:
 
     Args:
         problem: a group with statistics of the dense model; one without is returned as it is.
-        damping: λ as a fraction of the mean diagonal of H.
+        dampings: λ as a fraction of the mean diagonal of H; of several the one with the least error on the held-out
+            tokens.
         group: the processes, each of which fits its own rows.
 
     Raises:
@@ -56,8 +60,10 @@ def dense_targets(problem: GroupProblem, damping: float = TARGET_DAMPING, group:
     if held is None or (stats.cross is None and stats.residual_cross is None):
         return DenseTarget(problem, (0.0,) * len(problem.layers))
     weights = torch.cat([layer.weight for layer in problem.layers])
-    sums, retries = _gains_and_costs(weights, excluding(stats, held), held, damping, group)
-    strengths = tuple(line_minimum(*part.sum(0).tolist()) for part in problem.split(sums))
+    rest = excluding(stats, held)
+    trials = [_trial(problem, weights, rest, held, damping, group) for damping in dampings]
+    found = min(range(len(trials)), key=lambda number: trials[number].error)
+    damping, strengths, retries = dampings[found], trials[found].strengths, max(trial.retries for trial in trials)
     if not any(strengths):
         return DenseTarget(problem, strengths, retries)
     factor = inverse_factor(stats.gram, damping)
@@ -67,6 +73,31 @@ def dense_targets(problem: GroupProblem, damping: float = TARGET_DAMPING, group:
         for layer, strength, delta in zip(problem.layers, strengths, parts, strict=True)
     )
     return DenseTarget(replace(problem, layers=layers), strengths, max(retries, factor.retries))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A fit on a part of the tokens.
+
+    Args:
+        strengths: α of every layer, by the held-out tokens.
+        error: what the fit adds to the squared error on these, in all layers.
+        retries: how often the damping was raised.
+    """
+
+    strengths: tuple[float, ...]
+    error: float
+    retries: int
+
+
+def _trial(
+    problem: GroupProblem, weights: Tensor, rest: InputStats, held: InputStats, damping: float, group: ProcessGroup
+) -> _Trial:
+    sums, retries = _gains_and_costs(weights, rest, held, damping, group)
+    pairs = [part.sum(0).tolist() for part in problem.split(sums)]
+    strengths = tuple(line_minimum(gain, cost) for gain, cost in pairs)
+    error = sum(a * (a * cost - 2 * gain) for a, (gain, cost) in zip(strengths, pairs, strict=True))
+    return _Trial(strengths, error, retries)
 
 
 def _gains_and_costs(

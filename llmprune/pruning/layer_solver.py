@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from llmprune.pruning.dense_targets import DenseTarget, dense_targets
+from llmprune.pruning.dense_targets import TARGET_DAMPING, DenseTarget, dense_targets
 from llmprune.pruning.grid import Grid
 from llmprune.pruning.least_squares import refit
 from llmprune.pruning.methods import Method
@@ -17,6 +17,9 @@ from llmprune.pruning.permutation import choose, saliency
 from llmprune.pruning.problem import GroupProblem, GroupSolution, InputStats, LayerSolution, Status, unchanged
 from llmprune.pruning.quantize import quantize
 from llmprune.pruning.recipe import Recipe
+
+DAMPINGS = (0.001, 0.01, 0.1, 1.0)
+"""Of a layer that is only fitted: held-out tokens choose, see `dense_targets`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,12 @@ class LayerSolver:
             pattern: the sparsity pattern of the weights; None keeps all.
             grid: of the weights that are kept; None allows any value.
         """
-        if pattern is None and grid is None:
-            return unchanged(problem)
+        fitted = pattern is None and grid is None
         dense = self.recipe.targets == "dense"
-        wanted = dense_targets(problem, group=self.sharding.group) if dense else DenseTarget(problem)
+        if fitted and not dense:
+            return unchanged(problem)
+        dampings = DAMPINGS if fitted else (TARGET_DAMPING,)
+        wanted = dense_targets(problem, dampings, self.sharding.group) if dense else DenseTarget(problem)
         goal = with_ridge(wanted.problem, self.recipe.ridge)
         order, retries = self._order(goal, pattern, problem.classes)
         if order is not None:
@@ -75,7 +80,7 @@ class LayerSolver:
             solution.stats["target_strength"] = strength
         solutions = [with_stats(s, target_retries=wanted.retries, order_retries=retries) for s in solutions]
         # What was solved together is the same in all processes already, but for what every process does behind it.
-        apart = self.recipe.refit or grid is not None
+        apart = self.recipe.refit or grid is not None or fitted
         return GroupSolution(self.sharding.agreed(solutions) if apart else solutions, order)
 
     def solve_once(self, problem: GroupProblem, pattern: SparsityPattern) -> list[LayerSolution]:

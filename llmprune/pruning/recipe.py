@@ -114,6 +114,7 @@ class Recipe:
     )
     criterion: str = knob("", "recipe", "criterion for channels and heads; empty where none are removed", TEXT)
     expert_criterion: str = knob("", "recipe", "criterion for whole experts; empty where none are removed", TEXT)
+    block_criterion: str = knob("", "recipe", "criterion for whole blocks; empty where none are removed", TEXT)
     guard: bool = knob(
         True,
         "recipe",
@@ -126,9 +127,9 @@ class Recipe:
     compensate: bool = knob(
         True,
         "recipe",
-        "whether what is left of a layer compensates, by least squares, for the inputs that were removed",
+        "whether what is left compensates, by least squares, for what was removed",
         SWITCH,
-        applies_to="channels, heads, experts",
+        applies_to="blocks, channels, heads, experts",
         label="no compensation",
     )
 
@@ -140,7 +141,12 @@ class Recipe:
     @property
     def label(self) -> str:
         """The names of criteria and method; where there are none, weights are only quantised."""
-        return "+".join(dict.fromkeys(filter(None, (self.expert_criterion, self.criterion, self.method)))) or GPTQ
+        return "+".join(dict.fromkeys(filter(None, self.names))) or GPTQ
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The criteria of blocks, experts, and channels and heads, and the method; empty where there is none."""
+        return self.block_criterion, self.expert_criterion, self.criterion, self.method
 
     @property
     def dense_stream(self) -> bool:
@@ -195,39 +201,38 @@ EFFORTS = {
         self_calibration=3.0,
     ),
 }
+_REMOVAL = Recipe("", criterion="wanda", expert_criterion="wanda", block_criterion="repair", grid_passes=1)
 STRUCTURED_EFFORTS = {
-    "fast": Recipe("", criterion="wanda", expert_criterion="wanda", grid_passes=1),
-    "balanced": Recipe("", targets="dense", criterion="wanda", expert_criterion="wanda", grid_passes=4),
-    "best": Recipe("", targets="dense", criterion="wanda", expert_criterion="wanda", grid_passes=4, reconstruct=4),
+    "fast": _REMOVAL,
+    "balanced": replace(_REMOVAL, targets="dense", grid_passes=4),
+    "best": replace(_REMOVAL, targets="dense", grid_passes=4, reconstruct=4),
 }
-"""What the efforts stand for where channels, heads or experts are removed and no weights after that."""
+"""What the efforts stand for where blocks, channels, heads or experts are removed and no weights after that."""
+CRITERION_FIELDS = ("criterion", "expert_criterion", "block_criterion")
 DEFAULT_EFFORT = "balanced"
 
 
 def make_recipe(
-    method: str, effort: str, flags: Mapping[str, Any], criterion: str | None = None, experts: str | None = None
+    method: str, effort: str, flags: Mapping[str, Any], criteria: Mapping[str, str] | None = None
 ) -> Recipe:
     """The recipe that the user asked for.
 
     Args:
         method: a name of the METHODS table, alone unless flags add to it, or `auto` for what `effort` stands for; '' if
-            nothing but channels, heads or experts goes, or weights are quantised and none pruned.
+            nothing but blocks, channels, heads or experts goes, or weights are quantised and none pruned.
         effort: a name of EFFORTS.
         flags: fields set by the user; None where nothing was said.
-        criterion: a name of the CRITERIA table, or `auto`; None if no channels or heads go.
-        experts: a name of the EXPERT_CRITERIA table, or `auto`; None if no experts go.
+        criteria: by the fields of a recipe that name the criteria of what is removed, a name of the field's table, or
+            `auto`.
     """
     base = EFFORTS[effort] if method == AUTO else Recipe(method)
-    if not method and criterion is None and experts is None:
+    if not method and not criteria:
         base = replace(EFFORTS[effort], method="", permute=False)
-    if criterion is not None or experts is not None:
+    if criteria:
         usual = STRUCTURED_EFFORTS[effort]
         if not method:
-            base = usual if AUTO in {criterion, experts} else Recipe("")
-        base = replace(
-            base,
-            criterion=usual.criterion if criterion == AUTO else criterion or "",
-            expert_criterion=usual.expert_criterion if experts == AUTO else experts or "",
-            compensate=flags.get("refit") is not False,
-        )
+            base = usual if AUTO in criteria.values() else Recipe("")
+        named = {field: getattr(usual, field) if name == AUTO else name for field, name in criteria.items()}
+        settings: dict[str, Any] = {**dict.fromkeys(CRITERION_FIELDS, ""), **named}
+        base = replace(base, **settings, compensate=flags.get("refit") is not False)
     return replace(base, **{key: value for key, value in flags.items() if value is not None})

@@ -1,7 +1,8 @@
-"""What a run prunes: channels, heads and experts, which are removed, and then weights by a pattern.
+"""What a run prunes: blocks, channels, heads and experts, which are removed, and then weights by a pattern.
 
-`channels:25%` takes MLP channels out of every block, `heads:33%` attention heads, `experts:25%` whole experts;
-`channels:20%+2:4` first makes the model smaller, then sparse; `none` prunes nothing, where weights are only quantised.
+`blocks:20%` and `blocks:6` remove whole transformer blocks, `channels:25%` MLP channels of every block, `heads:33%`
+attention heads, `experts:25%` whole experts; `channels:20%+2:4` first makes the model smaller, then sparse; `none`
+prunes nothing, where weights are only quantised.
 """
 
 from __future__ import annotations
@@ -15,33 +16,43 @@ from typing import Literal, cast
 from llmprune.errors import InputError
 from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern, percent
 
-Kind = Literal["channels", "heads", "experts"]
+Kind = Literal["blocks", "channels", "heads", "experts"]
 NONE = "none"
-HINT = "channels:25%, heads:33%, experts:25%, a pattern such as 2:4 or 50%, or several of them with + between"
-WORDS: dict[Kind, str] = {"channels": "MLP channels", "heads": "attention heads", "experts": "experts"}
+_REMOVAL = r"\s*(blocks|channels|heads|experts)\s*:\s*(\d{0,9}\.?\d{0,9})\s*(%?)\s*"
+HINT = (
+    "blocks:20%, channels:25%, heads:33%, experts:25%, a pattern such as 2:4 or 50%, or several of them with + between"
+)
+WORDS: dict[Kind, str] = {
+    "blocks": "transformer blocks",
+    "channels": "MLP channels",
+    "heads": "attention heads",
+    "experts": "experts",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A ratio of the channels, heads or experts of every block is removed.
+    """A ratio of the blocks, or of the channels, heads or experts of every block, is removed.
 
     Args:
         kind: of the units.
         ratio: of the units that are removed.
+        count: of the blocks that are removed, in place of a ratio; 0 for none.
     """
 
     kind: Kind
     ratio: Fraction
+    count: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
+        if not self.count and not 0 < self.ratio < 1:
             left = "leaves none" if self.ratio >= 1 else "removes none"
             raise InputError(f"{self.name} {left} of the {WORDS[self.kind]}", f"use a ratio such as {self.kind}:25%")
 
     @property
     def name(self) -> str:
         """Canonical spelling."""
-        return f"{self.kind}:{percent(self.ratio).replace(' ', '')}"
+        return f"{self.kind}:{self.count or percent(self.ratio).replace(' ', '')}"
 
     def describe(self, done: Fraction | None = None) -> str:
         """What is removed, in words.
@@ -49,8 +60,10 @@ class Removal:
         Args:
             done: the ratio that is removed, where the model does not allow the one that was asked for.
         """
+        if self.count and done is None:
+            return f"{self.count} of the {WORDS[self.kind]} removed"
         removed = percent(self.ratio if done is None else Fraction(round(done * 1000), 1000))
-        asked = percent(self.ratio)
+        asked = str(self.count) if self.count else percent(self.ratio)
         return f"{removed} of the {WORDS[self.kind]} removed" + ("" if removed == asked else f" ({asked} asked for)")
 
 
@@ -59,7 +72,7 @@ class Sparsity:
     """The removals of a run, then the pattern of the kept weights.
 
     Args:
-        removals: channels, heads and experts, each kind once.
+        removals: blocks, channels, heads and experts, each kind once.
         pattern: of the kept weights; None if they are not pruned.
     """
 
@@ -74,7 +87,12 @@ class Sparsity:
     @property
     def narrows(self) -> bool:
         """Whether layers lose channels or heads."""
-        return any(removal.kind != "experts" for removal in self.removals)
+        return any(removal.kind in {"channels", "heads"} for removal in self.removals)
+
+    @property
+    def blocks(self) -> Removal | None:
+        """The removal of whole blocks, if there is one."""
+        return next((removal for removal in self.removals if removal.kind == "blocks"), None)
 
     @property
     def drops_experts(self) -> bool:
@@ -107,13 +125,14 @@ class Sparsity:
         """What it does to file size and speed."""
         notes = []
         if self.removals:
-            notes = [f"The model is smaller{' and faster' if self.narrows else ''} wherever it runs"]
-            notes[0] += "" if self.narrows else "; a token is sent to as many experts as before"
+            faster = self.narrows or self.blocks is not None
+            notes = [f"The model is smaller{' and faster' if faster else ''} wherever it runs"]
+            notes[0] += "" if faster else "; a token is sent to as many experts as before"
         return "; ".join(notes + ([self.pattern.speed_note()] if self.pattern is not None else []))
 
 
 def parse_sparsity(text: str, scope: Scope = "layer") -> Sparsity:
-    """Read `channels:25%`, `heads:0.33`, `experts:25%`, `2:4`, `50%`, and sums of them such as `channels:20%+2:4`.
+    """Read `blocks:6`, `channels:25%`, `heads:0.33`, `2:4`, `50%`, and sums of them such as `channels:20%+2:4`.
 
     Args:
         text: what the user typed.
@@ -127,12 +146,15 @@ def parse_sparsity(text: str, scope: Scope = "layer") -> Sparsity:
     removals: list[Removal] = []
     pattern: SparsityPattern | None = None
     for part in text.split("+"):
-        if match := re.fullmatch(r"\s*(channels|heads|experts)\s*:\s*(\d{0,9}\.?\d{0,9})\s*(%?)\s*", part, re.ASCII):
+        if match := re.fullmatch(
+            r"\s*(blocks|channels|heads|experts)\s*:\s*(\d{0,9}\.?\d{0,9})\s*(%?)\s*", part, re.ASCII
+        ):
             try:
                 ratio = Fraction(match[2]) / (100 if match[3] else 1)
             except ValueError:
                 raise InputError(f"unknown sparsity {text!r}", HINT) from None
-            removals.append(Removal(cast("Kind", match[1]), ratio))
+            counted = match[1] == "blocks" and not match[3] and ratio >= 1 and ratio.denominator == 1
+            removals.append(Removal(cast("Kind", match[1]), ratio, int(ratio) if counted else 0))
         elif pattern is None:
             if ":" in part and part.partition(":")[0].strip().isalpha():
                 raise InputError(f"unknown sparsity {text!r}", HINT)

@@ -83,8 +83,14 @@ class GroupStatistics:
         if batch.shard.batch in self.options.left_out:
             return
         self._first = batch.shard.batch == 0
+        gap = batch.gap()
+        if gap is not None and dense is not None and dense.residual is not None:
+            # What adds to the stream also compensates for the blocks that are removed behind it.
+            wanted = dense.residual + gap.to(dense.residual.device).view_as(dense.residual)
+            dense = replace(dense, residual=wanted)
         residual = dense.residual if dense is not None and dense.residual is not None else seen.residual
-        scale = inverse_residual_norm(residual) if self.options.token_weights and residual is not None else None
+        weighted = (self.options.token_weights or gap is not None) and residual is not None
+        scale = inverse_residual_norm(residual) if weighted and residual is not None else None
         if isinstance(self._running, RunningGram):
             self._running.add(seen.inputs, scale)
             return

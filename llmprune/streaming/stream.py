@@ -17,6 +17,7 @@ from llmprune.streaming.activations import Activations
 from llmprune.streaming.batch import RELEASED
 from llmprune.streaming.batch_shards import BatchSharding, held_out_batches
 from llmprune.streaming.block import Block
+from llmprune.streaming.block_gap import pass_removed
 from llmprune.streaming.block_types import BlockAnalysis, BlockTypes, short_batch
 from llmprune.streaming.capture import capture_block_inputs
 from llmprune.streaming.cross_block_state import CrossBlockState, saved_wrap
@@ -47,6 +48,7 @@ class Observe:
         shrink: whether statistics of experts are shrunk towards those of all tokens.
         reconstruct: whether blocks are reconstructed; validation batches are then left out of the statistics.
         experts: the experts that are removed, if any.
+        skipped: numbers of the blocks that are removed; never the first.
     """
 
     chosen: frozenset[str] = frozenset()
@@ -59,6 +61,7 @@ class Observe:
     shrink: bool = False
     reconstruct: bool = False
     experts: FewerExperts | None = None
+    skipped: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,23 +130,42 @@ class BlockStream:
     def __len__(self) -> int:
         return len(self.skeleton.blocks)
 
+    @property
+    def left(self) -> int:
+        """Number of blocks that are still to come, without removed ones."""
+        return sum(index not in self.observe.skipped for index in range(self.done, len(self)))
+
     def __iter__(self) -> Iterator[Block]:
-        for index in range(self.done, len(self)):
+        while self.done < len(self):
+            index, behind = self.done, self._behind(self.done)
             # A block is trained as a whole, and loses experts as a whole.
             whole = self.observe.reconstruct or self.observe.experts is not None
             with self.skeleton.loaded(self.skeleton.block_parameters(index), whole=whole):
                 block = Block(self.skeleton, index, self.inputs.batches, self.observe.chosen, self.folder)
+                pass_removed(block, range(index + 1, behind), self._dense)
                 try:
                     yield block
                     block.finish()
                 finally:
                     block.close()
-            self.done = index + 1
+            self.done = behind
             for batch in self.inputs.batches:
-                batch.release(index)
+                batch.skipped = None
+                for number in range(index, behind):
+                    batch.release(number)
             for stream in self._streams:
                 stream.turn()
             trim_heap()
+
+    def _behind(self, index: int) -> int:
+        """Number of the next block that stays."""
+        return next((n for n in range(index + 1, len(self)) if n not in self.observe.skipped), len(self))
+
+    def residual_layers(self, block: Block) -> list[str]:
+        """Local names of the chosen layers whose outputs are added to the residual stream, in call order."""
+        order = self.types.order(block.index, block.module, list(block.layers), block.trial)
+        adds = self.types.residual_adds(block.index, block.module, block.trial)
+        return [order.groups[number][0] for number in sorted(adds)]
 
     def experts(self, block: Block) -> ExpertRemoval | None:
         """The removal of experts from a block; None where it loses none. It comes before its groups."""
@@ -181,10 +203,11 @@ class BlockStream:
             CannotBeSavedError: state between blocks that cannot be written.
         """
         folder = self._saves()
+        behind = self._behind(self.done)
         return {
-            "done": self.done + 1,
+            "done": behind,
             "batch_size": self.sharding.batch_size,
-            "cross_block_state": self._state.save(self.done + 1, folder),
+            "cross_block_state": self._state.save(behind, folder),
             "hidden": [stream.save() for stream in self._streams],
             "block_types": self.types.save(),
             "dense": self.dense,

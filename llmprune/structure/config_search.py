@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ def head_settings(config: PreTrainedConfig, heads: int, groups: int, width: int)
     yield found
 
 
-def changed_config(config: PreTrainedConfig, changes: Mapping[str, int]) -> PreTrainedConfig:
+def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
     """A copy of a config with some settings of its language model changed, validated as a new one is."""
     return type(config).from_dict(with_changes(config.to_dict(), text_section(config), changes))
 
@@ -87,8 +87,8 @@ def with_changes(settings: Mapping[str, Any], section: str, changes: Mapping[str
 
 
 def find_settings(
-    config: PreTrainedConfig, candidates: Iterator[dict[str, int]], shapes: Shapes, dtype: torch.dtype, trust: bool
-) -> tuple[dict[str, int], str]:
+    config: PreTrainedConfig, candidates: Iterable[Mapping[str, Any]], shapes: Shapes, dtype: torch.dtype, trust: bool
+) -> tuple[dict[str, Any], str]:
     """The first candidate settings that give a model with exactly these shapes.
 
     Args:
@@ -112,7 +112,7 @@ def find_settings(
         made = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         differing = [name for name in {**made, **shapes} if made.get(name) != shapes.get(name)]
         if not differing:
-            return changes, ""
+            return dict(changes), ""
         if number == 0:
             first = differing[0]
             reason = (

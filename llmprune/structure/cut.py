@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -96,23 +96,27 @@ def smaller_shapes(skeleton: Skeleton, cuts: Sequence[Cut], mixtures: Mixtures |
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """The architecture after the removal of channels, heads and experts.
+    """The architecture after the removal of blocks, channels, heads and experts.
 
     Args:
         cuts: one for every consumer layer that loses inputs.
         changes: settings of the config with new values.
         config: of the smaller model.
         summary: for every removal, the request and what is done.
-        ratios: of the channels, heads and experts that are removed, over all blocks.
+        ratios: of the blocks, and of the channels, heads and experts in all of them, that are removed.
         mixtures: the cuts of experts; None where none are removed.
+        kept_blocks: numbers of the blocks that stay, rising; None for all.
+        whole: where blocks are removed, the structure with all of them.
     """
 
     cuts: tuple[Cut, ...]
-    changes: dict[str, int]
+    changes: dict[str, Any]
     config: PreTrainedConfig
     summary: tuple[str, ...]
     ratios: Mapping[Kind, Fraction]
     mixtures: Mixtures | None = None
+    kept_blocks: tuple[int, ...] | None = None
+    whole: Structure | None = None
 
     def saved(self, skeleton: Skeleton) -> int:
         """Bytes that the written tensors lose."""
@@ -124,10 +128,19 @@ class Structure:
         return sum(n for name, n in self._removed(skeleton) if name in parameters)
 
     def _removed(self, skeleton: Skeleton) -> Iterator[tuple[str, int]]:
-        """Name of every tensor that gets smaller, and how many values it loses."""
+        """Name of every tensor that gets smaller or is removed, and how many values it loses."""
         tensors = dict(skeleton.model.state_dict())
+        for index in self.removed_blocks(skeleton):
+            for name in skeleton.block_parameters(index):
+                yield name, tensors.pop(name).numel()
         for name, shape in self.shapes(skeleton).items():
-            yield name, tensors[name].numel() - math.prod(shape)
+            if name in tensors:
+                yield name, tensors[name].numel() - math.prod(shape)
+
+    def removed_blocks(self, skeleton: Skeleton) -> list[int]:
+        """Numbers of the blocks that are removed, rising."""
+        kept = self.kept_blocks
+        return [] if kept is None else sorted(set(range(len(skeleton.blocks))) - set(kept))
 
     def shapes(self, skeleton: Skeleton) -> Shapes:
         """The new shapes of the tensors that get smaller, by full name."""
@@ -152,7 +165,7 @@ class Structure:
 
 
 def unchanged(skeleton: Skeleton) -> Structure:
-    """The structure of a model that loses neither channels nor heads nor experts."""
+    """The structure of a model that loses neither blocks nor channels nor heads nor experts."""
     return Structure((), {}, skeleton.config, (), {})
 
 

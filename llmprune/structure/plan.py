@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from llmprune.structure.cut import Cut, Structure, removed_ratio, smaller_shapes
 from llmprune.structure.expert_coupling import expert_couplings, has_experts
 from llmprune.structure.expert_cut import Mixtures
 from llmprune.structure.expert_plan import BlockRuns, plan_experts
+from llmprune.structure.fewer_blocks import plan_blocks
 from llmprune.structure.heads import check_share, head_options, head_text, head_units
 from llmprune.structure.slicing import Shapes
 
@@ -44,7 +46,7 @@ COARSE = 16
 
 def plan_structure(
     skeleton: Skeleton,
-    removals: Iterable[Removal],
+    removals: Sequence[Removal],
     couplings: BlockCouplings,
     runs: BlockRuns,
     round_to: int | None = None,
@@ -68,10 +70,11 @@ def plan_structure(
     planner = _Planner(skeleton, couplings, pattern, trust_remote_code)
     mixtures: Mixtures | None = None
     cuts: list[Cut] = []
-    changes: dict[str, int] = {}
+    changes: dict[str, Any] = {}
     texts: dict[Kind, str] = {}
     ratios: dict[Kind, Fraction] = {}
-    removals = list(removals)
+    blocks = next((removal for removal in removals if removal.kind == "blocks"), None)
+    removals = [removal for removal in removals if removal.kind != "blocks"]
     # Channels are those of the experts that stay.
     for removal in sorted(removals, key=lambda removal: removal.kind != "experts"):
         if removal.kind == "experts":
@@ -84,13 +87,15 @@ def plan_structure(
             found, new, texts["heads"] = planner.heads(removal)
         cuts, changes = cuts + found, changes | new
         ratios[removal.kind] = removed_ratio(found)
-    config = changed_config(skeleton.config, changes)
-    _, reason = planner.settings(iter([changes]), cuts, mixtures)
+    config = changed_config(skeleton.config, changes) if changes else skeleton.config
+    _, reason = planner.settings(iter([changes]), cuts, mixtures) if changes else ({}, "")
     if reason:
         raise InputError(
             f"the config cannot express all removals at once: {reason}", "remove only channels, heads or experts"
         )
-    return Structure(tuple(cuts), changes, config, tuple(texts[removal.kind] for removal in removals), ratios, mixtures)
+    summary = tuple(texts[removal.kind] for removal in removals)
+    structure = Structure(tuple(cuts), changes, config, summary, ratios, mixtures)
+    return structure if blocks is None else plan_blocks(skeleton, structure, blocks, trust_remote_code)
 
 
 class _Planner:

@@ -1,0 +1,105 @@
+"""Chooses the blocks that a run removes, before the others are pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor
+
+from llmprune.errors import InputError
+from llmprune.pipeline.context import RunContext
+from llmprune.pipeline.state import WorkerState
+from llmprune.progress import Progress
+from llmprune.runtime.oom import with_oom_retry
+from llmprune.streaming.block_use import LONGEST, TOKENS, block_use
+from llmprune.streaming.stream import BATCH_TOKENS, BlockStream, Observe, Resources
+from llmprune.structure.fewer_blocks import HINT, keep_blocks
+
+
+def choose_blocks(run: RunContext, windows: Tensor, state: WorkerState, progress: Progress) -> RunContext:
+    """The run with its blocks chosen; as it is where none are removed.
+
+    Every process does the same on the same few windows; what rank 0 found counts.
+
+    Args:
+        run: the job; so many of its last blocks are marked as removed.
+        windows: all calibration windows, `(windows, length)`.
+        state: knows the choice of a run that was stopped, and is told a new one.
+        progress: of the pass over the dense model.
+
+    Raises:
+        InputError: blocks pass on more than hidden states, or the config cannot express those that are left.
+    """
+    criterion, count = run.procedure.blocks, len(run.removed_blocks)
+    if criterion is None:
+        return run
+    state.removed_blocks = run.group.broadcast_object(state.removed_blocks)
+    if not state.removed_blocks:
+        length = windows.shape[1]
+        sample = windows[: max(TOKENS // length, 2)]
+
+        def attempt(at_once: int) -> dict[str, list[int] | list[str]]:
+            progress.start("choosing blocks", len(run.skeleton.blocks))
+            with TemporaryDirectory(dir=run.rank_workdir, ignore_cleanup_errors=True) as spare:
+                resources = Resources(at_once * length, None, run.job.activation_memory, Path(spare))
+                stream = BlockStream(run.skeleton, sample, Observe(run.plan.names, skipped=frozenset()), resources)
+                _check_state(stream)
+                use, adders = block_use(stream, min(LONGEST, count), progress.step)
+            progress.finish()
+            return {"removed": list(criterion.select(use, count)), "repairing": list(adders)}
+
+        found = with_oom_retry(attempt, min(max(BATCH_TOKENS // length, 1), len(sample)), progress)
+        state.removed_blocks = run.group.broadcast_object(found)
+    return without_blocks(run, state.removed_blocks["removed"], state.removed_blocks["repairing"], progress)
+
+
+def _check_state(stream: BlockStream) -> None:
+    """Refuse models whose blocks take what earlier ones have made beside the hidden states, such as shared keys."""
+    for call in (call for batch in stream.inputs.batches for call in batch.calls):
+        if call.taken or call.kept:
+            raise InputError(
+                f"block {call.index} of {type(stream.skeleton.model).__name__} shares more than hidden states with "
+                "other blocks",
+                HINT,
+            )
+
+
+def without_blocks(run: RunContext, removed: Sequence[int], adders: Sequence[str], progress: Progress) -> RunContext:
+    """The run without some blocks.
+
+    Args:
+        run: the job.
+        removed: numbers of the blocks, rising.
+        adders: full names of the layers that add to the residual stream.
+        progress: told which blocks are removed.
+    """
+    skeleton, planned = run.skeleton, run.structure
+    assert planned.whole is not None
+    kept = [index for index in range(len(skeleton.blocks)) if index not in removed]
+    structure = keep_blocks(skeleton, planned.whole, kept, run.job.trust_remote_code)
+    first, *others = planned.summary
+    text = f"{first}: {_ranges(removed)} of 0 to {len(skeleton.blocks) - 1} removed"
+    progress.note(f"blocks {_ranges(removed)} are removed")
+    structure = replace(structure, summary=(text, *others), ratios=planned.ratios, whole=planned.whole)
+    names = [skeleton.block_name(index) for index in kept]
+    parameters = sum(parameter.numel() for index in kept for parameter in skeleton.blocks[index].parameters())
+    repairing = [name for name in adders if any(name.startswith(f"{block}.") for block in names)]
+    fitted = frozenset(repairing if run.recipe.compensate else ())
+    plan = run.plan.within(names, parameters)
+    if run.pattern is None and run.grid is None:
+        plan = plan.smaller(fitted | structure.sliced_layers(skeleton), 0)
+    return replace(run, structure=structure, plan=plan, repairing=fitted)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`[3, 4, 5, 9]` -> `3-5, 9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
