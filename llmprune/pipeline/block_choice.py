@@ -13,10 +13,12 @@ from llmprune.errors import InputError
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.state import WorkerState
 from llmprune.progress import Progress
+from llmprune.runtime.foreign import read_json
 from llmprune.runtime.oom import with_oom_retry
 from llmprune.streaming.block_use import LONGEST, TOKENS, block_use
 from llmprune.streaming.stream import BATCH_TOKENS, BlockStream, Observe, Resources
 from llmprune.structure.fewer_blocks import HINT, keep_blocks
+from llmprune.structure.written_config import check_written
 
 
 def choose_blocks(run: RunContext, windows: Tensor, state: WorkerState, progress: Progress) -> RunContext:
@@ -80,6 +82,7 @@ def without_blocks(run: RunContext, removed: Sequence[int], adders: Sequence[str
     assert planned.whole is not None
     kept = [index for index in range(len(skeleton.blocks)) if index not in removed]
     structure = keep_blocks(skeleton, planned.whole, kept, run.job.trust_remote_code)
+    check_written(structure, read_json(run.source.folder / "config.json"))
     first, *others = planned.summary
     text = f"{first}: {_ranges(removed)} of 0 to {len(skeleton.blocks) - 1} removed"
     progress.note(f"blocks {_ranges(removed)} are removed")

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-from llmprune.model.auto_class import text_section
 from llmprune.model.companions import copy_companions, copy_json
 from llmprune.model.quantization import without_quantization
 from llmprune.model.quantization_section import config_section
@@ -19,7 +18,7 @@ from llmprune.reporting.report import FILE, PruneReport
 from llmprune.runtime.files import write_text
 from llmprune.runtime.ownership import regular_files
 from llmprune.runtime.redact import without_origins
-from llmprune.structure.config_search import with_changes
+from llmprune.structure.written_config import smaller_config
 
 
 def write_companions(run: RunContext, report: PruneReport) -> None:
@@ -49,15 +48,7 @@ def pruned_config(run: RunContext, quantized: Collection[str], source: Mapping[s
         source: the source's config.
     """
     config: dict[str, Any] = without_quantization(without_origins(source))
-    if changes := run.structure.changes:
-        section = text_section(run.config)
-        if section not in config and changes.keys() & config.keys():
-            section = ""  # older wrappers say the sizes of their language model beside those of the rest
-        # A config may say a number under another name, which must not contradict it.
-        aliases = {old for old, new in run.config.get_text_config().attribute_map.items() if new in changes}
-        old = config.get(section, {}) if section else config
-        kept = {key: value for key, value in old.items() if key not in aliases}
-        config = with_changes({**config, section: kept} if section else kept, section, changes)
+    config = smaller_config(run.structure, config)
     if dtype := run.job.dtype or run.dequantized_dtype:
         # Older readers know the older name only.
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]

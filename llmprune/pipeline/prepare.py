@@ -26,7 +26,7 @@ from llmprune.pruning.sparsity import Sparsity
 from llmprune.reporting.report import FILE as REPORT
 from llmprune.reporting.report import PruneReport
 from llmprune.runtime.device import pick_device
-from llmprune.runtime.foreign import user_path
+from llmprune.runtime.foreign import read_json, user_path
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 from llmprune.sources.demo import default_cache
 from llmprune.sources.generated import generation_batch_size
@@ -37,6 +37,7 @@ from llmprune.streaming.block_reconstruction import LEAST_WINDOWS
 from llmprune.streaming.block_types import all_block_types, all_couplings, block_runs
 from llmprune.structure.cut import check_channel_scales, unchanged
 from llmprune.structure.plan import BlockCouplings, plan_structure
+from llmprune.structure.written_config import check_written
 
 MOST_THREADS = 1024  # far more make the thread library end the process
 
@@ -115,6 +116,7 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
             skeleton, sparsity.removals, couplings, runs, job.round_to, sparsity.pattern, job.trust_remote_code
         )
         all_layers = sparsity.pattern is not None or procedure.grid is not None or sparsity.blocks is not None
+        check_written(structure, read_json(source.folder / "config.json"))
         sliced = None if all_layers else structure.sliced_layers(skeleton)
         plan = plan.smaller(sliced, structure.saved(skeleton)).resized(structure.shapes(skeleton))
         for text in structure.summary:

@@ -37,13 +37,17 @@ def _scope(value: Any) -> bool:
     return value in ("group", "row", "layer", "model")
 
 
+def _setting(value: Any) -> bool:
+    return _whole(value) or (isinstance(value, list) and all(map(_scalar, value)))
+
+
 def _anything(value: Any) -> bool:
     return True
 
 
 WORDS = {
     _whole: "a whole number", _number: "a number", _finite: "a finite number", _text: "text", _scalar: "a single value",
-    _shape: "two sizes", _scope: "a scope",
+    _shape: "two sizes", _setting: "a whole number or a list", _scope: "a scope",
 }  # fmt: skip
 _PERPLEXITY = {"value": _number, "error": _number, "windows?": _whole, "context?": _whole, "*": _scalar}
 _WINDOWS = {"source": _text, "samples": _whole, "seq_len": _whole, "seed": (_whole,), "bos_tokens?": _whole,
@@ -56,7 +60,7 @@ FORM: Mapping[str, Any] = {
               "parameters_beside?": _whole, "blocks?": _whole, "*": _scalar},
     "sparsity": {
         "pattern": _text, "meaning": _text, "scope": _scope, "fraction": _finite, "note": _text, "removed": [_text],
-        "config?": {"*": _whole}, "*": _anything,
+        "config?": {"*": _setting}, "*": _anything,
     },
     "method": {"name": _text, "*": _anything},
     "recipe": {"*": _scalar},

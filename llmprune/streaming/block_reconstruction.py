@@ -72,7 +72,7 @@ def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) ->
     values |= grid.parameters()
     loss = BlockLoss(block, values, peers, grid.applied)
     before = after = loss.mean(held_out)
-    if not values:
+    if not values or before == 0:
         return BlockReconstruction(block.name, before, after)
     best: dict[str, Tensor] = {}
     skipped_steps = 0
@@ -108,9 +108,11 @@ def gradients_of(loss: Tensor, values: list[nn.Parameter]) -> tuple[Tensor, ...]
 def trainable(block: Block) -> dict[str, nn.Parameter]:
     """The pruned layers' weights, norms and biases, by their names in the block.
 
-    Where channels were removed, all layers' weights; what was removed has no gradient, as nothing reads it any more.
+    Where channels or blocks were removed, all layers' weights; what was removed has no gradient, as nothing reads it
+    any more.
     """
-    matrices = {layer.local_parameter for layer in block.linear if not layer.skip} if block.shrinks else set()
+    whole = block.shrinks or block.compensates
+    matrices = {layer.local_parameter for layer in block.linear if not layer.skip} if whole else set()
     return {
         name: parameter
         for name, parameter in block.module.named_parameters()

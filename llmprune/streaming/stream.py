@@ -142,6 +142,7 @@ class BlockStream:
             whole = self.observe.reconstruct or self.observe.experts is not None
             with self.skeleton.loaded(self.skeleton.block_parameters(index), whole=whole):
                 block = Block(self.skeleton, index, self.inputs.batches, self.observe.chosen, self.folder)
+                block.compensates = bool(self.observe.skipped)
                 pass_removed(block, range(index + 1, behind), self._dense)
                 try:
                     yield block

@@ -53,25 +53,25 @@ class Renumbering:
 
 
 def renumbering(skeleton: Skeleton, kept: Sequence[int]) -> Renumbering:
-    """The new names of the blocks of a model; arguments as of `keep_blocks`."""
-    prefixes = dict.fromkeys([skeleton.block_path, *_stored_prefixes(skeleton)])
-    return Renumbering(tuple(prefixes), tuple(kept), len(skeleton.blocks))
+    """The new names of the blocks of a model; arguments as of `keep_blocks`.
+
+    Raises:
+        InputError: names on disk do not tell which block a tensor belongs to.
+    """
+    count = len(skeleton.blocks)
+    stored = set.intersection(*(_stored_prefixes(skeleton, index) for index in range(count)))
+    if not stored:
+        raise InputError(f"the names on disk of {type(skeleton.model).__name__} do not number its blocks", HINT)
+    return Renumbering((skeleton.block_path, min(stored, key=len)), tuple(kept), count)
 
 
-def _stored_prefixes(skeleton: Skeleton) -> list[str]:
-    """What stands before a block's number in names on disk: those of two blocks differ in nothing else."""
-    disk = skeleton.checkpoint.disk_names
-    pairs = [
-        (one.split("."), other.split("."))
-        for one, other in zip(disk(skeleton.block_parameters(0)), disk(skeleton.block_parameters(1)), strict=False)
-        if one.count(".") == other.count(".")
-    ]
+def _stored_prefixes(skeleton: Skeleton, index: int) -> set[str]:
+    """What may stand before a block's number in the names of all its tensors on disk."""
     found = []
-    for one, other in pairs:
-        differing = [place for place, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
-        if len(differing) == 1 and one[differing[0]] == "0" and other[differing[0]] == "1":
-            found.append(".".join(one[: differing[0]]))
-    return found
+    for name in skeleton.checkpoint.disk_names(skeleton.block_parameters(index)):
+        parts = name.split(".")
+        found.append({".".join(parts[:place]) for place, part in enumerate(parts) if part == str(index)})
+    return set.intersection(*found)
 
 
 def removed_count(removal: Removal, total: int) -> int:
@@ -201,7 +201,8 @@ def _difference(old: nn.Module, new: nn.Module, index: int, number: int) -> str:
     """The first setting of a block that would not stay what it is, but for its own number; '' for none."""
     theirs = dict(new.named_modules())
     for name, module in old.named_modules():
-        other = theirs.get(name)
+        if (other := theirs.get(name)) is None:
+            continue  # a view of a matrix of experts, which was put there to be pruned
         if type(other) is not type(module):
             return name or "class"
         for key, value in vars(module).items():
