@@ -14,6 +14,7 @@ from pathlib import Path
 from llmprune.cli import flags
 from llmprune.job import GROUPS, Job, knobs
 from llmprune.knobs import REQUIRED, Knob
+from llmprune.pruning.blocks import BLOCK_CRITERIA
 from llmprune.pruning.criteria import CRITERIA
 from llmprune.pruning.methods import METHODS, TableEntry
 
@@ -45,6 +46,7 @@ def cli() -> str:
     for title, rows in extra.items():
         parts += [f"## {_title(title or '')}", _table(("flag", "default", "meaning"), rows)]
     parts += ["## Methods for weights", _entries(METHODS), "## Criteria for channels and heads", _entries(CRITERIA)]
+    parts += ["## Criteria for blocks", _entries(BLOCK_CRITERIA)]
     parts += ["## Commands on a folder", *(part for make in COMMANDS.values() for part in _command(make()))]
     codes = flags.EXIT_CODES.partition("\n")[2].rstrip()
     return "\n\n".join([*parts, "## Exit codes", f"```\n{codes}\n```"]) + "\n"

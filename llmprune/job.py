@@ -98,8 +98,8 @@ class Job(Stages):
     sparsity: str = knob(
         REQUIRED,
         "sparsity",
-        "2:4 (of every 4 weights 2 are pruned; any N:M), 50% or 0.5 (unstructured); channels:25%, heads:33% or "
-        "experts:25% are removed (structured: a smaller model); several with + between: channels:20%+2:4; none: see "
+        "2:4 (of every 4 weights 2 are pruned; any N:M), 50% or 0.5 (unstructured); blocks:20%, channels:25%, "
+        "heads:33% or experts:25% are removed (structured: a smaller model); several with + between: channels:20%+2:4; none: see "
         "--quantize",
         TEXT,
         metavar="PATTERN",
@@ -109,7 +109,7 @@ class Job(Stages):
         AUTO,
         "recipe",
         f"pruning method ({', '.join(METHODS)}), or criterion for channels and heads ({', '.join(CRITERIA)}) or for "
-        f"experts ({', '.join(EXPERT_CRITERIA)}); alone unless flags below add to it; {AUTO}: that of the effort",
+        f"experts ({', '.join(EXPERT_CRITERIA)}) or for blocks ({', '.join(BLOCK_CRITERIA)}); alone unless flags below add to it; {AUTO}: that of the effort",
         choice((AUTO,), METHODS, CRITERIA, EXPERT_CRITERIA, BLOCK_CRITERIA),
         guesses=("algorithm", "pruner", "prune_method", "pruning_method", "criterion"),
     )

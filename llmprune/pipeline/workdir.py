@@ -211,7 +211,11 @@ def _remove_rest(run: RunContext) -> None:
             remove(run.workdir, last=(STATE,))
 
 
-FLAGS = {"compensate": "--no-refit", "criterion": "--method, of channels and heads"}
+FLAGS = {
+    "compensate": "--no-refit",
+    "criterion": "--method, of channels and heads",
+    "block_criterion": "--method, of blocks",
+}
 """Stages of a recipe that no flag of their own sets."""
 
 
