@@ -83,7 +83,7 @@ def _prune(job: Job, group: ProcessGroup, progress: Progress) -> PruneReport:
                     state.dense = state.dense or evaluate(run, run.source.folder, "dense perplexity", progress)
             with clock("choose_blocks") if run.procedure.blocks else nullcontext():
                 run = choose_blocks(run, windows, state, progress)
-                builder.go_on_with(run)
+                builder.update(run)
             with clock("prune"):
                 clock.add(state.seconds)
                 group.barrier()

@@ -67,7 +67,7 @@ class ReportBuilder:
         self.report.calibration["self_generated_sha256"] = digest = generated.provenance.sha256
         return {"the self-generated text": digest[:12]}
 
-    def go_on_with(self, run: RunContext) -> None:
+    def update(self, run: RunContext) -> None:
         """The blocks to be removed are chosen."""
         self.run = run
         self.report.sparsity, self.report.coverage = sparsity_facts(run), coverage(run.plan)

@@ -76,7 +76,7 @@ def test_a_name_means_one_knob() -> None:
 def test_what_a_user_may_set_of_a_recipe_are_its_own_settings() -> None:
     recipe = {each.name: each for each in knobs_of(Recipe)}
     asked = {each.name: each for each in knobs_of(Stages)}
-    assert recipe.keys() - asked.keys() == {"method", "criterion", "expert_criterion", "compensate"}
+    assert recipe.keys() - asked.keys() == {"method", "criterion", "expert_criterion", "block_criterion", "compensate"}
     for name, each in asked.items():
         assert each.default is None
         assert replace(each, default=recipe[name].default, default_text=recipe[name].default_text) == recipe[name]
