@@ -99,8 +99,8 @@ class Job(Stages):
         REQUIRED,
         "sparsity",
         "2:4 (of every 4 weights 2 are pruned; any N:M), 50% or 0.5 (unstructured); blocks:20%, channels:25%, "
-        "heads:33% or experts:25% are removed (structured: a smaller model); several with + between: channels:20%+2:4; none: see "
-        "--quantize",
+        "heads:33% or experts:25% are removed (structured: a smaller model); several with + between: channels:20%+2:4; "
+        "none: see --quantize",
         TEXT,
         metavar="PATTERN",
         guesses=("pattern", "ratio", "s", "sparsity_ratio", "sparsity_type", "prune_ratio", "pruning_ratio", "amount"),
@@ -108,8 +108,9 @@ class Job(Stages):
     method: str = knob(
         AUTO,
         "recipe",
-        f"pruning method ({', '.join(METHODS)}), or criterion for channels and heads ({', '.join(CRITERIA)}) or for "
-        f"experts ({', '.join(EXPERT_CRITERIA)}) or for blocks ({', '.join(BLOCK_CRITERIA)}); alone unless flags below add to it; {AUTO}: that of the effort",
+        f"pruning method ({', '.join(METHODS)}), or criterion for channels and heads ({', '.join(CRITERIA)}), for "
+        f"experts ({', '.join(EXPERT_CRITERIA)}) or for blocks ({', '.join(BLOCK_CRITERIA)}); alone unless flags below "
+        f"add to it; {AUTO}: that of the effort",
         choice((AUTO,), METHODS, CRITERIA, EXPERT_CRITERIA, BLOCK_CRITERIA),
         guesses=("algorithm", "pruner", "prune_method", "pruning_method", "criterion"),
     )
