@@ -37,6 +37,7 @@ SETTINGS = ("prompt", "new", "batch", "threads", "device", "dtype", "engine", "g
 ENGINES = ("transformers", "llama.cpp")
 SPEEDUPS = {"pruned": "speedup", "sparse": "sparse_speedup", "bfloat16": "bfloat16_speedup", "int4": "int4_speedup"}
 """Models beside the dense one (`bfloat16` is the dense one once more), and where their ratios stand."""
+OVER_HALF = "int4_over_bfloat16"
 
 
 def build_parser() -> Parser:
@@ -154,7 +155,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, folder in folders.items()
     }
-    ratios = {SPEEDUPS[name]: over_dense(turns, name) for name in folders if name != "dense"}
+    ratios = {SPEEDUPS[name]: over(turns, name) for name in folders if name != "dense"}
+    if options.accelerate:
+        ratios[OVER_HALF] = over(turns, "int4", "bfloat16")
     counted = [models[name]["flops"] for name in ("dense", "pruned")]
     promised = counted[0] / counted[1] if all(counted) else None
     return {
@@ -186,9 +189,9 @@ def has_kernels(device: str) -> bool:
     return not device_obstacle(torch.device(device))
 
 
-def over_dense(turns: list[dict[str, dict[str, float]]], name: str) -> dict[str, dict[str, float]]:
-    """Within each turn, how many times as fast as the dense model."""
-    return {measure: spread([turn[name][measure] / turn["dense"][measure] for turn in turns]) for measure in MEASURES}
+def over(turns: list[dict[str, dict[str, float]]], name: str, base: str = "dense") -> dict[str, dict[str, float]]:
+    """Within each turn, how many times as fast as another model."""
+    return {measure: spread([turn[name][measure] / turn[base][measure] for turn in turns]) for measure in MEASURES}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -204,7 +207,7 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = [("", *names, "over dense")]
     for measure, unit in MEASURES.items():
         ratios = [figures[key][measure] for key in SPEEDUPS.values() if key in figures]
-        told = "; ".join(f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in ratios)
+        told = "; ".join(map(told_spread, ratios))
         found.append((f"{measure}, {unit}", *(f"{model[measure]:.1f}" for model in models), told))
     for key, name in (("size", "size, MiB"), ("memory", "peak memory, MiB")):
         told = "; ".join(f"{model[key] / models[0][key]:.3f}" for model in models[1:])
@@ -213,27 +216,35 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     return [*found, ("prefill, GFLOP", *flops, "")]
 
 
-def promise(figures: dict[str, Any]) -> str:
-    """What the operations promise, and how much of it is there; '' where they were not counted."""
-    if figures["promised"] is None:
-        return ""
-    kept = "" if figures["kept"] is None else f"; {figures['kept']:.0%} of that gain was measured"
-    return f"by its operations, prefill should be {figures['promised']:.3f} times as fast{kept}"
+def told_spread(ratio: dict[str, float]) -> str:
+    """Median and quartiles as text."""
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+
+
+def remarks(figures: dict[str, Any]) -> list[str]:
+    """What the operations promise and how much of it is there, where that is another speed; int4 over bfloat16."""
+    found = []
+    if figures["promised"] is not None and figures["promised"] != 1:
+        kept = f"; {figures['kept']:.0%} of that gain was measured"
+        found.append(f"by its operations, prefill should be {figures['promised']:.3f} times as fast{kept}")
+    if ratios := figures.get(OVER_HALF):
+        told = ", ".join(f"{measure} {told_spread(ratios[measure])}" for measure in MEASURES)
+        found.append(f"int4 over bfloat16: {told}")
+    return found
 
 
 def text(figures: dict[str, Any]) -> str:
     """A table for people."""
     table = rows(figures)
     lines = [f"{first:<20}" + "".join(f"{cell:>11}" for cell in cells) + f"  {last}" for first, *cells, last in table]
-    return "\n".join(line.rstrip() for line in [*lines, promise(figures)]).rstrip()
+    return "\n".join(line.rstrip() for line in [*lines, *remarks(figures)])
 
 
 def table(figures: dict[str, Any]) -> str:
     """The same in Markdown."""
     head, *rest = ("| " + " | ".join(row) + " |" for row in rows(figures))
-    said = promise(figures)
-    end = ["", f"{said[0].upper()}{said[1:]}."] if said else []
-    return "\n".join([head, "|---|" + "--:|" * (head.count("|") - 2), *rest, *end])
+    said = [f"{line[0].upper()}{line[1:]}." for line in remarks(figures)]
+    return "\n".join([head, "|---|" + "--:|" * (head.count("|") - 2), *rest, *([""] if said else []), *said])
 
 
 class Worker:

@@ -72,6 +72,9 @@ def test_a_model_in_int4_is_measured_on_its_kernel_beside_bfloat16(
     assert figures["int4"]["flops"] is None
     assert figures["bfloat16"]["flops"] == figures["dense"]["flops"]
     assert {"speedup", "bfloat16_speedup", "int4_speedup"} <= figures.keys()
+    ratio = figures["int4"]["decode"] / figures["bfloat16"]["decode"]
+    assert figures["int4_over_bfloat16"]["decode"]["median"] == pytest.approx(ratio)
+    assert speed.table(figures).splitlines()[-1].startswith("Int4 over bfloat16: prefill ")
     head, prefill, *_ = speed.text(figures).splitlines()
     assert head.split() == ["dense", "pruned", "bfloat16", "int4", "over", "dense"]
     assert prefill.count("(") == 3
