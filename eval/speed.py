@@ -3,7 +3,8 @@
 Each model runs in a process of its own, through plain transformers or, with `--engine llama.cpp`, exported to GGUF and
 through llama.cpp. The processes live side by side and take turns, so that whatever else the machine does meets all of
 them; what is told is the ratio within a turn, its median and its spread. Where the GPU has sparse kernels, 2:4 layers
-are measured with them, too (`llmprune.accelerate`, in bfloat16).
+are measured with them, too (`llmprune.accelerate`, in bfloat16). `--accelerate` does the same on the CPU with a PRUNED
+in int4, and measures DENSE in bfloat16 beside it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from llmprune.runtime.memory import peak_memory
 MEASURES = {"prefill": "tokens/s", "decode": "tokens/s"}
 SETTINGS = ("prompt", "new", "batch", "threads", "device", "dtype", "engine", "gguf_type")
 ENGINES = ("transformers", "llama.cpp")
+SPEEDUPS = {"pruned": "speedup", "sparse": "sparse_speedup", "bfloat16": "bfloat16_speedup", "int4": "int4_speedup"}
+"""Models beside the dense one (`bfloat16` is the dense one once more), and where their ratios stand."""
+OVER_HALF = "int4_over_bfloat16"
 
 
 def build_parser() -> Parser:
@@ -49,6 +53,7 @@ def build_parser() -> Parser:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
     parser.add_argument("--dtype", help="such as bfloat16 (default: the folder's own; bfloat16 with sparse kernels)")
     parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what runs them (default: transformers)")
+    parser.add_argument("--accelerate", action="store_true", help="PRUNED is in int4: on torch's int4 CPU kernel, too")
     parser.add_argument("--gguf-type", choices=GGUF_TYPES, help="of --engine llama.cpp (default: that of the weights)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="file that receives the result as JSON")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout instead of the table")
@@ -70,6 +75,8 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> int:
     check_engine(options)
     stamp = record.stamp(["python", "-m", "eval.speed", *given], options.out)
     options.dense, options.pruned = (find_model(name).folder for name in (options.dense, options.pruned))
+    if options.accelerate:
+        check_int4(options)
     figures = record.write(options.out, stamp, compare(options))
     say(json.dumps(figures, indent=2) if options.json else text(figures))
     return 0
@@ -93,16 +100,47 @@ def check_engine(options: argparse.Namespace) -> None:
         raise InputError("--engine llama.cpp needs xllamacpp, which is not installed", "pip install xllamacpp")
 
 
+def check_int4(options: argparse.Namespace) -> None:
+    """Refuse `--accelerate` where there is no kernel for the pruned model.
+
+    Raises:
+        InputError: naming what disagrees.
+    """
+    from llmprune.export.int4_kernels import BITS, processor_obstacle
+    from llmprune.sources.models import stored_form
+
+    form = stored_form(options.pruned)
+    if form is None or form.bits != BITS:
+        found = form.form if form else "floating point"
+        raise InputError(f"--accelerate needs a model in int4, {options.pruned} is stored as {found}", "leave it out")
+    where = "" if options.device == "cpu" and options.engine == "transformers" else "is of transformers on the CPU"
+    if reason := where or processor_obstacle():
+        raise InputError(f"--accelerate: {reason}", "leave it out")
+
+
+def variants(options: argparse.Namespace, sparse: bool) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """The models by name: folder, and settings of their own."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {"dense": (options.dense, {}), "pruned": (options.pruned, {})}
+    half = {"dtype": "bfloat16"}
+    if sparse:
+        found["sparse"] = (options.pruned, {"kernels": "sparse"})
+    if options.accelerate:
+        found |= {"bfloat16": (options.dense, half), "int4": (options.pruned, {**half, "kernels": "int4"})}
+    return found
+
+
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """All figures, with the ratios over dense."""
     sparse = has_kernels(options.device)
     settings = {key: getattr(options, key) for key in SETTINGS}
     settings["dtype"] = settings["dtype"] or ("bfloat16" if sparse else None)
-    folders = {"dense": options.dense, "pruned": options.pruned} | ({"sparse": options.pruned} if sparse else {})
+    models_of = variants(options, sparse)
+    folders = {name: folder for name, (folder, _) in models_of.items()}
     with ExitStack() as stack:
         made = exported(folders, options.gguf_type, stack) if options.engine == "llama.cpp" else folders
         workers = {
-            name: stack.enter_context(Worker(made[name], {**settings, "sparse": name == "sparse"})) for name in folders
+            name: stack.enter_context(Worker(made[name], {**settings, "kernels": "", **own}))
+            for name, (_, own) in models_of.items()
         }
         for worker in workers.values():
             worker.turn()  # warm-up
@@ -117,15 +155,16 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, folder in folders.items()
     }
-    ratios = {name: over_dense(turns, name) for name in folders if name != "dense"}
+    ratios = {SPEEDUPS[name]: over(turns, name) for name in folders if name != "dense"}
+    if options.accelerate:
+        ratios[OVER_HALF] = over(turns, "int4", "bfloat16")
     counted = [models[name]["flops"] for name in ("dense", "pruned")]
     promised = counted[0] / counted[1] if all(counted) else None
     return {
         **models,
-        "speedup": ratios["pruned"],
-        **({"sparse_speedup": ratios["sparse"]} if sparse else {}),
+        **ratios,
         "promised": promised,
-        "kept": (ratios["pruned"]["prefill"]["median"] - 1) / (promised - 1) if promised not in (None, 1) else None,
+        "kept": (ratios["speedup"]["prefill"]["median"] - 1) / (promised - 1) if promised not in (None, 1) else None,
         "settings": {**settings, "repeats": options.repeats},
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
     }
@@ -150,9 +189,9 @@ def has_kernels(device: str) -> bool:
     return not device_obstacle(torch.device(device))
 
 
-def over_dense(turns: list[dict[str, dict[str, float]]], name: str) -> dict[str, dict[str, float]]:
-    """Within each turn, how many times as fast as the dense model."""
-    return {measure: spread([turn[name][measure] / turn["dense"][measure] for turn in turns]) for measure in MEASURES}
+def over(turns: list[dict[str, dict[str, float]]], name: str, base: str = "dense") -> dict[str, dict[str, float]]:
+    """Within each turn, how many times as fast as another model."""
+    return {measure: spread([turn[name][measure] / turn[base][measure] for turn in turns]) for measure in MEASURES}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -163,12 +202,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     """What is measured, of every model, and the ratios over the dense one."""
-    names = [name for name in ("dense", "pruned", "sparse") if name in figures]
+    names = [name for name in ("dense", *SPEEDUPS) if name in figures]
     models = [figures[name] for name in names]
     found: list[tuple[str, ...]] = [("", *names, "over dense")]
     for measure, unit in MEASURES.items():
-        ratios = [figures[key][measure] for key in ("speedup", "sparse_speedup") if key in figures]
-        told = "; ".join(f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in ratios)
+        ratios = [figures[key][measure] for key in SPEEDUPS.values() if key in figures]
+        told = "; ".join(map(told_spread, ratios))
         found.append((f"{measure}, {unit}", *(f"{model[measure]:.1f}" for model in models), told))
     for key, name in (("size", "size, MiB"), ("memory", "peak memory, MiB")):
         told = "; ".join(f"{model[key] / models[0][key]:.3f}" for model in models[1:])
@@ -177,27 +216,35 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     return [*found, ("prefill, GFLOP", *flops, "")]
 
 
-def promise(figures: dict[str, Any]) -> str:
-    """What the operations promise, and how much of it is there; '' where they were not counted."""
-    if figures["promised"] is None:
-        return ""
-    kept = "" if figures["kept"] is None else f"; {figures['kept']:.0%} of that gain was measured"
-    return f"by its operations, prefill should be {figures['promised']:.3f} times as fast{kept}"
+def told_spread(ratio: dict[str, float]) -> str:
+    """Median and quartiles as text."""
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+
+
+def remarks(figures: dict[str, Any]) -> list[str]:
+    """What the operations promise and how much of it is there, where that is another speed; int4 over bfloat16."""
+    found = []
+    if figures["promised"] is not None and figures["promised"] != 1:
+        kept = f"; {figures['kept']:.0%} of that gain was measured"
+        found.append(f"by its operations, prefill should be {figures['promised']:.3f} times as fast{kept}")
+    if ratios := figures.get(OVER_HALF):
+        told = ", ".join(f"{measure} {told_spread(ratios[measure])}" for measure in MEASURES)
+        found.append(f"int4 over bfloat16: {told}")
+    return found
 
 
 def text(figures: dict[str, Any]) -> str:
     """A table for people."""
     table = rows(figures)
     lines = [f"{first:<20}" + "".join(f"{cell:>11}" for cell in cells) + f"  {last}" for first, *cells, last in table]
-    return "\n".join(line.rstrip() for line in [*lines, promise(figures)]).rstrip()
+    return "\n".join(line.rstrip() for line in [*lines, *remarks(figures)])
 
 
 def table(figures: dict[str, Any]) -> str:
     """The same in Markdown."""
     head, *rest = ("| " + " | ".join(row) + " |" for row in rows(figures))
-    said = promise(figures)
-    end = ["", f"{said[0].upper()}{said[1:]}."] if said else []
-    return "\n".join([head, "|---|" + "--:|" * (head.count("|") - 2), *rest, *end])
+    said = [f"{line[0].upper()}{line[1:]}." for line in remarks(figures)]
+    return "\n".join([head, "|---|" + "--:|" * (head.count("|") - 2), *rest, *([""] if said else []), *said])
 
 
 class Worker:
@@ -260,18 +307,20 @@ def serve(task: dict[str, Any]) -> None:
         torch.set_num_threads(task["threads"])
     dtype = {"dtype": task["dtype"]} if task["dtype"] else {}
     model = load_stock(task["folder"], **dtype).to(task["device"])
-    if task["sparse"]:
+    if task["kernels"]:
         from llmprune import accelerate
 
-        accelerate(model)
+        if not (done := accelerate(model)).switched and task["kernels"] == "int4":
+            raise PruneError(str(done), "leave out --accelerate")
     generator = torch.Generator().manual_seed(0)
     size = (task["batch"], task["prompt"])
     prompt = torch.randint(3, model.config.get_text_config().vocab_size, size, generator=generator).to(task["device"])
     for line in sys.stdin:
         with torch.no_grad():
-            answer = (
-                timed(model, prompt, task["new"]) if line.strip() == "turn" else measured(model, prompt, task["sparse"])
-            )
+            if line.strip() == "turn":
+                answer: dict[str, Any] = timed(model, prompt, task["new"])
+            else:
+                answer = measured(model, prompt, bool(task["kernels"]))
         say(json.dumps(answer))
 
 
@@ -287,8 +336,8 @@ def timed(model: Any, prompt: Any, new: int) -> dict[str, float]:
     return {"prefill": prompt.numel() / (filled - start), "decode": new * len(prompt) / (done - filled)}
 
 
-def measured(model: Any, prompt: Any, sparse: bool) -> dict[str, float | None]:
-    """Peak memory (of the GPU, else of the process), and a prefill's operations (not counted in sparse kernels)."""
+def measured(model: Any, prompt: Any, accelerated: bool) -> dict[str, float | None]:
+    """Peak memory (of the GPU, else of the process), and a prefill's operations (not counted where accelerated)."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -296,7 +345,7 @@ def measured(model: Any, prompt: Any, sparse: bool) -> dict[str, float | None]:
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = peak_memory()
-    if sparse:
+    if accelerated:
         return {"memory": peak, "flops": None}
     # The counter does not know the fused attention of CPUs.
     model.set_attn_implementation("eager")

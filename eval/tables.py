@@ -2,8 +2,8 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a JSON-lines file of `eval.sweep`, or a JSON
 file of `eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed`, `eval.solvers`,
-`eval.structured_scale`, `eval.expert_scale`, `eval.quantizers` or `eval.zeros`, or that of `eval.families`. Figures are
-never typed.
+`eval.structured_scale`, `eval.expert_scale`, `eval.quantizers`, `eval.int4_kernel` or `eval.zeros`, or that of
+`eval.families`. Figures are never typed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tomllib
 from eval import (
     expert_scale,
     families,
+    int4_kernel,
     peers,
     processes,
     quantizers,
@@ -41,6 +42,7 @@ MAKERS = {
     "solved": solvers.table,
     "schemes": zeros.table,
     "grid": quantizers.table,
+    "products": int4_kernel.table,
 }
 """Who makes the table of a result, by a key that only such results have."""
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmprune.cli.notebook import ProgressBars
     from llmprune.errors import InputError, PruneError
+    from llmprune.export.acceleration import accelerate
     from llmprune.export.pack import load, pack, unpack
-    from llmprune.export.semistructured import accelerate
     from llmprune.export.upload import push
     from llmprune.job import Job
     from llmprune.progress import Progress
@@ -33,7 +33,7 @@ _WHERE = {
     "ProgressBars": "cli.notebook",
     "PruneError": "errors",
     "PruneReport": "reporting.report",
-    "accelerate": "export.semistructured",
+    "accelerate": "export.acceleration",
     "add_lora": "training.lora",
     "load": "export.pack",
     "merge_lora": "training.lora",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmprune.errors import InputError, PruneError, printable
+from llmprune.export.packable import Packable, packable
 from llmprune.export.packed import Layout, PackedFile, pack_file
 from llmprune.export.verify import LayerSelection, open_pruned
 from llmprune.model.auto_class import CAUSAL, auto_class
@@ -43,7 +44,8 @@ class PackReport:
         pattern: of the packed layers.
         packed: number of packed layers.
         plainly: selected layers that are stored unpacked, and why.
-        layer_bytes: size of the packed layers, before and after.
+        weights: number of weights in the packed layers.
+        layer_bytes: size of the packed layers with their scales, before and after.
         total_bytes: size of all tensors, before and after.
     """
 
@@ -51,17 +53,31 @@ class PackReport:
     pattern: str
     packed: int = 0
     plainly: dict[str, str] = field(default_factory=dict)
+    weights: int = 0
     layer_bytes: list[int] = field(default_factory=lambda: [0, 0])
     total_bytes: list[int] = field(default_factory=lambda: [0, 0])
 
-    def add(self, layout: Layout, plainly: Mapping[str, str]) -> None:
-        """Add a file."""
-        self.packed += len(layout.transposed)
-        self.plainly.update(plainly)
-        for name in layout.plain:
-            sizes = layout.plain[name].nbytes, sum(nbytes for *_, nbytes in layout.parts(name).values())
-            for totals in (self.total_bytes, self.layer_bytes)[: 1 + (name in layout.transposed)]:
-                totals[:] = (total + size for total, size in zip(totals, sizes, strict=True))
+    def add(self, layouts: Iterable[Layout], tensors: Mapping[str, Packable]) -> None:
+        """Add files.
+
+        Args:
+            layouts: theirs.
+            tensors: that were to be packed.
+        """
+        sizes: dict[str, tuple[int, int]] = {}
+        of_layers: set[str] = set()
+        for layout in layouts:
+            sizes |= {name: layout.sizes(name) for name in layout.plain}
+            self.packed += len(layout.forms)
+            self.weights += sum(prod(layout.shape(name)) for name in layout.forms)
+            of_layers.update(one for name in layout.forms for one in (name, *tensors[name].beside))
+        for totals, names in ((self.total_bytes, sizes.keys()), (self.layer_bytes, of_layers)):
+            totals[:] = (total + sum(sizes[name][at] for name in names) for at, total in enumerate(totals))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the packed layers, scales and positions included."""
+        return 8 * self.layer_bytes[1] / max(self.weights, 1)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -69,7 +85,8 @@ class PackReport:
 
     def text(self) -> str:
         """A summary in a few lines."""
-        lines = [f"{self.packed} layers of {self.pattern} packed: {_sizes(self.layer_bytes)}"]
+        bits = f", {self.bits_per_weight:.2f} bits a weight" if self.weights else ""
+        lines = [f"{self.packed} layers of {self.pattern} packed: {_sizes(self.layer_bytes)}{bits}"]
         lines += [f"stored plainly: {name}, {reason}" for name, reason in self.plainly.items()]
         return "\n".join(map(printable, [*lines, f"all tensors: {_sizes(self.total_bytes)}", f"saved to {self.out}"]))
 
@@ -91,8 +108,8 @@ def pack(
 ) -> PackReport:
     """Write a compact copy of a pruned folder: of its N:M layers the kept values and their positions.
 
-    A weight of b bytes takes `(M − N)/M · (b + ⌈log2 M⌉/8)` bytes: 56.25 % for 2:4 in bfloat16. One tensor at a time is
-    in memory. See docs/guides/packed-folders.md for the format.
+    A weight of b bits takes `(M − N)/M · (b + ⌈log2 M⌉)` bits: of 2:4, 9 in bfloat16, 5 in int8, 3 in int4; scales stay
+    as they are. One tensor at a time is in memory. See docs/guides/packed-folders.md for the format.
 
     Args:
         folder: what `prune` wrote, or any model folder together with `sparsity`.
@@ -103,37 +120,31 @@ def pack(
         progress: notified of the steps.
 
     Raises:
-        InputError: no such folder, no N:M pattern, `out` exists.
+        InputError: no such folder, no N:M pattern, weights in a form that cannot be packed, `out` exists.
         PruneError: it cannot be written; nothing is left at `out`.
     """
     skeleton, goal, layers = open_pruned(folder, LayerSelection(sparsity, only=only, skip=skip), trust_remote_code)
-    if form := stored_form(folder):
-        raise InputError(
-            f"the weights of {folder} are stored as {form.form}, and packing takes floating point",
-            "pack the folder of a run without --quantize",
-        )
     pattern = goal.pattern
     if pattern is None or pattern.nm is None:
         raise InputError(f"{goal.name} cannot be packed", "only N:M patterns keep the same number in every group")
-    checkpoint = skeleton.checkpoint
-    # Of experts that are stored one by one, every tensor has its inputs last.
-    weights = {
-        disk: ref.transposed and checkpoint.stored_as_is(ref.parameter)
-        for ref, _ in layers
-        for disk in checkpoint.disk_names([ref.parameter])
-    }
-    files = sorted({entry.file for entry in checkpoint.folder.entries.values()})
+    raw = SafetensorsFolder(user_path(folder))
+    tensors = packable(raw, stored_form(folder), skeleton.checkpoint, (ref for ref, _ in layers))
+    forms = {name: tensor.form for name, tensor in tensors.items()}
+    files = sorted({entry.file for entry in raw.entries.values()})
     out = out or beside(folder, folder.resolve().name + SUFFIX)
-    report = PackReport(str(out), pattern.name)
+    report, layouts = PackReport(str(out), pattern.name), []
     progress = progress or Progress()
     check_regular(files)
     with new_folder(out, folder) as partial:
         copy_others(folder, partial, {file.name for file in files}, progress)
         progress.start("packing", len(files))
         for file in files:
-            report.add(*pack_file(file, partial / packed_name(file.name), pattern, weights))
+            layout, plainly = pack_file(file, partial / packed_name(file.name), pattern, forms)
+            layouts.append(layout)
+            report.plainly.update(plainly)
             progress.step()
         progress.finish()
+    report.add(layouts, tensors)
     return report
 
 

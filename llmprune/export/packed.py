@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from llmprune.errors import InputError
-from llmprune.export.positions import BITS, decode, encode, fits, nm_of, shapes
+from llmprune.export.packed_forms import FORMS, Form
+from llmprune.export.positions import decode, encode, fits, nm_of, shapes
 from llmprune.model.header import Field, parse_header
 from llmprune.model.reader import TORCH_DTYPES, read_unusual
 from llmprune.model.tensor_file import COPY_AGAIN, Part, TensorFile, header_of, write_file
@@ -25,11 +25,11 @@ from llmprune.runtime.files import sha256
 from llmprune.runtime.foreign import about, parse_json, reading
 
 FORMAT = "llmprune-packed"
-VERSION = "1"
+VERSIONS = ("1", "2")
+"""Those that are read; a file has the lowest that knows all of its forms."""
 VALUES, POSITIONS = ".values", ".positions"
 MOST_GROWTH = 64
 """The largest number of weights for each stored value: what a small file claims to hold must not fill the memory."""
-_ORDERS = {"out,in": False, "in,out": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +39,17 @@ class Layout:
     Args:
         pattern: of the packed weights.
         plain: the header of the plain file.
-        transposed: of every packed weight, whether it is stored as `(in, out)`.
+        forms: of every packed weight, by the name of its tensor.
     """
 
     pattern: SparsityPattern
     plain: dict[str, Field]
-    transposed: dict[str, bool]
+    forms: dict[str, Form]
 
     def obstacle(self, name: str) -> str:
         """Why a tensor cannot be packed, whatever its values, or ''."""
-        field = self.plain[name]
-        if field.itemsize not in BITS or len(field.shape) != 2 or not field.nbytes:
-            return f"{field.dtype} of shape {field.shape} has no whole bytes to store"
+        if obstacle := self.forms[name].obstacle(self.plain[name]):
+            return obstacle
         n, m = nm_of(self.pattern)
         if m > MOST_GROWTH * (m - n):
             return f"{self.pattern.name} would unpack to more than {MOST_GROWTH} times the values"
@@ -60,25 +59,39 @@ class Layout:
 
     def shape(self, name: str) -> tuple[int, int]:
         """The shape of a weight, `(out, in)`."""
-        rows, width = self.plain[name].shape
-        return (width, rows) if self.transposed[name] else (rows, width)
+        return self.forms[name].shape(self.plain[name])
 
-    def bits(self, name: str, data: Tensor) -> Tensor:
-        """The bits of a weight as integers, `(out, in)`."""
-        field = self.plain[name]
-        bits = data.view(BITS[field.itemsize]).view(field.shape)
-        return bits.T.contiguous() if self.transposed[name] else bits
+    def encode(self, name: str, data: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that store a packed weight, of the bytes of that of the plain file."""
+        form = self.forms[name]
+        values, positions = encode(form.integers(self.plain[name], data), self.pattern)
+        yield from zip(self.parts(name), (form.stored(values), positions), strict=True)
+
+    def decode(self, name: str, values: Tensor, positions: Tensor) -> Tensor:
+        """The inverse of `encode`, bytes of bytes.
+
+        Raises:
+            ValueError: the positions are damaged.
+        """
+        form = self.forms[name]
+        (_, kept), places = shapes(self.pattern, *self.shape(name))
+        found = form.values(self.plain[name], values, kept)
+        return form.data(decode(found, positions.view(places), self.pattern))
 
     def parts(self, name: str) -> dict[str, Part]:
         """The tensors that store one of the plain file."""
         field = self.plain[name]
-        if name not in self.transposed:
+        if name not in self.forms:
             return {name: (field.dtype, field.shape, field.nbytes)}
-        values, positions = shapes(self.pattern, *self.shape(name))
+        (rows, kept), positions = shapes(self.pattern, *self.shape(name))
         return {
-            name + VALUES: (field.dtype, values, prod(values) * field.itemsize),
+            name + VALUES: self.forms[name].part(field, rows, kept),
             name + POSITIONS: ("U8", positions, prod(positions)),
         }
+
+    def sizes(self, name: str) -> tuple[int, int]:
+        """Bytes of a tensor, in the plain file and in the packed one."""
+        return self.plain[name].nbytes, sum(nbytes for *_, nbytes in self.parts(name).values())
 
     def all_parts(self) -> dict[str, Part]:
         """All tensors of the packed file; wide elements first, so that every one is aligned."""
@@ -89,9 +102,9 @@ class Layout:
         """The header of the packed file."""
         metadata = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": str(max((form.version for form in self.forms.values()), default=1)),
             "pattern": self.pattern.name,
-            "packed": json.dumps({name: "in,out" if flag else "out,in" for name, flag in self.transposed.items()}),
+            "packed": json.dumps({name: form.name for name, form in self.forms.items()}),
             "header": file.header.decode(),
             "sha256": sha256(file.path),
         }
@@ -99,7 +112,7 @@ class Layout:
 
 
 def pack_file(
-    source: Path, target: Path, pattern: SparsityPattern, transposed: Mapping[str, bool]
+    source: Path, target: Path, pattern: SparsityPattern, forms: Mapping[str, Form]
 ) -> tuple[Layout, dict[str, str]]:
     """Write the packed form of a safetensors file.
 
@@ -107,27 +120,27 @@ def pack_file(
         source: the plain file.
         target: the packed one.
         pattern: of the weights.
-        transposed: of every weight to pack, whether it is stored as `(in, out)`.
+        forms: of every weight to pack, by the name of its tensor; the file may lack some.
 
     Returns:
-        The layout of the packed file, and why the others of `transposed` are stored unpacked.
+        The layout of the packed file, and why the others of `forms` are stored unpacked.
     """
     file = TensorFile(source)
-    asked = Layout(pattern, file.fields, {name: flag for name, flag in transposed.items() if name in file.fields})
+    asked = Layout(pattern, file.fields, {name: form for name, form in forms.items() if name in file.fields})
     plainly = {}
-    for name in asked.transposed:
+    for name, form in asked.forms.items():
         reason = asked.obstacle(name)
-        if not reason and not fits(asked.bits(name, file.read(name)), pattern):
+        if not reason and not fits(form.integers(file.fields[name], file.read(name)), pattern):
             reason = f"its zeros do not fit {pattern.name}"
         if reason:
             plainly[name] = reason
-    layout = Layout(pattern, file.fields, {n: flag for n, flag in asked.transposed.items() if n not in plainly})
+    layout = Layout(pattern, file.fields, {n: form for n, form in asked.forms.items() if n not in plainly})
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in layout.plain:
             data = file.read(name)
-            if name in layout.transposed:
-                yield from zip(layout.parts(name), encode(layout.bits(name, data), pattern), strict=True)
+            if name in layout.forms:
+                yield from layout.encode(name, data)
             else:
                 yield name, data
 
@@ -145,27 +158,27 @@ class PackedFile:
     def __init__(self, path: Path) -> None:
         self.file = TensorFile(path)
         metadata = self.file.metadata
-        if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+        if metadata.get("format") != FORMAT or metadata.get("version") not in VERSIONS:
             raise InputError(
                 f"{path} has format {metadata.get('format')!r} version {metadata.get('version')!r}, "
-                f"this llmprune reads {FORMAT!r} version {VERSION!r}",
+                f"this llmprune reads {FORMAT!r} versions {' and '.join(VERSIONS)}",
                 "use the version of llmprune that packed it",
             )
         with reading(f"{path} is not a whole packed file", COPY_AGAIN):
             self.header, self.sha256 = metadata["header"], metadata["sha256"]
             with about(path):
                 pattern = parse_pattern(metadata["pattern"])
-            transposed = {name: _ORDERS[order] for name, order in parse_json(metadata["packed"]).items()}
+            forms = {name: FORMS[form] for name, form in parse_json(metadata["packed"]).items()}
             _, plain = parse_header(self.header)
             if pattern.nm is None:
                 raise ValueError(f"the pattern {pattern.name} is not N:M")
-            self.layout = Layout(pattern, plain, transposed)
+            self.layout = Layout(pattern, plain, forms)
             self._check()
 
     def _check(self) -> None:
         """Check that the tensors of the file are those of its layout."""
         layout = self.layout
-        for name in layout.transposed:
+        for name in layout.forms:
             if obstacle := layout.obstacle(name):
                 raise ValueError(f"{name!r}: {obstacle}")
         found = {name: (f.dtype, f.shape, f.nbytes) for name, f in self.file.fields.items()}
@@ -179,16 +192,12 @@ class PackedFile:
         Raises:
             InputError: its positions are damaged.
         """
-        if name not in self.layout.transposed:
+        if name not in self.layout.forms:
             return self.file.read(name)
-        values, positions = (self.file.read(part) for part in self.layout.parts(name))
-        (_, shape, _), (_, packed_shape, _) = self.layout.parts(name).values()
-        values = values.view(BITS[self.layout.plain[name].itemsize]).view(shape)
         try:
-            bits = decode(values, positions.view(packed_shape), self.layout.pattern)
+            return self.layout.decode(name, *(self.file.read(part) for part in self.layout.parts(name)))
         except ValueError as error:
             raise InputError(f"tensor {name!r} of {self.file.path} holds {error}", COPY_AGAIN) from error
-        return (bits.T if self.layout.transposed[name] else bits).contiguous().view(torch.uint8).flatten()
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the plain file.

@@ -57,7 +57,7 @@ def written(name: str, weight: Tensor, scale: Tensor, grid: Grid) -> Iterator[tu
         yield f"{name}_scale", scale.contiguous()
         yield f"{name}_shape", torch.tensor(weight.shape)
     else:
-        yield name, codes.to(torch.float8_e4m3fn)
+        yield name, (codes + 0.0).to(torch.float8_e4m3fn)  # -0.0 would be a value of its own to `llmprune pack`
         yield f"{name}_scale", scale.contiguous()
 
 

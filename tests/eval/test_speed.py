@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import save_tiny
+from helpers import job, save_tiny, token_file
 
 from eval import speed
+from llmprune import prune
+from llmprune.export.int4_kernels import processor_obstacle
 
 
 def test_the_spread_is_median_and_quartiles() -> None:
@@ -48,6 +50,34 @@ def test_sparse_kernels_are_a_third_model_where_there_are_such(
     head, prefill, *_ = speed.text(figures).splitlines()
     assert head.split() == ["dense", "pruned", "sparse", "over", "dense"]
     assert prefill.count("(") == 2
+
+
+def test_a_model_in_int4_is_measured_on_its_kernel_beside_bfloat16(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = save_tiny("llama", tmp_path / "dense")
+    calib = token_file(tmp_path / "tokens.safetensors")
+    prune(job(dense, tmp_path / "int4", calib, "2:4", method="magnitude", quantize="int4:g32"))
+    flags = ["--repeats", "1", "--prompt", "8", "--new", "1", "--threads", "1", "--accelerate", "--json"]
+    assert speed.main([str(dense), str(dense), *flags]) == 2
+    assert "is stored as floating point" in capsys.readouterr().err
+    monkeypatch.setattr("llmprune.export.int4_kernels.processor_obstacle", lambda: "too old")
+    assert speed.main([str(dense), str(tmp_path / "int4"), *flags]) == 2
+    assert "--accelerate: too old" in capsys.readouterr().err
+    monkeypatch.undo()
+    if processor_obstacle():
+        pytest.skip("needs AVX2")
+    assert speed.main([str(dense), str(tmp_path / "int4"), *flags]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["int4"]["flops"] is None
+    assert figures["bfloat16"]["flops"] == figures["dense"]["flops"]
+    assert {"speedup", "bfloat16_speedup", "int4_speedup"} <= figures.keys()
+    ratio = figures["int4"]["decode"] / figures["bfloat16"]["decode"]
+    assert figures["int4_over_bfloat16"]["decode"]["median"] == pytest.approx(ratio)
+    assert speed.table(figures).splitlines()[-1].startswith("Int4 over bfloat16: prefill ")
+    head, prefill, *_ = speed.text(figures).splitlines()
+    assert head.split() == ["dense", "pruned", "bfloat16", "int4", "over", "dense"]
+    assert prefill.count("(") == 3
 
 
 def test_llama_cpp_is_another_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

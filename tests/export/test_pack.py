@@ -304,7 +304,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "half": lambda raw: raw[: len(raw) // 2],
     "one byte more": lambda raw: raw + b"\0",
     "no metadata": lambda raw: edited_metadata(raw, "format", "pt"),
-    "a later version": lambda raw: edited_metadata(raw, "version", "2"),
+    "a later version": lambda raw: edited_metadata(raw, "version", "3"),
     "no pattern": lambda raw: edited_metadata(raw, "pattern", "x"),
     "another pattern": lambda raw: edited_metadata(raw, "pattern", "1:4"),
     "a share": lambda raw: edited_metadata(raw, "pattern", "50%"),
@@ -453,11 +453,12 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 from llmprune.export.packed import PackedFile, pack_file
+from llmprune.export.packed_forms import Elements
+from llmprune.model.tensor_file import TensorFile
 from llmprune.pruning.pattern import NM
-from llmprune.export.packed import TensorFile
 
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
-names = dict.fromkeys(TensorFile(source).fields, False)
+names = dict.fromkeys(TensorFile(source).fields, Elements())
 start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 pack_file(source, folder / "packed", NM(2, 4), names)
 PackedFile(folder / "packed").unpack(folder / "plain")
