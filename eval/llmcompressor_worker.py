@@ -29,14 +29,20 @@ def modifier(sparsity: str) -> Any:
     return pruning.SparseGPTModifier(targets=["Linear"], ignore=["re:.*lm_head"], **options)
 
 
-def quantizer(group: int) -> Any:
-    """GPTQ of every linear layer but the head: symmetric int4, a scale for so many inputs of a row (0: for a row)."""
+def quantizer(group: int, plain: bool) -> Any:
+    """Symmetric int4 of every linear layer but the head, a scale for so many inputs of a row (0: for a row).
+
+    Args:
+        group: number of these inputs.
+        plain: whether weights are rounded to the nearest value, without GPTQ.
+    """
     quantization = importlib.import_module("compressed_tensors.quantization")
     strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
     weights = quantization.QuantizationArgs(num_bits=4, symmetric=True, **strategy)
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
-    gptq = importlib.import_module("llmcompressor.modifiers.gptq")
-    return gptq.GPTQModifier(config_groups={"group_0": scheme}, ignore=["re:.*lm_head"])
+    room, name = ("quantization", "QuantizationModifier") if plain else ("gptq", "GPTQModifier")
+    kind = getattr(importlib.import_module(f"llmcompressor.modifiers.{room}"), name)
+    return kind(config_groups={"group_0": scheme}, ignore=["re:.*lm_head"])
 
 
 def calibration(path: Path) -> tuple[Any, int, int]:
@@ -61,7 +67,9 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
         oneshot(
             model=model,
             tokenizer=tokenizer,
-            recipe=modifier(options.sparsity) if options.int4_group is None else quantizer(options.int4_group),
+            recipe=modifier(options.sparsity)
+            if options.int4_group is None
+            else quantizer(options.int4_group, options.round),
             dataset=dataset,
             num_calibration_samples=samples,
             max_seq_length=length,

@@ -88,6 +88,7 @@ def run(description: str, packages: Sequence[str], prune: Callable[[argparse.Nam
     flags.add_argument("--tokens", required=True, type=Path, help="frozen token file to calibrate on")
     flags.add_argument("--sparsity", required=True, help='either "N:M" (N of every M are pruned) or a fraction')
     flags.add_argument("--int4-group", type=int, help="quantise to int4 in groups of so many inputs instead")
+    flags.add_argument("--round", action="store_true", help="with --int4-group: to the nearest values, without GPTQ")
     flags.add_argument("--batch-size", type=int, default=1, help="calibration windows a forward pass")
     flags.add_argument("--threads", type=int, default=1, help="CPU threads torch may use")
     flags.add_argument("--out", required=True, type=Path, help="folder that receives the pruned model")

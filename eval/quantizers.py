@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,16 @@ from eval.peers import (
 from llmprune.cli.shell import Parser, run_command, say
 from llmprune.cli.values import positive
 
-PEER = "GPTQ of LLM Compressor"
+PEER, ROUNDED, PRUNED = "GPTQ of LLM Compressor", "rounding of LLM Compressor", "pruned"
 OURS = {
     "GPTQ": ["--effort", "fast", "--grid-passes", "0"],
     "fast": ["--effort", "fast"],
     "balanced": ["--effort", "balanced"],
 }
 """Our settings, by the names under which they are told."""
+AFTER, JOINT = "llmprune quantize, ", "llmprune, both at once, "
+BEHIND = {"GPTQ": OURS["GPTQ"], "balanced": OURS["balanced"]}
+"""The settings for a model that was pruned before."""
 
 
 def build_parser() -> Parser:
@@ -44,39 +48,84 @@ def build_parser() -> Parser:
     add_shared(parser, samples=32, threads=1)
     parser.add_argument("--eval", type=existing, nargs="+", required=True, help="texts to measure perplexity on")
     parser.add_argument("--group", type=positive, default=64, help="inputs of a row that share a scale (default: 64)")
+    parser.add_argument(
+        "--sparsity", default="none", help="pattern: pruned by us first, then quantised by each; and both at once"
+    )
     return parser
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The runs of a study.
+
+    Args:
+        options: of the command line.
+        work: where everything goes.
+        tokens: the calibration windows.
+        python: of the peer.
+    """
+
+    options: argparse.Namespace
+    work: Path
+    tokens: Path
+    python: Path
+
+    def peer(self, name: str, model: Path, *flags: str) -> Path:
+        """Quantise a model by the peer; the folder."""
+        report(f"{name}: int4, groups of {self.options.group}")
+        peer, folder = PEERS["llmcompressor"], self.work / name.partition(" ")[0].lower()
+        command: list[Any] = [self.python, "-I", peer.worker, "--model", model, "--tokens", self.tokens]
+        command += ["--sparsity", "none", "--int4-group", self.options.group, "--threads", self.options.threads]
+        command += ["--out", folder, "--report", self.work / "peer.json", *flags]
+        hint = f"--peer-python must name a Python that has {' and '.join(peer.packages)}"
+        execute(command, self.options.threads, folder.with_suffix(".log"), hint)
+        return folder
+
+    def ours(self, name: str, *flags: Any) -> Path:
+        """One of our own runs; the folder."""
+        report(name)
+        folder = self.work / name.replace(", ", "-").replace(" ", "-")
+        command = [sys.executable, "-m", "llmprune", *flags, "--calib", self.tokens, "--no-eval"]
+        command += ["--threads", self.options.threads, "--out", folder, "--overwrite", "--quiet"]
+        execute(command, self.options.threads, folder.with_suffix(".log"), OUR_HINT)
+        return folder
 
 
 def study(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Quantise by every tool and setting, then evaluate."""
-    tokens, peer = token_file(options, work), PEERS["llmcompressor"]
-    python = peer_python(peer, options.peer_python)
-    folders = {"dense": options.model, PEER: work / "peer"}
-    report(f"{PEER}: int4, groups of {options.group}")
-    command = [python, "-I", peer.worker, "--model", options.model, "--tokens", tokens, "--sparsity", "none"]
-    command += ["--int4-group", options.group, "--threads", options.threads]
-    command += ["--out", work / "peer", "--report", work / "peer.json"]
-    execute(
-        command,
-        options.threads,
-        work / "peer.log",
-        f"--peer-python must name a Python that has {' and '.join(peer.packages)}",
-    )
-    for name, flags in OURS.items():
-        report(f"llmprune, {name}")
-        folders[f"llmprune, {name}"] = out = work / name
-        command = [sys.executable, "-m", "llmprune", "--model", options.model, "--calib", tokens, "--no-eval"]
-        command += ["--sparsity", "none", "--quantize", f"int4:g{options.group}", "--threads", options.threads]
-        execute(
-            [*command, "--out", out, "--overwrite", "--quiet", *flags], options.threads, work / f"{name}.log", OUR_HINT
-        )
+    tokens = token_file(options, work)
+    runs = Runs(options, work, tokens, peer_python(PEERS["llmcompressor"], options.peer_python))
+    folders = (dense_runs if options.sparsity == "none" else sparse_runs)(runs)
     return {
         "grid": f"int4:g{options.group}",
+        "sparsity": options.sparsity,
         "threads": options.threads,
         "versions": json.loads((work / "peer.json").read_text(encoding="utf-8"))["versions"],
         "tokens": describe_tokens(tokens),
-        "perplexity": evaluate(options, folders),
+        "perplexity": evaluate(options, {"dense": options.model, **folders}),
     }
+
+
+def dense_runs(runs: Runs) -> dict[str, Path]:
+    """The folders of a dense model that is only quantised."""
+    model, grid = runs.options.model, f"int4:g{runs.options.group}"
+    found = {PEER: runs.peer(PEER, model)}
+    for name, flags in OURS.items():
+        whole = f"llmprune, {name}"
+        found[whole] = runs.ours(whole, "--model", model, "--sparsity", "none", "--quantize", grid, *flags)
+    return found
+
+
+def sparse_runs(runs: Runs) -> dict[str, Path]:
+    """The folders of a model that is pruned and then quantised, or both at once."""
+    model, grid, sparsity = runs.options.model, f"int4:g{runs.options.group}", runs.options.sparsity
+    pruned = runs.ours(PRUNED, "--model", model, "--sparsity", sparsity, "--effort", "balanced")
+    found = {PRUNED: pruned, ROUNDED: runs.peer(ROUNDED, pruned, "--round"), PEER: runs.peer(PEER, pruned)}
+    for name, flags in BEHIND.items():
+        found[AFTER + name] = runs.ours(AFTER + name, "quantize", pruned, grid, *flags)
+    name = f"{JOINT}balanced"
+    found[name] = runs.ours(name, "--model", model, "--sparsity", sparsity, "--quantize", grid, *OURS["balanced"])
+    return found
 
 
 def evaluate(options: argparse.Namespace, folders: dict[str, Path]) -> dict[str, dict[str, float]]:
@@ -101,15 +150,20 @@ def evaluate(options: argparse.Namespace, folders: dict[str, Path]) -> dict[str,
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table: perplexities, and the fraction of the peer's damage that is undone."""
+    """The result as a Markdown table: perplexities, and the fraction of the peer's damage that is undone.
+
+    Damage is what quantisation adds to the log perplexity of the model that was quantised.
+    """
     perplexity = result["perplexity"]
-    texts = list(perplexity["dense"])
-    lines = [f"| {result['grid']} | {' | '.join(texts)} |", f"|---|{'--:|' * len(texts)}"]
+    texts, before = list(perplexity["dense"]), PRUNED if PRUNED in perplexity else "dense"
+    pattern = result.get("sparsity", "none")
+    title = result["grid"] if pattern == "none" else f"{pattern}, {result['grid']}"
+    lines = [f"| {title} | {' | '.join(texts)} |", f"|---|{'--:|' * len(texts)}"]
     for name, values in perplexity.items():
         cells = []
         for text in texts:
-            dense, peer, own = (math.log(perplexity[key][text]) for key in ("dense", PEER, name))
-            undone = f" ({(peer - own) / (peer - dense):.2f})" if name not in ("dense", PEER) else ""
+            dense, peer, own = (math.log(perplexity[key][text]) for key in (before, PEER, name))
+            undone = f" ({(peer - own) / (peer - dense):.2f})" if name not in ("dense", PRUNED, PEER) else ""
             cells.append(f"{values[text]:.2f}{undone}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
