@@ -203,10 +203,13 @@ def table(results: Cells, dense: dict[str, Any]) -> str:
     keys = list(dict.fromkeys(key for settings, _ in results for key in settings))
     texts = list(results[0][1]["texts"])
     evaluated = [] if results[0][1]["evaluation"] is None else ["perplexity"]
-    head = [*keys, *evaluated, *texts, "layer error", "pruning, s"]
+    sizes = [result["size"]["pruned"] for _, result in results if result.get("size")]
+    sized = ["size, MiB"] if len(set(sizes)) > 1 else []
+    head = [*keys, *sized, *evaluated, *texts, "layer error", "pruning, s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for settings, result in results:
         row = [str(settings.get(key, "")) for key in keys]
+        row += [f"{result['size']['pruned'] / 2**20:.0f}"] if sized else []
         row += [_measured(result["evaluation"]["pruned"])] if evaluated else []
         row += [_measured(result["texts"][text], recovered_fraction(text, settings, results, dense)) for text in texts]
         row += [f"{result['mean_layer_error']:.4f}", f"{result['seconds']['prune']:.0f}"]
