@@ -139,7 +139,8 @@ def run_cell(settings: dict[str, Any], also: dict[str, Any], out: Path) -> tuple
     for key in ("out", "command"):
         report.pop(key)
     known = list(errors.values()) or [mixture["error"] for mixture in report["mixtures"]]
-    mean = sum(known) / len(known)
+    # Where whole blocks are removed and nothing is fitted, no layer has an error.
+    mean = sum(known) / len(known) if known else None
     return stamp, {"mean_layer_error": mean, "layer_errors": errors, "texts": texts, **report}
 
 
@@ -212,7 +213,8 @@ def table(results: Cells, dense: dict[str, Any]) -> str:
         row += [f"{result['size']['pruned'] / 2**20:.0f}"] if sized else []
         row += [_measured(result["evaluation"]["pruned"])] if evaluated else []
         row += [_measured(result["texts"][text], recovered_fraction(text, settings, results, dense)) for text in texts]
-        row += [f"{result['mean_layer_error']:.4f}", f"{result['seconds']['prune']:.0f}"]
+        error = result["mean_layer_error"]
+        row += ["" if error is None else f"{error:.4f}", f"{result['seconds']['prune']:.0f}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
