@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = ("quantize", "verify", "push", "pack", "unpack", "export", "report")
+COMMANDS = ("quantize", "verify", "push", "pack", "unpack", "export", "distill", "report")
 PRUNE = "llmprune --model MODEL --sparsity 2:4"
 _PROGRESS = "progress is shown already, unless --quiet is given; --debug adds the traceback of an error"
 ANSWERS = {

@@ -99,6 +99,7 @@ class PruneReport:
     evaluation: dict[str, Any] | None
     coverage: dict[str, Any]
     quantization: dict[str, Any] = field(default_factory=dict)
+    distillation: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     reconstructions: list[BlockReconstruction] = field(default_factory=list)
     mixtures: list[MixtureReport] = field(default_factory=list)
