@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -64,16 +65,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """Tells of steps and measurements, and stops at the end of a step where that is asked for.
 
     Args:
-        step: told the number of new steps, and the newest figure or ''.
+        step: called after every step.
+        tell: told every measurement in words.
     """
 
-    def __init__(self, step: Callable[[int, str], None]) -> None:
-        self.step = step
+    def __init__(self, step: Callable[[], None], tell: Callable[[str], None]) -> None:
+        self.step, self.tell = step, tell
         self.stop = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step."""
-        self.step(1, "")
+        self.step()
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
         elif self.stop:
@@ -81,7 +83,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Tell a measurement."""
-        self.step(0, f"step {state.global_step}: held-out divergence {metrics['eval_loss']:.4f}")
+        self.tell(f"step {state.global_step}: held-out divergence {metrics['eval_loss']:.4f}")
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def train(
     schedule: Schedule,
     folder: Path,
     resume: Path | None,
-    step: Callable[[int, str], None],
+    watch: Watch,
 ) -> Outcome:
     """Train a student; it has the weights with the least held-out divergence afterwards.
 
@@ -125,13 +127,12 @@ def train(
         schedule: of the training.
         folder: of the checkpoints.
         resume: the checkpoint to go on from; None to start.
-        step: told the number of new steps, and the newest figure or ''.
+        watch: told of steps and measurements.
 
     Raises:
         KeyboardInterrupt: it was interrupted; there is a checkpoint of its last step.
     """
     arguments = _arguments(schedule, folder, next(model.parameters()).device, start=resume is None)
-    watch = Watch(step)
     keep = [KeepZeros(parameters=[f"student.{name}" for name in zeros])] if zeros else []
     trainer = Trainer(
         model=model,
@@ -153,6 +154,7 @@ def train(
 
 def _arguments(schedule: Schedule, folder: Path, device: torch.device, start: bool) -> TrainingArguments:
     """The settings of the trainer, which joins the processes that have met already; alone, this one says so itself."""
+    AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
     processes = int(PartialState(cpu=device.type == "cpu").num_processes)
     found = TrainingArguments(
         output_dir=str(folder),

