@@ -24,6 +24,7 @@ FLOORS = [
 ]
 FLOOR = {name: -number for number, names in enumerate(FLOORS) for name in names}
 SPEAKS = {"cli", "__main__"}
+HELP = {"cli", "__init__", "__main__", "errors", "job", "distill_job"}
 READS = {
     "runtime.foreign",
     "runtime.memory",

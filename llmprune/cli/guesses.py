@@ -50,8 +50,9 @@ _WORDS = {
     **dict.fromkeys(("quantise", "quantization"), "llmprune quantize DIR int4"),
     **dict.fromkeys(("gguf", "convert", "to-gguf"), "llmprune export DIR gguf"),
     **dict.fromkeys(
-        ("finetune", "train"), f"{PRUNE} --reconstruct EPOCHS trains each block; llmprune.KeepZeros is for the whole"
+        ("finetune", "train"), f"{PRUNE} --reconstruct EPOCHS trains each block; llmprune distill DIR the whole model"
     ),
+    **dict.fromkeys(("distil", "kd", "heal", "recover"), "llmprune distill DIR --teacher MODEL"),
     "check": "llmprune verify DIR",
     "upload": "llmprune push DIR ORG/NAME",
 }

@@ -132,7 +132,7 @@ class Distilled(nn.Module):
         self.config = student.config
         self._teachers, self._loss = teachers, loss
         self._parts = two_parts(student, device)
-        self._register_state_dict_hook(_without_twins)  # type: ignore[no-untyped-call]
+        self._register_state_dict_hook(_tied_once)  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
         """The mean loss per token.
@@ -200,7 +200,7 @@ class _Chunked(torch.autograd.Function):
         return None, None, gradient * outer[0], *(next(left) * outer[0] if needed else None for needed in ctx.needed)
 
 
-def _without_twins(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+def _tied_once(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
     """Keep tied parameters once in a state, as safetensors want it."""
     seen: set[tuple[int, Any]] = set()
     for name, tensor in list(state.items()):
