@@ -84,6 +84,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Tell a measurement."""
         self.tell(f"step {state.global_step}: held-out divergence {metrics['eval_loss']:.4f}")
+        if self.stop and not state.global_step:
+            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -100,6 +102,7 @@ def _stopping_late(watch: Watch) -> Iterator[None]:
         if watch.stop:
             raise KeyboardInterrupt
         watch.stop = True
+        watch.tell("stopping behind this step, with a checkpoint; interrupt again to stop at once")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

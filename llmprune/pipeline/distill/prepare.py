@@ -74,11 +74,10 @@ def _check(job: DistillJob, progress: Progress, group: ProcessGroup) -> DistillC
     )
     if source.folder.resolve() == folder.resolve():
         raise InputError(f"the teacher {source.name} is the pruned folder itself", "name the dense model: --teacher")
-    pruned = open_source(
-        str(folder), revision=None, cache=default_cache(), trust_remote_code=job.trust_remote_code, progress=progress
-    )
+    pruned = _source(folder, job.trust_remote_code)
     tokenizer = _same_tokenizer(pruned, source, job)
-    student, teacher = (_skeleton(one, device, job) for one in (pruned, source))
+    student = open_folder(folder, report, device, job.trust_remote_code)
+    teacher = Skeleton(source.config, source.weights(), device=device, trust_remote_code=job.trust_remote_code)
     data, held_out = _data(job, (pruned, source), tokenizer, progress)
     frozen = _frozen(student, job)
     run = DistillContext(job, report, folder, source, student, teacher, data, held_out, frozen, out, group, {})
@@ -98,10 +97,10 @@ def _pruned(folder: Path) -> PruneReport:
     if is_packed(folder):
         raise InputError(f"{folder} is packed", f"unpack it first: llmprune unpack {folder}")
     report = PruneReport.read(folder)
-    if form := stored_form(folder):
+    if (form := stored_form(folder)) and not report.quantization:
         raise InputError(
-            f"the weights of {folder} are stored as {form.form}, and distillation trains floating point",
-            "distill the pruned folder in floating point, then: llmprune quantize DIR GRID",
+            f"the weights of {folder} are stored as {form.form}, but its {FILE} says nothing of a grid",
+            "name a folder as llmprune wrote it",
         )
     return report
 
@@ -136,8 +135,24 @@ def _same_tokenizer(pruned: Source, teacher: Source, job: DistillJob) -> PreTrai
     return own
 
 
-def _skeleton(source: Source, device: torch.device, job: DistillJob) -> Skeleton:
-    return Skeleton(source.config, source.weights(), device=device, trust_remote_code=job.trust_remote_code)
+def _source(folder: Path, trust_remote_code: bool) -> Source:
+    return open_source(
+        str(folder), revision=None, cache=default_cache(), trust_remote_code=trust_remote_code, progress=Progress()
+    )
+
+
+def open_folder(folder: Path, report: PruneReport, device: torch.device, trust_remote_code: bool) -> Skeleton:
+    """The model of a pruned or distilled folder, with what codes on a grid stand for.
+
+    Args:
+        folder: of the model.
+        report: of the pruned folder.
+        device: that it runs on.
+        trust_remote_code: whether code that comes with the model may run.
+    """
+    source = _source(folder, trust_remote_code)
+    weights = source.weights(getattr(torch, report.quantization.get("scale_dtype", "float32")))
+    return Skeleton(source.config, weights, device=device, trust_remote_code=trust_remote_code)
 
 
 def _data(
@@ -262,6 +277,8 @@ def _check_space(run: DistillContext) -> None:
 def _check_zeros(folder: Path, job: DistillJob) -> None:
     """Refuse a folder that lost zeros or sizes since its report was written, such as by a fine-tune."""
     found = verify_folder(folder, trust_remote_code=job.trust_remote_code)
+    if wrong := found.wrong_grids + found.wrong_config:
+        raise InputError(f"{folder} does not hold its grid: {wrong[0]}", "quantise it again")
     if found.wrong_sizes:
         raise InputError(f"the config of {folder} and its {FILE} disagree: {found.wrong_sizes[0]}", "prune again")
     for layer in found.layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmprune.distill_job import DistillJob
-from llmprune.errors import PruneError
 from llmprune.knobs import knobs_of
+from llmprune.model.reader import SafetensorsFolder
 from llmprune.model.writer import ShardWriter
 from llmprune.pipeline.distill.context import DistillContext
 from llmprune.pipeline.distill.state import fingerprint_of
@@ -34,33 +34,22 @@ PLACES = ("teacher", "out", "calib", "eval_text", "cache_dir")
 """Settings that name a place on this machine, or a data set."""
 
 
-def write_weights(run: DistillContext, values: Mapping[str, Tensor]) -> None:
+def write_weights(run: DistillContext, trained: Iterable[tuple[str, Tensor]]) -> None:
     """Write the weights of a student, in files as large as those of the pruned folder.
 
     Args:
         run: the job.
-        values: trained parameters by name; all others are copied.
-
-    Raises:
-        PruneError: one holds NaN or Inf in the type that it is stored in.
+        trained: names on disk and tensors; all others are copied.
     """
-    checkpoint = run.student.checkpoint
-    changed = {}
-    for name, value in values.items():
-        if name in run.frozen:
-            continue
-        changed[name] = value.detach().cpu().to(checkpoint.stored_dtype(name))
-        if not bool(torch.isfinite(changed[name]).all()):
-            raise PruneError(f"{name!r} holds NaN or Inf after the training", "use a smaller --learning-rate")
+    raw, new = SafetensorsFolder(run.folder), dict(trained)
     sizes: dict[Path, int] = defaultdict(int)
-    for entry in checkpoint.folder.entries.values():
+    for entry in raw.entries.values():
         sizes[entry.file] += entry.nbytes
     if run.unfinished.exists():
         delete(run.unfinished)
     run.unfinished.mkdir()
     writer = ShardWriter(run.unfinished, max(sizes.values()))
-    writer.write(checkpoint.export(list(checkpoint), changed))
-    writer.write((name, checkpoint.folder[name]) for name in checkpoint.unused)
+    writer.write((name, new.pop(name) if name in new else raw[name]) for name in raw)
     for replaced in writer.join():
         for file in replaced:
             delete(run.unfinished / file)
@@ -69,7 +58,7 @@ def write_weights(run: DistillContext, values: Mapping[str, Tensor]) -> None:
 
 def write_companions(run: DistillContext, report: PruneReport) -> None:
     """Everything in the folder besides the weights: the pruned folder's files, card and report."""
-    weights = {entry.file for entry in run.student.checkpoint.folder.entries.values()}
+    weights = {entry.file for entry in SafetensorsFolder(run.folder).entries.values()}
     regular, _ = regular_files(run.folder)
     for path in regular:
         local = path.relative_to(run.folder)

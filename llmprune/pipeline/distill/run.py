@@ -7,19 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor
 
 from llmprune.distill_job import DistillJob
 from llmprune.errors import CheckError, PruneError, complete, first_line
-from llmprune.export.pack import load
-from llmprune.export.verify import patterns_of, verify_folder
-from llmprune.model.selection import make_plan
-from llmprune.model.skeleton import Skeleton
+from llmprune.export.verify import verify_folder
 from llmprune.pipeline.distill.context import DistillContext
-from llmprune.pipeline.distill.prepare import prepare_distillation
+from llmprune.pipeline.distill.prepare import open_folder, prepare_distillation
 from llmprune.pipeline.distill.publish import distillation_facts, write_companions, write_weights
 from llmprune.pipeline.distill.state import finished, last_checkpoint, open_workdir, steps_done
+from llmprune.pipeline.distill.student import open_student, zero_parameters
 from llmprune.pipeline.distill.teaching import all_windows, generated_windows, teacher_of
 from llmprune.pipeline.timing import Clock
 from llmprune.progress import Progress
@@ -84,12 +81,11 @@ def _distill(job: DistillJob, group: ProcessGroup, progress: Progress) -> PruneR
 def _train(run: DistillContext, windows: Tensor, progress: Progress) -> Outcome:
     """Train, and write the weights that are kept."""
     job = run.job
-    student = load(run.folder, dtype=torch.float32, trust_remote_code=job.trust_remote_code).to(run.device)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name not in run.frozen)
+    student = open_student(run)
     if job.gradient_checkpointing:
         # The method of older versions of transformers has another name.
-        getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
+        model = student.model
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     schedule = Schedule(
         steps=run.steps,
         interval=run.interval,
@@ -103,13 +99,13 @@ def _train(run: DistillContext, windows: Tensor, progress: Progress) -> Outcome:
         with run.teacher.loaded(run.teacher.text_parameters(), whole=True):
             teacher = Recomputed(run.teacher.model, run.device)
             learnt = teacher_of(run, windows, teacher, progress)
-            model = Distilled(student, (learnt, teacher), Loss(job.temperature, job.mix), run.device)
+            taught = Distilled(student.model, (learnt, teacher), Loss(job.temperature, job.mix), run.device)
             resume = last_checkpoint(run.checkpoints)
             progress.start("distilling", run.steps - steps_done(run.checkpoints))
             outcome = train(
-                model,
+                taught,
                 (windows, run.held_out.tokens),
-                _zeros(run),
+                zero_parameters(run, student),
                 schedule,
                 run.checkpoints,
                 resume,
@@ -126,17 +122,8 @@ def _train(run: DistillContext, windows: Tensor, progress: Progress) -> Outcome:
     if not outcome.kept:
         progress.warn("no step lowered the held-out divergence: the weights are those of the pruned folder")
     if run.group.is_main:
-        write_weights(run, dict(student.named_parameters()) if outcome.kept else {})
+        write_weights(run, student.tensors(run) if outcome.kept else ())
     return outcome
-
-
-def _zeros(run: DistillContext) -> list[str]:
-    """The parameters that hold pruned layers."""
-    patterns = patterns_of(run.report)
-    if not patterns:
-        return []
-    plan = make_plan(run.student, None, names=tuple(patterns))
-    return sorted({layer.parameter for layer in plan.layers} - run.frozen)
 
 
 def _verify(run: DistillContext, progress: Progress) -> None:
@@ -156,15 +143,7 @@ def _evaluate(run: DistillContext, folder: Path, label: str, progress: Progress)
     """The perplexity of the model in `folder`; None if the job does not ask for it."""
     if (batch := run.data.evaluation) is None:
         return None
-    weights = run.student.checkpoint.folder
-    config = run.student.config
-    skeleton = Skeleton(
-        config,
-        type(weights)(folder),
-        compute=run.student.compute,
-        device=run.device,
-        trust_remote_code=run.job.trust_remote_code,
-    )
+    skeleton = open_folder(folder, run.report, run.device, run.job.trust_remote_code)
     windows, length = batch.tokens.shape
 
     def attempt(at_once: int) -> Perplexity:
