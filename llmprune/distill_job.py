@@ -62,7 +62,7 @@ class DistillJob:
     eval_windows: int = same(Job, "eval_windows")
     eval_context: int | None = same(Job, "eval_context")
     learning_rate: float = knob(
-        3e-4, RECIPE, "largest learning rate; warm-up, then a cosine to 0", ABOVE_ZERO, guesses=("lr",)
+        2e-4, RECIPE, "largest learning rate; warm-up, then a cosine to 0", ABOVE_ZERO, guesses=("lr",)
     )
     temperature: float = knob(
         1.0, RECIPE, "both distributions are softened by it", ABOVE_ZERO, guesses=("t", "tau", "kd_temperature")
@@ -78,7 +78,7 @@ class DistillJob:
         1, RECIPE, "passes over the windows", COUNT, guesses=("num_train_epochs", "num_epochs", "passes")
     )
     batch_size: int = knob(
-        8,
+        4,
         RECIPE,
         "windows of an optimiser step, in all processes",
         COUNT,
@@ -126,7 +126,7 @@ class DistillJob:
         "windows that a process passes through the models together",
         COUNT,
         unit="windows",
-        default_text="1 on a CPU, else up to 8",
+        default_text="up to 2 on a CPU, else 8",
         guesses=("micro_batch", "micro_batch_size", "per_device_batch_size"),
     )
     gradient_checkpointing: bool = knob(

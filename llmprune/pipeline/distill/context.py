@@ -114,7 +114,7 @@ class DistillContext:
     def at_once(self) -> int:
         """Number of windows that pass through the models together in one process."""
         most = self.job.batch_size // self.group.world_size
-        wanted = self.job.at_once or (1 if self.device.type == "cpu" else 8)
+        wanted = self.job.at_once or (2 if self.device.type == "cpu" else 8)
         return max(size for size in range(1, most + 1) if most % size == 0 and size <= wanted)
 
     @property
