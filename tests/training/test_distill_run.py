@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import listing
+from commands import execute, listing
 from helpers import edit_tensor, job, on_disk, random_tokens, reload, save_tiny, word_tokenizer
 from safetensors.torch import load_file
 
 from llmprune import DistillJob, distill, prune
-from llmprune.errors import InputError
+from llmprune.cli.main import main
+from llmprune.errors import InputError, PruneError
 from llmprune.export.verify import verify_folder
+from llmprune.pipeline.distill import run as story
 from llmprune.pipeline.distill.prepare import open_folder
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport
@@ -27,6 +30,7 @@ SMALL: dict[str, Any] = {
     "tokens": 512,
     "seq_len": 16,
     "held_out": 4,
+    "batch_size": 8,
     "learning_rate": 3e-3,
     "evaluations": 4,
     "evaluate": False,
@@ -195,6 +199,37 @@ def test_a_crash_between_checkpoints_goes_on_from_the_last(
     distill(wanted)
     distill(replace(wanted, out=tmp_path / "again"))
     assert weights(tmp_path / "out") == weights(tmp_path / "again")
+
+
+def test_a_run_stopped_behind_its_last_step_has_nothing_to_train(
+    pruned: Path, tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = asked(pruned, tiny, text, tmp_path / "out", tokens=256)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(story, "write_weights", full)
+        with pytest.raises(PruneError, match="No space left") as caught:
+            distill(wanted)
+    assert "same command" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+    found = distill(wanted).distillation
+    assert distill(replace(wanted, out=tmp_path / "again")).distillation["divergences"] == found["divergences"]
+    assert weights(tmp_path / "out") == weights(tmp_path / "again")
+
+
+def test_two_processes_find_what_one_finds(pruned: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
+    flags = ["--teacher", str(tiny), "--calib", str(text), "--tokens", "128", "--seq-len", "16", "--held-out", "4"]
+    flags += ["--no-eval", "--device", "cpu", "--learning-rate", "3e-3", "--evaluations", "1", "--quiet"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmprune", "distill"]
+    done = execute([*command, str(pruned), *flags, "--out", "two"], tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert main(["distill", str(pruned), *flags, "--out", str(tmp_path / "one")]) == 0
+    one, two = (on_disk(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5) for name in one)
+    assert PruneReport.read(tmp_path / "two").distillation["processes"] == 2
 
 
 def test_where_no_step_is_better_the_start_is_kept(pruned: Path, tiny: Path, text: Path, tmp_path: Path) -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmprune.errors import InputError, PruneError, UnreadableError, complete
+from llmprune.errors import InputError, PruneError, complete
 from llmprune.pipeline.distill.context import DistillContext
 from llmprune.pipeline.output import exists_already
-from llmprune.pipeline.state import STATE
+from llmprune.pipeline.state import GENERATED, STATE
 from llmprune.progress import Progress
 from llmprune.reporting.report import FILE, PruneReport
 from llmprune.runtime.files import is_occupied, sha256, write_json
@@ -27,6 +27,8 @@ from llmprune.runtime.foreign import read_json
 from llmprune.runtime.ownership import clear, delete, own_folder, remove
 from llmprune.sources.tokens import TokenBatch
 
+TOP = "teacher.safetensors"
+"""The teacher's probabilities."""
 RESUME_HINT = "free disk space and run the same command again, or choose another --out"
 TRAINER_STATE = "trainer_state.json"
 """The last file of a checkpoint that the trainer writes."""
@@ -102,8 +104,8 @@ def open_workdir(run: DistillContext, progress: Progress) -> Iterator[None]:
         return
     try:
         with own_folder(run.workdir):
+            _open(run, progress)
             with _kept(run, progress):
-                _open(run, progress)
                 run.group.barrier()
                 yield
                 _publish(run)
@@ -119,27 +121,28 @@ def _open(run: DistillContext, progress: Progress) -> None:
     if (run.workdir / STATE).exists() and not run.job.restart:
         with suppress(InputError):
             before = read_json(run.workdir / STATE)
-    if not before or not last_checkpoint(run.checkpoints):
+    steps = steps_done(run.checkpoints)
+    if before != now:
+        for name in now if before and steps else ():
+            if (was := before.get(name)) != now[name]:
+                raise InputError(
+                    f"{run.workdir} holds the work of another distillation: {name} was {was}, now {now[name]}",
+                    "repeat that command to go on from there, drop its work with --restart, or choose another --out",
+                )
         clear(run.workdir)
         write_json(run.workdir / STATE, now)
-        return
-    for name in now:
-        if (was := before.get(name)) != now[name]:
-            raise InputError(
-                f"{run.workdir} holds the work of another distillation: {name} was {was}, now {now[name]}",
-                "repeat that command to go on from there, drop its work with --restart, or choose another --out",
-            )
+    elif steps:
+        progress.note(f"{steps} of {run.steps} steps were done before; going on from there")
     if run.unfinished.exists():
         delete(run.unfinished)
-    progress.note(f"{steps_done(run.checkpoints)} of {run.steps} steps were done before; going on from there")
 
 
 @contextmanager
 def _kept(run: DistillContext, progress: Progress) -> Iterator[None]:
-    """Keep the checkpoints of a run that fails; the working directory goes if there are none."""
+    """Keep checkpoints, and what the teacher gave, of a run that fails; without such the working directory goes."""
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         if run.out.exists() and not run.unfinished.exists():
             with complete(run.out):
                 raise
@@ -148,14 +151,9 @@ def _kept(run: DistillContext, progress: Progress) -> Iterator[None]:
                 f"{steps} of {run.steps} steps are kept in {run.workdir}; the same command goes on from there, "
                 "--restart starts over"
             )
-        elif not isinstance(error, InputError) or isinstance(error, UnreadableError) or not _foreign(run):
+        elif not any((run.workdir / name).exists() for name in (GENERATED, TOP)):
             remove(run.workdir)
         raise
-
-
-def _foreign(run: DistillContext) -> bool:
-    """Whether the working directory may hold the work of another job."""
-    return bool(last_checkpoint(run.checkpoints))
 
 
 def _publish(run: DistillContext) -> None:
@@ -183,9 +181,3 @@ def steps_done(folder: Path) -> int:
     """Number of steps in the newest checkpoint."""
     last = last_checkpoint(folder)
     return int(read_json(last / TRAINER_STATE)["global_step"]) if last else 0
-
-
-def settings_of(run: DistillContext) -> dict[str, Any]:
-    """The settings of a run, for its report."""
-    left = {"folder", "teacher", "out", "restart", "calib", "eval_text", "cache_dir", "command"}
-    return {name: value for name, value in asdict(run.job).items() if name not in left}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmprune.errors import InputError
 from llmprune.pipeline.distill.context import DistillContext
+from llmprune.pipeline.distill.state import TOP
 from llmprune.pipeline.state import GENERATED
 from llmprune.progress import Progress
 from llmprune.runtime.files import replacing
@@ -21,7 +22,6 @@ from llmprune.training.distillation import Cached, Recomputed, Teacher
 from llmprune.training.divergence import Top
 
 GENERATOR = "the teacher"
-TOP = "teacher.safetensors"
 
 
 def generated_windows(run: DistillContext, progress: Progress) -> TokenBatch | None:
