@@ -133,6 +133,7 @@ class Distilled(nn.Module):
         self._teachers, self._loss = teachers, loss
         self._parts = two_parts(student, device)
         self._register_state_dict_hook(_tied_once)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_tied_are_there)
 
     def forward(self, input_ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
         """The mean loss per token.
@@ -208,6 +209,12 @@ def _tied_once(module: nn.Module, state: dict[str, Tensor], prefix: str, metadat
         if key in seen:
             del state[name]
         seen.add(key)
+
+
+def _tied_are_there(module: nn.Module, keys: Any) -> None:
+    """Say of no name that it is missing in a state whose tensor is there under another one."""
+    kept = module.state_dict()
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name in kept]
 
 
 def windows_of(tokens: Tensor) -> Sequence[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import execute, listing
-from helpers import edit_tensor, job, on_disk, random_tokens, reload, save_tiny, word_tokenizer
+from helpers import edit_tensor, job, on_disk, random_tokens, reload, save_tiny, text_file, word_tokenizer
 from safetensors.torch import load_file
 
 from llmprune import DistillJob, distill, prune
@@ -99,7 +99,8 @@ def test_the_model_gets_nearer_and_zeros_stay(pruned: Path, tiny: Path, text: Pa
     assert divergence(out, tiny, tokens) < divergence(pruned, tiny, tokens)
     assert replace(PruneReport.read(out), out=str(out)) == report
     assert (out / "tokenizer.json").read_bytes() == (pruned / "tokenizer.json").read_bytes()
-    assert "distill" in (out / "README.md").read_text()
+    assert "distilled" in (out / "README.md").read_text()
+    assert "Distillation" in (out / "prune_report.html").read_text()
     assert listing(pruned) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -138,6 +139,21 @@ def test_weights_on_a_grid_stay_on_it(
         if sparsity == "2:4":
             name = f"{layer.name}.weight"
             assert bool((after[name][before[name] == 0] == 0).all())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gemma3"])
+def test_zeros_of_experts_and_parts_beside_the_language_model_stay(family: str, tmp_path: Path) -> None:
+    """In mixtral one parameter holds the experts; gemma3 has tied embeddings, and a part that sees."""
+    dense, words = save_tiny(family, tmp_path / "dense"), text_file(tmp_path / "words.txt", 800)
+    sparse, out = tmp_path / "sparse", tmp_path / "out"
+    prune(job(dense, sparse, words, effort="fast", samples=4, seq_len=32))
+    report = distill(asked(sparse, dense, words, out, tokens=256, batch_size=4))
+    assert report.distillation["kept_step"]
+    assert not verify_folder(out).violations
+    old, new = raw_tensors(sparse), raw_tensors(out)
+    unchanged = {name for name in old if torch.equal(old[name], new[name])}
+    assert unchanged == {name for name in old if "vision" in name or "projector" in name}
+    assert reload(out).get_output_embeddings().weight.isfinite().all()
 
 
 class StopAfter(Progress):
