@@ -133,7 +133,7 @@ class Distilled(nn.Module):
         self._teachers, self._loss = teachers, loss
         self._parts = two_parts(student, device)
         self._register_state_dict_hook(_tied_once)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_tied_are_there)
+        self.register_load_state_dict_post_hook(_tied_are_there)  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
         """The mean loss per token.

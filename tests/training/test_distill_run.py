@@ -147,7 +147,7 @@ def test_zeros_of_experts_and_parts_beside_the_language_model_stay(family: str, 
     dense, words = save_tiny(family, tmp_path / "dense"), text_file(tmp_path / "words.txt", 800)
     sparse, out = tmp_path / "sparse", tmp_path / "out"
     prune(job(dense, sparse, words, effort="fast", samples=4, seq_len=32))
-    report = distill(asked(sparse, dense, words, out, tokens=256, batch_size=4))
+    report = distill(asked(sparse, dense, words, out, batch_size=4, evaluations=2))
     assert report.distillation["kept_step"]
     assert not verify_folder(out).violations
     old, new = raw_tensors(sparse), raw_tensors(out)
