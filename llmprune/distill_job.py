@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmprune.job import Job
-from llmprune.knobs import ABOVE_ZERO, COUNT, DTYPE, FRACTION, PATH, REQUIRED, SWITCH, TEXT, knob, knobs_of, same
+from llmprune.knobs import ABOVE_ZERO, COUNT, FRACTION, PATH, PRECISION, REQUIRED, SWITCH, TEXT, knob, knobs_of, same
 
 RECIPE = "recipe"
 GROUPS = {
@@ -116,9 +116,9 @@ class DistillJob:
         None,
         "machine",
         "type of the matrix products; weights and optimiser stay float32",
-        DTYPE,
+        PRECISION,
         default_text="float32 on a CPU, else bfloat16",
-        guesses=("dtype", "mixed_precision", "bf16=bfloat16", "fp16=float16", "amp=bfloat16"),
+        guesses=("dtype", "mixed_precision", "bf16=bfloat16", "fp32=float32", "amp=bfloat16"),
     )
     at_once: int | None = knob(
         None,

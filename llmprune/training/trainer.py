@@ -171,7 +171,6 @@ def _arguments(schedule: Schedule, folder: Path, device: torch.device, start: bo
         lr_scheduler_type=SCHEDULE,
         warmup_steps=max(round(WARM_UP * schedule.steps), 1),
         bf16=schedule.precision == torch.bfloat16,
-        fp16=schedule.precision == torch.float16,
         use_cpu=device.type == "cpu",
         seed=schedule.seed % 2**32,
         eval_strategy="steps",

@@ -104,11 +104,9 @@ class DistillContext:
     @property
     def precision(self) -> torch.dtype:
         """The dtype of matrix products."""
-        if self.job.precision:
-            found = getattr(torch, self.job.precision)
-            assert isinstance(found, torch.dtype)
-            return found
-        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        exact = self.device.type == "cpu" or not torch.cuda.is_bf16_supported()
+        name = self.job.precision or ("float32" if exact else "bfloat16")
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
 
     @property
     def at_once(self) -> int:

@@ -65,6 +65,11 @@ def _check(job: DistillJob, progress: Progress, group: ProcessGroup) -> DistillC
     out = _output(job, folder)
     set_threads(job.threads)
     device = pick_device(job.device)
+    if group.is_single and device.index:
+        raise InputError(
+            f"--device {device} is not the first GPU, which is the one that transformers' Trainer takes",
+            f"use CUDA_VISIBLE_DEVICES={device.index} and --device cuda",
+        )
     source = open_source(
         job.teacher or dense_of(report, "--teacher"),
         revision=(job.revision if job.teacher else report.model["revision"]) or None,
