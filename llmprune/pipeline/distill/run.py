@@ -16,7 +16,7 @@ from llmprune.pipeline.distill.context import DistillContext
 from llmprune.pipeline.distill.prepare import open_folder, prepare_distillation
 from llmprune.pipeline.distill.publish import distillation_facts, write_companions, write_weights
 from llmprune.pipeline.distill.state import finished, last_checkpoint, open_workdir, steps_done
-from llmprune.pipeline.distill.student import open_student, zero_parameters
+from llmprune.pipeline.distill.student import Student, open_student, zero_parameters
 from llmprune.pipeline.distill.teaching import all_windows, generated_windows, teacher_of
 from llmprune.pipeline.timing import Clock
 from llmprune.progress import Progress
@@ -80,38 +80,13 @@ def _distill(job: DistillJob, group: ProcessGroup, progress: Progress) -> PruneR
 
 def _train(run: DistillContext, windows: Tensor, progress: Progress) -> Outcome:
     """Train, and write the weights that are kept."""
-    job = run.job
     student = open_student(run)
-    if job.gradient_checkpointing:
+    if run.job.gradient_checkpointing:
         # The method of older versions of transformers has another name.
         model = student.model
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    schedule = Schedule(
-        steps=run.steps,
-        interval=run.interval,
-        learning_rate=job.learning_rate,
-        batch_size=job.batch_size,
-        at_once=run.at_once,
-        seed=job.seed,
-        precision=run.precision,
-    )
     try:
-        with run.teacher.loaded(run.teacher.text_parameters(), whole=True):
-            teacher = Recomputed(run.teacher.model, run.device)
-            learnt = teacher_of(run, windows, teacher, progress)
-            taught = Distilled(student.model, (learnt, teacher), Loss(job.temperature, job.mix), run.device)
-            resume = last_checkpoint(run.checkpoints)
-            progress.start("distilling", run.steps - steps_done(run.checkpoints))
-            outcome = train(
-                taught,
-                (windows, run.held_out.tokens),
-                zero_parameters(run, student),
-                schedule,
-                run.checkpoints,
-                resume,
-                Watch(progress.step, progress.note),
-            )
-            progress.finish()
+        outcome = _taught(run, student, windows, progress)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -123,6 +98,36 @@ def _train(run: DistillContext, windows: Tensor, progress: Progress) -> Outcome:
         progress.warn("no step lowered the held-out divergence: the weights are those of the pruned folder")
     if run.group.is_main:
         write_weights(run, student.tensors(run) if outcome.kept else ())
+    return outcome
+
+
+def _taught(run: DistillContext, student: Student, windows: Tensor, progress: Progress) -> Outcome:
+    """Train a student, with the teacher in memory beside it."""
+    job = run.job
+    schedule = Schedule(
+        steps=run.steps,
+        interval=run.interval,
+        learning_rate=job.learning_rate,
+        batch_size=job.batch_size,
+        at_once=run.at_once,
+        seed=job.seed,
+        precision=run.precision,
+    )
+    with run.teacher.loaded(run.teacher.text_parameters(), whole=True):
+        teacher = Recomputed(run.teacher.model, run.device)
+        learnt = teacher_of(run, windows, teacher, progress)
+        model = Distilled(student.model, (learnt, teacher), Loss(job.temperature, job.mix), run.device)
+        progress.start("distilling", run.steps - steps_done(run.checkpoints))
+        outcome = train(
+            model,
+            (windows, run.held_out.tokens),
+            zero_parameters(run, student),
+            schedule,
+            run.checkpoints,
+            last_checkpoint(run.checkpoints),
+            Watch(progress.step, progress.note),
+        )
+        progress.finish()
     return outcome
 
 
