@@ -240,7 +240,7 @@ def test_two_processes_find_what_one_finds(pruned: Path, tiny: Path, text: Path,
     flags = ["--teacher", str(tiny), "--calib", str(text), "--tokens", "128", "--seq-len", "16", "--held-out", "4"]
     flags += ["--no-eval", "--device", "cpu", "--learning-rate", "3e-3", "--evaluations", "1", "--quiet"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmprune", "distill"]
-    done = execute([*command, str(pruned), *flags, "--out", "two"], tmp_path, OMP_NUM_THREADS="1")
+    done = execute([*command, str(pruned), *flags, "--out", "two"], tmp_path, limit=600, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert main(["distill", str(pruned), *flags, "--out", str(tmp_path / "one")]) == 0
     one, two = (on_disk(tmp_path / name) for name in ("one", "two"))
