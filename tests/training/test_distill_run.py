@@ -101,6 +101,7 @@ def test_the_model_gets_nearer_and_zeros_stay(pruned: Path, tiny: Path, text: Pa
     assert (out / "tokenizer.json").read_bytes() == (pruned / "tokenizer.json").read_bytes()
     assert "distilled" in (out / "README.md").read_text()
     assert "Distillation" in (out / "prune_report.html").read_text()
+    assert "distilled: divergence" in report._repr_html_()
     assert listing(pruned) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
