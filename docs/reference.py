@@ -26,6 +26,7 @@ COMMANDS = {
     "pack": flags.pack_parser,
     "unpack": flags.unpack_parser,
     "export": flags.export_parser,
+    "distill": flags.distill_parser,
     "report": flags.report_parser,
 }
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmprune.cli.notebook import ProgressBars
+    from llmprune.distill_job import DistillJob
     from llmprune.errors import InputError, PruneError
     from llmprune.export.acceleration import accelerate
     from llmprune.export.pack import load, pack, unpack
     from llmprune.export.upload import push
     from llmprune.job import Job
+    from llmprune.pipeline.distill.run import distill
     from llmprune.progress import Progress
     from llmprune.reporting.report import PruneReport
     from llmprune.run import prune
@@ -26,6 +28,7 @@ if missing := [name for name in ("fcntl", "resource") if find_spec(name) is None
     )
 
 _WHERE = {
+    "DistillJob": "distill_job",
     "InputError": "errors",
     "Job": "job",
     "KeepZeros": "training.keep_zeros",
@@ -35,6 +38,7 @@ _WHERE = {
     "PruneReport": "reporting.report",
     "accelerate": "export.acceleration",
     "add_lora": "training.lora",
+    "distill": "pipeline.distill.run",
     "load": "export.pack",
     "merge_lora": "training.lora",
     "pack": "export.pack",
@@ -43,6 +47,7 @@ _WHERE = {
     "unpack": "export.pack",
 }
 __all__ = [
+    "DistillJob",
     "InputError",
     "Job",
     "KeepZeros",
@@ -52,6 +57,7 @@ __all__ = [
     "PruneReport",
     "accelerate",
     "add_lora",
+    "distill",
     "load",
     "merge_lora",
     "pack",

@@ -132,6 +132,12 @@ def optional(cls: type, name: str) -> Any:
     return field(default=None, metadata=known.metadata)
 
 
+def same(cls: type, name: str, **more: Any) -> Any:
+    """The same knob, with the same default, as a field of another class; `more` are fields of `Knob` that differ."""
+    (known,) = (each for each in fields(cls) if each.name == name)
+    return field(default=known.default, metadata={"knob": replace(known.metadata["knob"], **more)})
+
+
 def knobs_of(cls: type) -> list[Knob]:
     """The knobs of a dataclass, in the order of its fields."""
     return [field.metadata["knob"].of_field(field) for field in fields(cls) if "knob" in field.metadata]
@@ -225,6 +231,18 @@ def _read_ratio(value: Any) -> float:
     return number
 
 
+def _read_above_zero(value: Any) -> float:
+    if not (number := _read_ratio(value)):
+        raise InputError("is not above 0", "use a number such as 1")
+    return number
+
+
+def _read_fraction(value: Any) -> float:
+    if (number := _read_ratio(value)) > 1:
+        raise InputError("is more than 1", "use a number from 0 to 1")
+    return number
+
+
 def _read_size(value: Any) -> int:
     pattern = r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)B?"
     match = re.fullmatch(pattern, "" if isinstance(value, bool) else str(value), re.ASCII | re.IGNORECASE)
@@ -266,10 +284,13 @@ _DTYPE = choice(("float32", "float16", "bfloat16"), also=_SHORT)
 TEXT = Kind("TEXT", "text", _read_text)
 PATH = Kind("DIR", "path", _read_path)
 RATIO = Kind("RATIO", "number, at least 0", _read_ratio)
+ABOVE_ZERO = Kind("NUMBER", "number above 0", _read_above_zero)
+FRACTION = Kind("RATIO", "number from 0 to 1", _read_fraction)
 SIZE = Kind("SIZE", "bytes, or a size such as 512MiB", _read_size)
 PAIR = Kind("KEY=VALUE", "KEY=VALUE", _read_pair)
 DEVICE = Kind("DEVICE", "auto, cpu, cuda, cuda:1", _read_device)
 DTYPE = replace(_DTYPE, metavar="TYPE", read=_read_dtype)
+PRECISION = choice(("float32", "bfloat16"), metavar="TYPE", also=_SHORT)
 SWITCH = Kind("", "yes or no", _read_switch)
 COUNT = whole()
 WINDOW = whole(2)

@@ -45,7 +45,11 @@ def edit_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def execute(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run another process, this checkout first on its path."""
+def execute(
+    command: list[str], folder: Path, limit: float = 90, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run another process, this checkout first on its path, for so many seconds at most."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | environment
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment, timeout=90)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder, env=environment, timeout=limit
+    )

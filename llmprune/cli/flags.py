@@ -11,6 +11,8 @@ from typing import Any
 from llmprune.cli.guesses import ANSWERS, answer
 from llmprune.cli.shell import Parser, say
 from llmprune.cli.values import positive
+from llmprune.distill_job import GROUPS as DISTILL_GROUPS
+from llmprune.distill_job import DistillJob
 from llmprune.export import EXPORTS, GGUF_TYPES
 from llmprune.job import GROUPS, Job, knobs
 from llmprune.knobs import REQUIRED, Knob
@@ -73,6 +75,7 @@ def build_parser(job: type[Job] = Job) -> Parser:
         "       llmprune push DIR ORG/NAME [--private]\n"
         "       llmprune pack DIR [--out DIR]\n       llmprune unpack DIR [--out DIR]\n"
         "       llmprune export DIR gguf [--type TYPE]\n"
+        "       llmprune distill DIR [--teacher MODEL] [--tokens N]\n"
         "       llmprune report DIR [--generate N]",
         description="Prune a Hugging Face language model block by block, after training, on one machine;\n"
         "measure its perplexity before and after; leave a folder that plain transformers loads.",
@@ -215,6 +218,32 @@ def report_parser() -> Parser:
     parser.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; repeatable")
     parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: what the report names)")
     return parser
+
+
+def distill_parser() -> Parser:
+    """Flags of `llmprune distill`, made from the fields of `DistillJob`."""
+    parser = Parser(
+        prog="llmprune distill",
+        description="Train a pruned folder on the dense model's next-token distributions; zeros and sizes stay.",
+        allow_abbrev=False,
+    )
+    parser.stopped, parser.knobs = AS_IT_WAS, knobs(DistillJob)
+    parser.add_argument("folder", metavar="DIR", help="pruned folder, which stays as it is")
+    groups = {name: parser.add_argument_group(title) for name, title in DISTILL_GROUPS.items()}
+    for each in parser.knobs:
+        if each.name != "folder":
+            add_knob(groups[each.group], each)
+    other = parser.add_argument_group("other")
+    other.add_argument("--quiet", action="store_true", help="only warnings and errors")
+    other.add_argument("--json", action="store_true", help="the report as JSON on stdout, all else on stderr")
+    other.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def make_distill_job(options: argparse.Namespace, arguments: Sequence[str]) -> DistillJob:
+    """The distillation that the parsed flags describe; arguments as of `make_job`."""
+    given = {each.name: getattr(options, each.name) for each in knobs(DistillJob) if hasattr(options, each.name)}
+    return DistillJob(**given, command=shlex.join(["llmprune", *arguments]))
 
 
 def _add_layers(parser: Parser) -> None:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = ("quantize", "verify", "push", "pack", "unpack", "export", "report")
+COMMANDS = ("quantize", "verify", "push", "pack", "unpack", "export", "distill", "report")
 PRUNE = "llmprune --model MODEL --sparsity 2:4"
 _PROGRESS = "progress is shown already, unless --quiet is given; --debug adds the traceback of an error"
 ANSWERS = {
@@ -50,8 +50,9 @@ _WORDS = {
     **dict.fromkeys(("quantise", "quantization"), "llmprune quantize DIR int4"),
     **dict.fromkeys(("gguf", "convert", "to-gguf"), "llmprune export DIR gguf"),
     **dict.fromkeys(
-        ("finetune", "train"), f"{PRUNE} --reconstruct EPOCHS trains each block; llmprune.KeepZeros is for the whole"
+        ("finetune", "train"), f"{PRUNE} --reconstruct EPOCHS trains each block; llmprune distill DIR the whole model"
     ),
+    **dict.fromkeys(("distil", "kd", "heal", "recover"), "llmprune distill DIR --teacher MODEL"),
     "check": "llmprune verify DIR",
     "upload": "llmprune push DIR ORG/NAME",
 }

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmprune.cli.flags import (
     build_parser,
+    distill_parser,
     export_parser,
+    make_distill_job,
     make_job,
     pack_parser,
     push_parser,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["distill"]:
+        return run_command(distill_parser(), lambda options: run_distill(options, arguments), arguments[1:])
     commands = {
         "verify": (verify_parser, run_verify),
         "push": (push_parser, run_push),
@@ -129,6 +133,32 @@ def run(job: Job, progress: Progress) -> tuple[dict[str, Any], str]:
     for text in report.warnings:
         progress.warn(text)
     return report.to_json(), summary(report)
+
+
+def run_distill(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """`llmprune distill`, the same in every process of a run; only the first one speaks."""
+    from llmprune.cli.terminal import TerminalProgress, distilled_text
+
+    try:
+        job = make_distill_job(options, arguments)
+    except InputError as error:
+        error.silent = is_worker()
+        raise
+    progress = Progress() if is_worker() else TerminalProgress(quiet=options.quiet)
+    start_probe()
+    progress.note("loading libraries")
+    silence_libraries(options.debug)
+    from llmprune.pipeline.distill.run import distill
+
+    report = distill(job, progress)
+    if is_worker():
+        return 0
+    with complete(report.out):
+        if not options.quiet:
+            say(distilled_text(report), sys.stderr if options.json else sys.stdout)
+        if options.json:
+            say(json.dumps(report.to_json(), indent=2))
+    return 0
 
 
 def destination(options: argparse.Namespace) -> Destination | None:

@@ -14,6 +14,7 @@ from llmprune.reporting.report import PruneReport
 from llmprune.reporting.words import (
     calibration_text,
     coverage_text,
+    distillation_rows,
     duration,
     error_text,
     evaluation_text,
@@ -109,6 +110,13 @@ class TerminalProgress(Progress):
 def summary(report: PruneReport) -> str:
     """The table at the end of a run."""
     return "\n".join(["", *_table(_result_rows(report)), printable(report.sparsity["note"])])
+
+
+def distilled_text(report: PruneReport) -> str:
+    """The table at the end of a distillation."""
+    rows = [*distillation_rows(report.distillation), ("saved to", report.out)]
+    rows += [("load with", f'{loader_of(report.model)}.from_pretrained("{report.out}")')]
+    return "\n".join(["", *_table(rows)])
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:

@@ -53,7 +53,7 @@ def add_generations(
     """
     progress = progress or Progress()
     source = open_source(
-        dense or _dense_of(report),
+        dense or dense_of(report),
         revision=None if dense else report.model["revision"] or None,
         cache=default_cache(),
         trust_remote_code=False,
@@ -66,8 +66,12 @@ def add_generations(
     report.generations = [Generation(*three) for three in zip(prompts, *texts, strict=True)]
 
 
-def _dense_of(report: PruneReport) -> str:
+def dense_of(report: PruneReport, flag: str = "--dense") -> str:
     """The dense model that a report names; of a local one it knows the base name only.
+
+    Args:
+        report: of a pruned folder.
+        flag: that names the model instead.
 
     Raises:
         InputError: no such model is to be found here.
@@ -75,7 +79,7 @@ def _dense_of(report: PruneReport) -> str:
     name = str(report.model["name"])
     if report.model["revision"] or name == "demo" or Path(name).exists():
         return name
-    raise InputError(f"the dense model {name!r} is not here; the report does not say where it lay", "add --dense MODEL")
+    raise InputError(f"the dense model {name!r} is not here; the report does not say where it lay", f"add {flag} MODEL")
 
 
 @torch.no_grad()

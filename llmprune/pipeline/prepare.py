@@ -242,7 +242,7 @@ def _expert_bytes(run: RunContext) -> int:
 
 
 def _check_positions(source: Source, job: Job) -> None:
-    limit = _positions(source)
+    limit = positions(source)
     asked = {"--seq-len": job.seq_len or 0, "--eval-context": (job.eval_context or 0) if job.evaluate else 0}
     for flag, value in asked.items():
         if value > limit:
@@ -263,7 +263,7 @@ def _why_no_further(source: Source) -> str:
     )
 
 
-def _positions(source: Source) -> int:
+def positions(source: Source) -> int:
     """The longest text the model can take, in tokens."""
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else 2**31
@@ -285,7 +285,7 @@ def _data(job: Job, source: Source, cache: Path, progress: Progress) -> Data:
             job.calibration_source,
             reader,
             samples=job.samples or DEFAULT_SAMPLES,
-            seq_len=job.seq_len or min(DEFAULT_SEQ_LEN, _positions(source)),
+            seq_len=job.seq_len or min(DEFAULT_SEQ_LEN, positions(source)),
             seed=job.seed,
         )
     evaluation = None
@@ -295,7 +295,7 @@ def _data(job: Job, source: Source, cache: Path, progress: Progress) -> Data:
             job.evaluation_source,
             reader,
             windows=job.eval_windows,
-            context=job.eval_context or min(DEFAULT_CONTEXT, _positions(source)),
+            context=job.eval_context or min(DEFAULT_CONTEXT, positions(source)),
         )
     for batch in filter(None, (calibration, evaluation)):
         if (largest := int(batch.tokens.max())) >= text.vocab_size:

@@ -73,6 +73,14 @@ FORM: Mapping[str, Any] = {
         "error": _number, "status": _text, "tokens": _whole, "stats": {"*": _number}, "grid?": _text,
     }],
     "quantization?": {"grid?": _text, "meaning?": _text, "bits?": _whole, "group_size?": (_whole,), "*": _scalar},
+    "distillation?": {
+        "command?": _text, "teacher?": _text, "text?": _WINDOWS, "tokens?": _whole, "generated?": _whole,
+        "held_out?": _whole, "epochs?": _whole, "temperature?": _finite, "mix?": _finite, "frozen?": [_text],
+        "divergences?": [{"step": _whole, "divergence": _number}], "kept_step?": _whole,
+        "divergence_before?": _number, "divergence_after?": _number,
+        "evaluation?": (_WINDOWS | {"before": _PERPLEXITY, "after": _PERPLEXITY, "overlap": _number},),
+        "seconds?": {"*": _finite}, "fingerprint?": {"*": _text}, "*": _scalar,
+    },
     "reconstructions": [{"block": _text, "before": _number, "after": _number, "skipped_steps?": _whole}],
     "mixtures?": [{
         "block": _text, "experts": _whole, "kept": [_whole], "super_experts": [_whole], "tokens": [_whole],

@@ -13,6 +13,7 @@ from llmprune.reporting.report import FILE, LayerReport, PruneReport, split_name
 from llmprune.reporting.words import (
     calibration_text,
     coverage_text,
+    distillation_rows,
     duration,
     escape,
     evaluation_text,
@@ -99,6 +100,7 @@ def report_page(report: PruneReport) -> str:
             *(f'<p class="note">{escape(text)}</p>' for text in [*report.sparsity["removed"], *grid_notes(report)]),
             *(f'<p class="warning">{escape(text)}</p>' for text in report.warnings),
             facts(report),
+            *_distillation(report),
             *_errors(report),
             *_inputs(report),
             *_mixtures(report),
@@ -168,6 +170,20 @@ def facts(report: PruneReport) -> str:
         ]
     tiles = [f"<div><dt>{a}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in found]
     return f'<dl class="facts">{"".join(tiles)}</dl>'
+
+
+def _distillation(report: PruneReport) -> list[str]:
+    """What the distillation did, and the divergence as it went on; the rest of the page is from before it."""
+    if not (done := report.distillation):
+        return []
+    rows = [(one["step"], one["divergence"]) for one in done["divergences"]]
+    note = "The weights with the least held-out divergence were kept. All else on this page is from before it."
+    return [
+        "<h2>Distillation</h2>",
+        table(("", ""), distillation_rows(done)),
+        f'<p class="note">{note}</p>',
+        table(("step", "held-out divergence, nats per token"), rows),
+    ]
 
 
 def _amounts(report: PruneReport) -> list[tuple[str, str, str]]:

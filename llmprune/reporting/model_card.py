@@ -14,6 +14,7 @@ from llmprune.reporting.report import PruneReport
 from llmprune.reporting.words import (
     bos_text,
     calibration_text,
+    distillation_rows,
     error_text,
     evaluation_text,
     grid_text,
@@ -83,7 +84,7 @@ def model_card(report: PruneReport, source: Path) -> str:
     parts = [
         f"---\n{_metadata(report, source, name)}\n---",
         f"# {name}",
-        f"{markdown(_origin(report, source))} {_done(report)} with llmprune {report.llmprune}: "
+        f"{markdown(_origin(report, source))} {', '.join(_done(report))} with llmprune {report.llmprune}: "
         f"{_meaning(report)}, by {recipe_text(report.recipe)}.",
         f"| | |\n|---|---|\n{rows}",
         *(f"> {markdown(warning)}" for warning in report.warnings),
@@ -103,14 +104,15 @@ def model_card(report: PruneReport, source: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _done(report: PruneReport) -> str:
-    """What was done to the model, in a word or two."""
-    pruned = report.sparsity["fraction"] > 0 or report.sparsity["removed"]
-    return " and ".join((["pruned"] if pruned else []) + (["quantised"] if report.quantization else []))
+def _done(report: PruneReport) -> list[str]:
+    """What was done to the model, a word for each."""
+    pruned = bool(report.sparsity["fraction"] > 0 or report.sparsity["removed"])
+    steps = {"pruned": pruned, "quantised": bool(report.quantization), "distilled": bool(report.distillation)}
+    return [word for word, done in steps.items() if done]
 
 
 def _meaning(report: PruneReport) -> str:
-    parts = [report.sparsity["meaning"]] if _done(report) != "quantised" else []
+    parts = [report.sparsity["meaning"]] if "pruned" in _done(report) else []
     return "; ".join(parts + ([report.quantization["meaning"]] if report.quantization else []))
 
 
@@ -171,7 +173,7 @@ def _metadata(report: PruneReport, source: Path, name: str) -> str:
         library_name="transformers",
         pipeline_tag="text-generation" if loader_of(report.model) == CAUSAL else "image-text-to-text",
         tags=_tags(report),
-        model_name=name if report.evaluation else None,
+        model_name=name if _results(report) else None,
         eval_results=_results(report) or None,
         ignore_metadata_errors=True,
         **{key: inherited.get(key) for key in INHERITED},
@@ -181,7 +183,7 @@ def _metadata(report: PruneReport, source: Path, name: str) -> str:
 
 def _tags(report: PruneReport) -> list[str]:
     """The tags of the card."""
-    tags = [*_done(report).replace("quantised", "quantized").split(" and ")]
+    tags = [word.replace("quantised", "quantized") for word in _done(report)]
     tags += ["sparse"] if report.sparsity["fraction"] else []
     tags += ["compressed-tensors"] if report.quantization else []
     # To the Hub, that name as a tag is another format.
@@ -216,17 +218,32 @@ def _inherited(card: Path) -> dict[str, Any]:
 
 
 def _results(report: PruneReport) -> list[EvalResult]:
-    """The perplexities, pruned and dense, as results of the model index."""
+    """The perplexities as results of the model index."""
+    return [*_distilled_results(report), *_pruned_results(report)]
+
+
+def _distilled_results(report: PruneReport) -> list[EvalResult]:
+    if not (evaluation := report.distillation.get("evaluation")):
+        return []
+    return _entries(evaluation, {"after": "perplexity", "before": "perplexity before distillation"})
+
+
+def _pruned_results(report: PruneReport) -> list[EvalResult]:
+    """The perplexities measured when the model was pruned; of one that was distilled since, the dense model's."""
     if (evaluation := report.evaluation) is None:
         return []
+    names = {} if report.distillation else {"pruned": "perplexity"}
+    return _entries(evaluation, names | {"dense": "perplexity of the dense model"})
+
+
+def _entries(evaluation: dict[str, Any], names: dict[str, str]) -> list[EvalResult]:
     windows = f"context {evaluation['seq_len']}{bos_text(evaluation)}"
-    names = {"pruned": f"perplexity, {windows}", "dense": f"perplexity of the dense model, {windows}"}
     return [
         EvalResult(
             task_type="text-generation",
             **_dataset(evaluation["source"]),
             metric_type="perplexity",
-            metric_name=name,
+            metric_name=f"{name}, {windows}",
             metric_value=round(evaluation[key]["value"], 4),
         )
         for key, name in names.items()
@@ -249,7 +266,7 @@ def _dataset(source: str) -> dict[str, Any]:
 def _facts(report: PruneReport) -> list[tuple[str, str]]:
     calibration, coverage, machine = report.calibration, report.coverage, report.machine
     pattern = f"{report.sparsity['pattern']}, in {coverage['fraction']:.1%} of the block parameters"
-    facts = []
+    facts = [(f"distilled: {key}", text) for key, text in distillation_rows(report.distillation)]
     if (evaluation := report.evaluation) is not None:
         text = evaluation_text(evaluation)
         facts += [(f"perplexity, {key} ({text})", perplexity_text(evaluation[key])) for key in ("dense", "pruned")]
@@ -281,4 +298,16 @@ def _made(report: PruneReport) -> str:
     if more := calibration.get("self_generated"):
         tokens += f" The dense model generated {more} more windows (sha256 `{calibration['self_generated_sha256']}`)."
     command = f"```\n{printable(report.command)}\n```\n\n" if report.command else ""
-    return f"{command}{tokens} Made with {versions}."
+    return f"{command}{tokens} Made with {versions}.{_taught(report)}"
+
+
+def _taught(report: PruneReport) -> str:
+    """What is needed to repeat the distillation; '' where there was none."""
+    if not (facts := report.distillation):
+        return ""
+    command = f"\n\n```\n{printable(facts['command'])}\n```" if facts["command"] else ""
+    return (
+        f"\n\nThen it was trained on the next-token distributions of {markdown(facts['teacher'])} with all zeros and "
+        f"sizes held; gradients crossed the whole model. Tokens: sha256 `{facts['sha256']}`. The errors of layers and "
+        f"the perplexities of the pruned model are those before that.{command}"
+    )

@@ -99,6 +99,7 @@ class PruneReport:
     evaluation: dict[str, Any] | None
     coverage: dict[str, Any]
     quantization: dict[str, Any] = field(default_factory=dict)
+    distillation: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     reconstructions: list[BlockReconstruction] = field(default_factory=list)
     mixtures: list[MixtureReport] = field(default_factory=list)
@@ -186,6 +187,7 @@ class PruneReport:
             rows[f"perplexity, {key}"] = words.perplexity_text(self.evaluation[key])  # type: ignore[index]
         rows["mean relative layer error"] = words.error_text(self)
         rows["time"] = words.duration(self.seconds.get("total", 0))
+        rows |= {f"distilled: {key}": text for key, text in words.distillation_rows(self.distillation)}
         rows |= {f"warning {number}": text for number, text in enumerate(self.warnings, 1)}
         rows["saved to"] = self.out
         cells = (f"<tr><th>{words.escape(key)}</th><td>{words.escape(value)}</td></tr>" for key, value in rows.items())

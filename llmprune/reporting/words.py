@@ -104,6 +104,45 @@ def grid_text(quantization: Mapping[str, Any]) -> str:
     return f"{quantization['meaning']}; stored as {quantization['format']}"
 
 
+def distillation_rows(distillation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a distillation did, and what it came to, as named figures; empty where there was none."""
+    if not distillation:
+        return []
+    before, after, kept = (distillation[key] for key in ("divergence_before", "divergence_after", "kept_step"))
+    rows = []
+    if evaluation := distillation["evaluation"]:
+        pair = " -> ".join(perplexity_text(evaluation[key]) for key in ("before", "after"))
+        rows += [("perplexity", f"{pair} by distillation"), ("measured on", evaluation_text(evaluation))]
+    step = f"step {kept} of {distillation['steps']}" if kept else "the start: no step was better"
+    return [
+        *rows,
+        ("divergence", f"{before:.4f} -> {after:.4f} nats per token, held out; kept: {step}"),
+        ("teacher", distillation["teacher"]),
+        ("trained on", training_text(distillation)),
+        ("loss", loss_text(distillation)),
+        ("time", duration(distillation["seconds"]["total"])),
+    ]
+
+
+def training_text(distillation: Mapping[str, Any]) -> str:
+    """The tokens of a distillation, and what trained on them."""
+    generated = distillation["generated"]
+    also = f", {generated} windows of them from the teacher" if generated else ""
+    passes = f", {distillation['epochs']} times" if distillation["epochs"] > 1 else ""
+    return (
+        f"{distillation['tokens']:,} tokens of {distillation['text']['source']}{also}{passes}; "
+        f"{distillation['optimizer']}, learning rate {distillation['learning_rate']:g}, {distillation['precision']}"
+    )
+
+
+def loss_text(distillation: Mapping[str, Any]) -> str:
+    """The loss of a distillation."""
+    text = f"divergence at temperature {distillation['temperature']:g}"
+    if mix := distillation["mix"]:
+        text += f", and {mix:.0%} cross-entropy of the text"
+    return text
+
+
 def tower_text(model: Mapping[str, Any]) -> str:
     """What of a wrapper was pruned, and what stayed; '' where a model is nothing but its language model."""
     if not (beside := model.get("parameters_beside")):

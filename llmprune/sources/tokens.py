@@ -79,7 +79,9 @@ def token_batch(
     return TokenBatch(tokens, Provenance(source, len(tokens), tokens.shape[1], seed, digest, bos_tokens, characters))
 
 
-def calibration_tokens(source: str, reader: Reader, *, samples: int, seq_len: int, seed: int) -> TokenBatch:
+def calibration_tokens(
+    source: str, reader: Reader, *, samples: int, seq_len: int, seed: int, flag: str = "--samples"
+) -> TokenBatch:
     """Different windows of `seq_len` tokens, drawn at random from a text (of a long one, from its first part).
 
     Args:
@@ -87,6 +89,7 @@ def calibration_tokens(source: str, reader: Reader, *, samples: int, seq_len: in
         reader: tokenizer, and how windows begin.
         samples, seq_len: number of windows, and tokens in each.
         seed: of the draw.
+        flag: that asked for the number of windows.
 
     Raises:
         InputError: no such text, or too little of it.
@@ -95,8 +98,8 @@ def calibration_tokens(source: str, reader: Reader, *, samples: int, seq_len: in
     found = _windows(text, reader, seq_len, samples, DRAWN_CHARACTERS)
     if len(found.tokens) < samples:
         raise InputError(
-            f"{source} gives {len(found.tokens)} windows of {seq_len} tokens, but {samples} were asked for (--samples)",
-            "use a longer text, fewer --samples or a smaller --seq-len",
+            f"{source} gives {len(found.tokens)} windows of {seq_len} tokens, but {samples} were asked for ({flag})",
+            f"use a longer text, fewer {flag} or a smaller --seq-len",
         )
     chosen = torch.randperm(len(found.tokens), generator=torch.Generator().manual_seed(seed))[:samples]
     return token_batch(found.tokens[chosen], base_name(source), seed, found.bos_tokens, found.characters)

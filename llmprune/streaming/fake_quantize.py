@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from llmprune.pruning.problem import Scales
 from llmprune.streaming.block import Block
+from llmprune.training.on_grid import fake_quantized
 
 SCALE = "@scale"
 """What is behind the name of a weight in that of its scales."""
 
 
 class FakeQuantization:
-    """The weights of a block that are on a grid, `s q(v / s)` of latent weights v and scales s that are both trained.
+    """The weights of a block that are on a grid, of latent weights and scales that are both trained.
 
-    Straight-through (Bengio et al. 2013): the gradient of q is that of the identity within the grid's range, and zero
-    outside. With it the gradient of a scale is `q(v / s) − v / s` times that of the weight, as in LSQ (Esser et al.
-    2020).
+    Their gradients are straight-through, see `fake_quantized`.
 
     Args:
         block: its groups are all solved.
@@ -63,7 +62,4 @@ class FakeQuantization:
 
 
 def _fake(latent: Tensor, values: Tensor, scales: Scales) -> Tensor:
-    """`s q(v / s)`, `(out, in)`, with straight-through gradients for v and s."""
-    grid, spread = scales.grid, values[:, scales.group_of]
-    ratio = (latent / spread).clamp(grid.lowest, grid.highest)
-    return (ratio + (grid.nearest(ratio.detach()) - ratio).detach()) * spread
+    return fake_quantized(latent, values[:, scales.group_of], scales.grid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -40,10 +40,12 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
 
     Args:
         only: globs over the names of the layers; of these, every sparse one is masked.
+        parameters: names of parameters to mask instead, of any kind and however few zeros they have, such as those that
+            hold all experts of a block.
     """
 
-    def __init__(self, only: Iterable[str] = ("*",)) -> None:
-        self.only = tuple(only)
+    def __init__(self, only: Iterable[str] = ("*",), parameters: Collection[str] | None = None) -> None:
+        self.only, self.parameters = tuple(only), parameters
         self.masks: dict[nn.Parameter, Tensor] = {}
         self._hooks: list[Any] = []
 
@@ -53,13 +55,19 @@ class KeepZeros(TrainerCallback):  # type: ignore[misc]
         Raises:
             InputError: the model has none.
         """
-        layers = sparse_layers(kwargs["model"], self.only)
-        if not layers:
-            raise InputError("no linear layer of this model has zeros to keep", "train a pruned model")
-        weights = [layer.weight for layer in layers.values() if isinstance(layer.weight, nn.Parameter)]
+        weights = self._weights(kwargs["model"])
         self.masks = {weight: weight.data == 0 for weight in weights}
         trained = [weight for weight in weights if weight.requires_grad]
         self._hooks = [weight.register_post_accumulate_grad_hook(self._drop) for weight in trained]  # type: ignore[no-untyped-call]
+
+    def _weights(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters to mask."""
+        if self.parameters is not None:
+            return [model.get_parameter(name) for name in self.parameters]
+        layers = sparse_layers(model, self.only)
+        if not layers:
+            raise InputError("no linear layer of this model has zeros to keep", "train a pruned model")
+        return [layer.weight for layer in layers.values() if isinstance(layer.weight, nn.Parameter)]
 
     def _drop(self, weight: Tensor) -> None:
         assert isinstance(weight, nn.Parameter)

@@ -14,7 +14,7 @@ import torch
 from helpers import ROOT, random_tokens, reload
 from huggingface_hub import ModelCard
 
-from llmprune import Job, PruneReport, prune
+from llmprune import DistillJob, Job, PruneReport, distill, prune
 from llmprune.errors import InputError
 from llmprune.pipeline.report_builder import skipped_steps
 from llmprune.reporting.model_card import model_card
@@ -22,7 +22,11 @@ from llmprune.reporting.report import FILE, MixtureReport
 from llmprune.streaming.batch_shards import held_out_batches
 
 DOCS = ROOT / "docs" / "reference" / "report.md"
-FREE = ("versions", "fingerprint", "method.options", "sparsity.config", "coverage.skipped")
+LEARNT = "distillation"
+FREE = (
+    *("versions", "fingerprint", "method.options", "sparsity.config", "coverage.skipped"),
+    *(f"{LEARNT}.{key}" for key in ("text", "evaluation.before", "evaluation.after", "seconds", "fingerprint")),
+)
 STATS = "layers[].stats."
 GENERATION = {f"generations[].{key}" for key in ("prompt", "dense", "pruned")}
 SPREAD = {"processes", *(f"processes.{key}" for key in ("world_size", "tokens", "rows"))}
@@ -73,11 +77,27 @@ def documented() -> dict[str, tuple[str, str]]:
 
 def test_every_key_is_documented_and_nothing_else(report: PruneReport) -> None:
     keys = set(paths(report.to_json())) | {"evaluation"}
-    stats = {key for key in documented() if key.startswith(STATS)}
-    assert keys - stats == documented().keys() - SOMETIMES - stats
+    others = {key for key in documented() if key.startswith((STATS, LEARNT))}
+    assert keys - others == documented().keys() - SOMETIMES - others
+
+
+def test_every_key_of_a_distillation_is_documented(report: PruneReport, text: Path, tiny: Path) -> None:
+    out, data = Path(report.out).with_name("distilled"), str(text)
+    small = {"tokens": 64, "seq_len": 16, "batch_size": 2, "held_out": 2, "eval_windows": 2, "eval_context": 16}
+    taught = distill(DistillJob(Path(report.out), str(tiny), calib=data, eval_text=data, out=out, **small))  # type: ignore[arg-type]
+    assert {path for path in paths(taught.to_json()) if path.startswith(f"{LEARNT}.")} | {f"{LEARNT}.evaluation"} == {
+        key for key in documented() if key.startswith(f"{LEARNT}.")
+    }
+    check(taught.to_json())
+    assert PruneReport.from_json(json.loads(json.dumps(taught.to_json(), allow_nan=False))) == taught
 
 
 def test_every_value_has_the_type_that_is_documented(report: PruneReport) -> None:
+    check(report.to_json())
+
+
+def check(found: dict[str, Any]) -> None:
+    """Compare the types of all values with those that are documented."""
     types = {
         "string": str,
         "integer": int,
@@ -88,18 +108,18 @@ def test_every_value_has_the_type_that_is_documented(report: PruneReport) -> Non
         "null": type(None),
     }
 
-    def check(value: Any, path: str = "") -> None:
+    def compare(value: Any, path: str = "") -> None:
         if isinstance(value, dict):
             for key, item in value.items():
-                check(item, f"{path}.*" if path in FREE else f"{path}.{key}".lstrip("."))
+                compare(item, f"{path}.*" if path in FREE else f"{path}.{key}".lstrip("."))
         if isinstance(value, list) and value and isinstance(value[0], dict):
             for item in value:
-                check(item, f"{path}[]")
+                compare(item, f"{path}[]")
         if path in (known := documented()):
-            kinds = known[path][0].split(" or ")
+            kinds = re.split(" or |, ", known[path][0])
             assert any(isinstance(value, types[kind.split()[0]]) for kind in kinds), path
 
-    check(report.to_json())
+    compare(found)
 
 
 def test_sizes_and_times_have_units() -> None:
