@@ -76,6 +76,8 @@ FORM: Mapping[str, Any] = {
     "distillation?": {
         "command?": _text, "teacher?": _text, "text?": _WINDOWS, "tokens?": _whole, "generated?": _whole,
         "held_out?": _whole, "epochs?": _whole, "temperature?": _finite, "mix?": _finite, "frozen?": [_text],
+        "steps?": _whole, "batch_size?": _whole, "learning_rate?": _finite, "top_k?": _whole,
+        "trained_parameters?": _whole, "threads?": _whole, "processes?": _whole, "peak_memory?": _whole,
         "divergences?": [{"step": _whole, "divergence": _number}], "kept_step?": _whole,
         "divergence_before?": _number, "divergence_after?": _number,
         "evaluation?": (_WINDOWS | {"before": _PERPLEXITY, "after": _PERPLEXITY, "overlap": _number},),

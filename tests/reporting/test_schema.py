@@ -86,6 +86,7 @@ def test_a_report_of_schema_1_is_read_and_written_as_the_current_one(first: dict
         "blocks": blocks,
         "layers": layers,
         "quantization": {},
+        "distillation": {},
         "mixtures": [],
     }
 
