@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmprune.errors import InputError
@@ -38,7 +41,10 @@ def check_written(structure: Structure, source: Mapping[str, Any]) -> None:
         InputError: another setting of the file contradicts it.
     """
     wanted = structure.config.get_text_config()
-    found = type(structure.config).from_dict(smaller_config(structure, source)).get_text_config()
+    with TemporaryDirectory() as folder:
+        # Infinity, for one, stands in files in a way of its own, so a file it is.
+        (Path(folder) / "config.json").write_text(json.dumps(smaller_config(structure, source)), encoding="utf-8")
+        found = type(structure.config).from_pretrained(folder).get_text_config()
     for key in (*structure.changes, "num_hidden_layers"):
         said, meant = getattr(found, key, None), getattr(wanted, key, None)
         if said != meant:

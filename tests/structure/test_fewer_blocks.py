@@ -85,6 +85,16 @@ def test_a_file_that_would_be_read_otherwise_is_refused(tmp_path: Path) -> None:
         check_written(replace(found, config=skeleton.config), source)
 
 
+def test_a_file_with_what_json_lacks_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    save_tiny("mamba2", tmp_path, num_hidden_layers=3)
+    skeleton = skeleton_of(tmp_path)
+    source = json.loads((tmp_path / "config.json").read_text())
+    assert source["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    found = keep_blocks(skeleton, unchanged(skeleton), (0, 2), False)
+    check_written(found, source)
+    assert smaller_config(found, source)["time_step_limit"] == source["time_step_limit"]
+
+
 def test_names_of_blocks_are_numbered_anew(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path, num_hidden_layers=4)
     new = renumbering(skeleton_of(tmp_path), (0, 2, 3))
