@@ -16,6 +16,7 @@ from llmprune.reporting.words import (
     coverage_text,
     distillation_rows,
     duration,
+    error_name,
     error_text,
     evaluation_text,
     grid_text,
@@ -133,10 +134,7 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         *_removed_rows(report.sparsity, report.model),
         *([] if removes_only(report.sparsity) else [("reached", pruned_text(report)), _coverage_row(report.coverage)]),
         *_grid_rows(report.quantization),
-        (
-            "method",
-            f"{recipe_text(report.recipe)}, mean relative {'layer ' if layers else ''}error {error_text(report)}",
-        ),
+        ("method", recipe_text(report.recipe) + _error(report)),
         *_super_rows(report),
         *([("status", f"{raised} layers needed special care, see prune_report.json")] if raised else []),
         ("calibration", calibration_text(report.calibration)),
@@ -148,6 +146,10 @@ def _result_rows(report: PruneReport) -> list[tuple[str, str]]:
         ("load with", f'{loader_of(report.model)}.from_pretrained("{report.out}")'),
     ]
     return rows
+
+
+def _error(report: PruneReport) -> str:
+    return f", {name} {error_text(report)}" if (name := error_name(report)) else ""
 
 
 def _super_rows(report: PruneReport) -> list[tuple[str, str]]:

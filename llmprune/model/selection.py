@@ -14,6 +14,7 @@ from llmprune.model.skeleton import Skeleton
 from llmprune.pruning.pattern import SparsityPattern
 
 REGEX = "re:"
+NOTHING_TO_LOSE = "no channels, heads or experts to lose"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Plan:
         parameters: number of parameters of the model, tied ones once.
         out_bytes: size of the folder to be written.
         notes: on patterns of names that change nothing.
-        removed: number of weights in layers that are removed as a whole, with their experts.
+        removed: layers that are removed as a whole, with their experts.
     """
 
     layers: tuple[LayerRef, ...]
@@ -36,7 +37,7 @@ class Plan:
     parameters: int
     out_bytes: int
     notes: tuple[str, ...] = ()
-    removed: int = 0
+    removed: tuple[LayerRef, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -46,7 +47,7 @@ class Plan:
     @property
     def covered(self) -> int:
         """Number of weights in the layers to prune, or to remove."""
-        return sum(layer.weights for layer in self.layers) + self.removed
+        return sum(layer.weights for layer in (*self.layers, *self.removed))
 
     @property
     def coverage(self) -> float:
@@ -61,32 +62,36 @@ class Plan:
         kept = tuple(layer for layer in self.layers if layer.name not in dense)
         return replace(self, layers=kept, skipped=self.skipped + skipped)
 
-    def smaller(self, sliced: frozenset[str] | None, saved: int) -> Plan:
-        """The plan of a run that removes channels or heads.
+    def smaller(self, changed: frozenset[str] | None, saved: int, why: str = NOTHING_TO_LOSE) -> Plan:
+        """The plan of a run that removes something and prunes nothing else.
 
         Args:
-            sliced: full names of the layers that lose rows or inputs, the only ones to keep in the plan; None for all.
+            changed: full names of the layers that get smaller or are fitted, the only ones to keep in the plan; None
+                for all.
             saved: bytes that the model loses.
+            why: the others stay as they are.
         """
-        left = [] if sliced is None else [layer.name for layer in self.layers if layer.name not in sliced]
-        dense = dict.fromkeys(left, "no channels, heads or experts to lose")
-        return replace(self.without(dense), out_bytes=self.out_bytes - saved)
+        left = [] if changed is None else [layer.name for layer in self.layers if layer.name not in changed]
+        return replace(self.without(dict.fromkeys(left, why)), out_bytes=self.out_bytes - saved)
 
-    def within(self, blocks: Collection[str], parameters: int) -> Plan:
+    def within(self, skeleton: Skeleton, kept: Sequence[int]) -> Plan:
         """The plan of a model that keeps some of its blocks.
 
         Args:
-            blocks: names of the blocks that stay.
-            parameters: number of parameters in them.
+            skeleton: the model.
+            kept: numbers of the blocks that stay.
         """
+        blocks = tuple(f"{skeleton.block_name(index)}." for index in kept)
+        parameters = sum(parameter.numel() for index in kept for parameter in skeleton.blocks[index].parameters())
 
         def stays(name: str) -> bool:
-            return any(name.startswith(f"{block}.") for block in blocks)
+            return name.startswith(blocks)
 
         return replace(
             self,
             layers=tuple(layer for layer in self.layers if stays(layer.name)),
             skipped=tuple(item for item in self.skipped if stays(item.name)),
+            removed=tuple(layer for layer in self.removed if stays(layer.name)),
             block_parameters=parameters,
         )
 
@@ -96,7 +101,7 @@ class Plan:
         Args:
             shapes: the new ones, `(experts, ...)`, by full name.
         """
-        layers, removed = [], 0
+        layers, removed = [], list(self.removed)
         for layer in self.layers:
             place, shape = layer.expert, shapes.get(layer.parameter)
             if place is None or shape is None:
@@ -106,8 +111,8 @@ class Plan:
                 layout = replace(place.layout, count=shape[0], shape=(rows, width))
                 layers.append(replace(layer, expert=replace(place, layout=layout)))
             else:
-                removed += layer.weights
-        return replace(self, layers=tuple(layers), removed=removed)
+                removed.append(layer)
+        return replace(self, layers=tuple(layers), removed=tuple(removed))
 
     def skipped_by_reason(self) -> dict[str, int]:
         """Number of weights that are kept dense, by reason."""

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 
 from llmprune.errors import InputError
+from llmprune.model.selection import NOTHING_TO_LOSE
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.state import WorkerState
 from llmprune.progress import Progress
@@ -19,6 +20,8 @@ from llmprune.streaming.block_use import LONGEST, TOKENS, block_use
 from llmprune.streaming.stream import BATCH_TOKENS, BlockStream, Observe, Resources
 from llmprune.structure.fewer_blocks import HINT, keep_blocks
 from llmprune.structure.written_config import check_written
+
+NOTHING_TO_FIT = "not fitted: it does not add to the residual stream"
 
 
 def choose_blocks(run: RunContext, windows: Tensor, state: WorkerState, progress: Progress) -> RunContext:
@@ -85,15 +88,13 @@ def without_blocks(run: RunContext, removed: Sequence[int], adders: Sequence[str
     check_written(structure, read_json(run.source.folder / "config.json"))
     first, *others = planned.summary
     text = f"{first}: {_ranges(removed)} of 0 to {len(skeleton.blocks) - 1} removed"
-    progress.note(f"blocks {_ranges(removed)} are removed")
+    progress.note(f"removed blocks: {_ranges(removed)} of 0 to {len(skeleton.blocks) - 1}")
     structure = replace(structure, summary=(text, *others), ratios=planned.ratios, whole=planned.whole)
-    names = [skeleton.block_name(index) for index in kept]
-    parameters = sum(parameter.numel() for index in kept for parameter in skeleton.blocks[index].parameters())
-    repairing = [name for name in adders if any(name.startswith(f"{block}.") for block in names)]
-    fitted = frozenset(repairing if run.recipe.compensate else ())
-    plan = run.plan.within(names, parameters)
+    plan = run.plan.within(skeleton, kept)
+    fitted = plan.names & frozenset(adders if run.recipe.compensate else ())
     if run.pattern is None and run.grid is None:
-        plan = plan.smaller(fitted | structure.sliced_layers(skeleton), 0)
+        why = NOTHING_TO_FIT if run.recipe.compensate else NOTHING_TO_LOSE
+        plan = plan.smaller(fitted | structure.sliced_layers(skeleton), 0, why)
     return replace(run, structure=structure, plan=plan, repairing=fitted)
 
 

@@ -96,7 +96,7 @@ class RunContext:
         procedure: how the sparsity is reached.
         skeleton: the dense model without weights.
         plan: the layers to be pruned.
-        structure: the smaller model, where channels, heads or experts are removed; else without cuts.
+        structure: the smaller model, where blocks, channels, heads or experts are removed; else without cuts.
         data: the tokens.
         out: the folder to be made.
         left_out: why self-generated text had to be left out, or ''.

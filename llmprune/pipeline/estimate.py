@@ -16,14 +16,20 @@ from llmprune.model.reader import PIECE, Entry
 from llmprune.model.selection import Plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.model.writer import HELD_BYTES
+from llmprune.pipeline.block_choice import NOTHING_TO_FIT
+from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.prepare import prepare, without_generation_if_too_large
-from llmprune.pipeline.report_builder import initial_report
+from llmprune.pipeline.report_builder import coverage, initial_report
+from llmprune.pipeline.resolve import applicable
 from llmprune.progress import Progress
 from llmprune.pruning.criteria import load_criterion
 from llmprune.pruning.grid import Grid
 from llmprune.pruning.methods import Cost, load_method
 from llmprune.pruning.recipe import EFFORTS, Recipe
+from llmprune.pruning.sparsity import parse_sparsity
+from llmprune.pruning.statistics import HELD_OUT
 from llmprune.sources.generated import generation_batch_size, model_bytes, window_bytes
+from llmprune.streaming.block_use import LONGEST, TOKENS
 from llmprune.streaming.check_stream import WINDOW
 from llmprune.streaming.expert_statistics import POOLED_TOKENS
 from llmprune.streaming.perplexity import CHUNK_ELEMENTS
@@ -48,6 +54,7 @@ class Task:
         evaluation: evaluation tokens, each used twice; 0 for none.
         budget: bytes of hidden states that may rest in memory.
         grid: of the weights that are kept; None for floating point.
+        removed: number of blocks that are removed; the plan is of the others.
     """
 
     skeleton: Skeleton
@@ -58,6 +65,7 @@ class Task:
     evaluation: int
     budget: int
     grid: Grid | None = None
+    removed: int = 0
 
     @property
     def own(self) -> int:
@@ -81,8 +89,8 @@ class Task:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks."""
-        return max(len(self.skeleton.blocks), 1)
+        """Number of blocks that stay."""
+        return max(len(self.skeleton.blocks) - self.removed, 1)
 
     @property
     def groups(self) -> dict[tuple[str, int], float]:
@@ -116,10 +124,12 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     text, evaluation = run.data.calibration.tokens, run.data.evaluation
     evaluated = evaluation.tokens.numel() if evaluation else 0
     rate, budget = product_rate(), run.job.activation_memory
-    task = Task(run.skeleton, run.plan, run.recipe, text.numel(), text.shape[1], evaluated, budget, run.grid)
+    plan, removed = _left(run), len(run.removed_blocks)
+    task = Task(run.skeleton, plan, run.recipe, text.numel(), text.shape[1], evaluated, budget, run.grid, removed)
     return {
         **{key: report[key] for key in REPORTED},
-        "layers": [{"name": layer.name, "shape": layer.shape} for layer in run.plan.layers],
+        "coverage": coverage(plan),
+        "layers": [{"name": layer.name, "shape": layer.shape} for layer in plan.layers],
         "size": {"dense": run.skeleton.checkpoint.folder.nbytes, "pruned": run.plan.out_bytes},
         "estimate": {
             "seconds": seconds(task, rate),
@@ -130,9 +140,28 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     }
 
 
+def _left(run: RunContext) -> Plan:
+    """The plan without the blocks that are removed: which ones go is not known yet, so it is without the last ones."""
+    kept = run.structure.kept_blocks
+    if kept is None:
+        return run.plan
+    plan = run.plan.within(run.skeleton, kept)
+    if run.pattern is not None or run.grid is not None:
+        return plan
+    fitted = frozenset(layer.name for layer in _adding(plan, run.skeleton.width) if run.recipe.compensate)
+    return plan.smaller(fitted | run.structure.sliced_layers(run.skeleton), 0, NOTHING_TO_FIT)
+
+
+def _adding(plan: Plan, width: int) -> list[LayerRef]:
+    """The layers that likely add to the residual stream: the last one of its module, as wide as the stream."""
+    last = {layer.name.rpartition(".")[0]: layer for layer in plan.layers if layer.expert is None}
+    return [layer for layer in last.values() if layer.shape[0] == width]
+
+
 def at_effort(task: Task, job: Job) -> Task:
     """The same task with the recipe of another effort, as it would be run here."""
-    recipe, _ = without_generation_if_too_large(job.recipe, job, task.skeleton, task.seq_len)
+    recipe = applicable(job.recipe, job, parse_sparsity(job.sparsity))
+    recipe, _ = without_generation_if_too_large(recipe, job, task.skeleton, task.seq_len)
     return replace(task, recipe=recipe)
 
 
@@ -166,6 +195,7 @@ def seconds(task: Task, rate: float) -> float:
     if recipe.allocate != "uniform":
         stream += tokens * (forward + gram)
         products, factors = products + 2 * load_method(recipe.method).cost.products, factors + 2
+    stream += _leaving_out(task)
     return (stream + train + write + (products + on_grid + 2) * product + factors * factor + evaluate) / rate
 
 
@@ -185,6 +215,8 @@ def memory(task: Task) -> int:
         stages.append(_writing(task))
     if task.evaluation:
         stages.append(_evaluating(task))
+    if task.removed:
+        stages.append(_choosing(task))
     if task.recipe.allocate != "uniform":
         stages.append(_pruning(replace(task, recipe=Recipe(task.recipe.method))))
     return LATE + max(stages)
@@ -251,6 +283,46 @@ def _writing(task: Task) -> int:
     return model_bytes(task.skeleton) + at_once * window_bytes(task.skeleton, task.seq_len)
 
 
+def _choosing(task: Task) -> int:
+    """A block and the dense activations of a few windows, and what the fits of runs of blocks need, see `block_use`."""
+    tokens, longest = _chosen_on(task), min(LONGEST, task.removed)
+    held, width = _held(task), _fitted_inputs(task)
+    places = longest * (tokens * task.hidden + _fits(tokens)) + task.hidden * tokens
+    fit = tokens * (2 * width + task.hidden) + 3 * width**2
+    return held.whole * task.element + held.experts + 4 * (places + fit) + _resting(task, tokens, 1)
+
+
+def _chosen_on(task: Task) -> int:
+    """The tokens on which the blocks to be removed are chosen."""
+    return min(task.tokens, max(TOKENS // task.seq_len, 2) * task.seq_len)
+
+
+def _fits(tokens: int) -> int:
+    """The values of a smoother: from every fitted token to every held-out one."""
+    held = int(HELD_OUT * tokens)
+    return held * (tokens - held)
+
+
+def _fitted_inputs(task: Task) -> int:
+    """The most inputs of a layer that likely adds to the residual stream."""
+    return max((layer.shape[1] for layer in _adding(task.plan, task.hidden)), default=task.hidden)
+
+
+def _leaving_out(task: Task) -> float:
+    """Operations of choosing the blocks that are removed, and of passing the dense activations through these."""
+    if not task.removed:
+        return 0.0
+    blocks, tokens = task.blocks + task.removed, _chosen_on(task)
+    block = (2 * task.active + 4 * task.seq_len * task.hidden * task.blocks) / task.blocks
+    width, longest = _fitted_inputs(task), min(LONGEST, task.removed)
+    fit = 2 * tokens * width**2 + 4 * width**3 / 3 + 2 * _fits(tokens) * (width + longest * task.hidden)
+    # A block in front of removed ones is passed twice.
+    ahead = 2 * task.removed * task.tokens * block if task.recipe.dense_stream else 0
+    # The dense model also generates text, and is evaluated.
+    dense = (WRITING * task.own + task.evaluation) * task.removed * block
+    return blocks * (tokens * block + fit) + ahead + dense
+
+
 def _evaluating(task: Task) -> int:
     """Embeddings and head, logits and their softmax, hidden states; or a block."""
     logits = 3 * 4 * min(CHUNK_ELEMENTS, task.evaluation * task.vocabulary)
@@ -265,8 +337,12 @@ def _pruning(task: Task) -> int:
     recipe, checkpoint, parts = task.recipe, task.skeleton.checkpoint, _held(task, task.recipe.whole_blocks)
     covered = parts.covered
     held = parts.whole * task.element + parts.experts + covered * (task.element if recipe.dense_stream else 0)
-    new = covered * checkpoint.stored_dtype(task.plan.layers[0].parameter).itemsize
-    solve = max(_solving(task, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers)
+    layers = task.plan.layers
+    new = covered * checkpoint.stored_dtype(layers[0].parameter).itemsize if layers else 0
+    solve = max(
+        (_solving(task, layer.shape[1], _rows(task, layer), _lands(task, layer)) for layer in task.plan.layers),
+        default=0,
+    )
     pausing, repeating = _pausing(task), _resting(task, task.tokens, _streams(task))
     passing = pausing if pausing <= BLOCK_MEMORY else repeating
     window = _window(task)
@@ -278,7 +354,9 @@ def _pruning(task: Task) -> int:
     rewrite += 2 * new if task.grid else 0
     if parts.experts:
         rewrite += min(HELD_BYTES, task.skeleton.checkpoint.out_bytes() // task.blocks)
-    return held + new + max(solve + passing, window + passing, train + repeating, rewrite)
+    # The dense activations pass removed blocks while the one before is there.
+    ahead = _block(task) * task.element + window + repeating if task.removed else 0
+    return held + new + max(solve + passing, window + passing, train + repeating, rewrite, ahead)
 
 
 def _solving(task: Task, width: int, rows: int, lands: bool) -> int:
@@ -345,7 +423,8 @@ def _window(task: Task) -> int:
 
 def _widest(task: Task) -> int:
     """The largest activation of one batch."""
-    return min(BATCH_TOKENS, task.tokens) * task.element * max(max(layer.shape) for layer in task.plan.layers)
+    widest = max((max(layer.shape) for layer in task.plan.layers), default=task.hidden)
+    return min(BATCH_TOKENS, task.tokens) * task.element * widest
 
 
 def _streams(task: Task) -> int:

@@ -118,13 +118,16 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
         all_layers = sparsity.pattern is not None or procedure.grid is not None or sparsity.blocks is not None
         check_written(structure, read_json(source.folder / "config.json"))
         sliced = None if all_layers else structure.sliced_layers(skeleton)
-        plan = plan.smaller(sliced, structure.saved(skeleton)).resized(structure.shapes(skeleton))
+        # Which blocks go is not known yet: the plan is of all of them, and bytes are those of as many.
+        whole = structure.whole or structure
+        plan = plan.smaller(sliced, structure.saved(skeleton)).resized(whole.shapes(skeleton))
         for text in structure.summary:
             progress.note(text)
     if procedure.grid is not None:
-        grid = fitted_grid(procedure.grid, skeleton, plan, structure)
+        grid = fitted_grid(procedure.grid, skeleton, plan, structure.whole or structure)
         procedure = replace(procedure, grid=grid)
-        plan = replace(plan, out_bytes=plan.out_bytes - saved_bytes(grid, skeleton, plan, structure))
+        left = plan if structure.kept_blocks is None else plan.within(skeleton, structure.kept_blocks)
+        plan = replace(plan, out_bytes=plan.out_bytes - saved_bytes(grid, skeleton, left, structure))
     if "channel_scale" in solver.needs:
         check_channel_scales(skeleton, structure)
     if "norm_scale" in solver.needs:

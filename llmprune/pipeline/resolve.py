@@ -47,7 +47,7 @@ def resolve(job: Job, group: ProcessGroup = SINGLE) -> Procedure:
     if sparsity.removals and sparsity.pattern is None and grid is None and (job.only or job.skip):
         raise InputError(
             f"--only and --skip do not apply to {sparsity.name}",
-            "a config has one width, one number of heads and one of experts for all",
+            "a config has one number of blocks, and one width, one number of heads and one of experts for all",
         )
     if job.round_to and not any(removal.kind == "channels" for removal in sparsity.removals):
         raise InputError(f"--round-to does not apply to {sparsity.name}", "it is for channels:...")
@@ -166,7 +166,7 @@ def _applicable(recipe: Recipe, job: Job, sparsity: Sparsity) -> Recipe:
 
 
 def _for_removal(recipe: Recipe, job: Job) -> Recipe:
-    """The recipe where channels, heads or experts go and no weights after that: one fit, or none."""
+    """The recipe where blocks, channels, heads or experts go and no weights after that: one fit, or none."""
     if not recipe.compensate and job.targets == "dense":
         raise InputError("--targets dense has no meaning with --no-refit", "leave one of them out: nothing is fitted")
     targets = recipe.targets if recipe.compensate else "pruned"

@@ -77,7 +77,7 @@ class Recipe:
     refit: bool = knob(
         False,
         "recipe",
-        "least-squares refit of the kept weights on the final mask; after channels and heads unless --no-refit",
+        "least-squares refit of the kept weights on the final mask; after removals unless --no-refit",
         SWITCH,
         label="refit",
         guesses=("least_squares", "update_weights"),

@@ -60,10 +60,11 @@ class Removal:
         Args:
             done: the ratio that is removed, where the model does not allow the one that was asked for.
         """
-        if self.count and done is None:
-            return f"{self.count} of the {WORDS[self.kind]} removed"
         removed = percent(self.ratio if done is None else Fraction(round(done * 1000), 1000))
-        asked = str(self.count) if self.count else percent(self.ratio)
+        if self.count:
+            # A number is always met.
+            return f"{self.count} of the {WORDS[self.kind]}{'' if done is None else f' ({removed})'} removed"
+        asked = percent(self.ratio)
         return f"{removed} of the {WORDS[self.kind]} removed" + ("" if removed == asked else f" ({asked} asked for)")
 
 
@@ -146,9 +147,7 @@ def parse_sparsity(text: str, scope: Scope = "layer") -> Sparsity:
     removals: list[Removal] = []
     pattern: SparsityPattern | None = None
     for part in text.split("+"):
-        if match := re.fullmatch(
-            r"\s*(blocks|channels|heads|experts)\s*:\s*(\d{0,9}\.?\d{0,9})\s*(%?)\s*", part, re.ASCII
-        ):
+        if match := re.fullmatch(_REMOVAL, part, re.ASCII):
             try:
                 ratio = Fraction(match[2]) / (100 if match[3] else 1)
             except ValueError:

@@ -157,8 +157,9 @@ def _show(cell: Any) -> str:
 def facts(report: PruneReport) -> str:
     """Tiles with the main figures."""
     seconds = report.seconds.get("total")
+    error = ("mean layer error" if report.layers else "mean error", f"{report.mean_error:.4f}", "relative, squared")
     found = [
-        ("mean layer error" if report.layers else "mean error", f"{report.mean_error:.4f}", "relative, squared"),
+        *([error] if report.layers or report.mixtures else []),
         *_amounts(report),
         ("time", duration(seconds) if seconds else "-", f"{duration(report.seconds.get('prune', 0))} of it pruning"),
         ("memory", size(report.peak_memory) if report.peak_memory else "-", "peak"),

@@ -185,7 +185,8 @@ class PruneReport:
             rows["parameters"] = words.parameters_text(self.model)
         for key in ("dense", "pruned") if self.evaluation else ():
             rows[f"perplexity, {key}"] = words.perplexity_text(self.evaluation[key])  # type: ignore[index]
-        rows["mean relative layer error"] = words.error_text(self)
+        if name := words.error_name(self):
+            rows[name] = words.error_text(self)
         rows["time"] = words.duration(self.seconds.get("total", 0))
         rows |= {f"distilled: {key}": text for key, text in words.distillation_rows(self.distillation)}
         rows |= {f"warning {number}": text for number, text in enumerate(self.warnings, 1)}

@@ -163,7 +163,7 @@ def super_experts_text(mixtures: Sequence[Any], guard: bool) -> str:
 
 
 def removes_only(sparsity: Mapping[str, Any]) -> bool:
-    """Whether channels, heads or experts are removed, and no weights are pruned by a pattern."""
+    """Whether blocks, channels, heads or experts are removed, and no weights are pruned by a pattern."""
     return bool(sparsity["removed"]) and not sparsity["fraction"]
 
 
@@ -209,10 +209,17 @@ class Figures(Protocol):
 
 def pruned_text(report: Figures) -> str:
     """The ratio of pruned weights in the pruned layers, those that are removed among them."""
-    # Experts that went are not among these layers.
-    narrowed = any(not text.startswith("experts") for text in report.sparsity["removed"])
+    # Blocks and experts that went are not among these layers.
+    narrowed = any(not text.startswith(("blocks", "experts")) for text in report.sparsity["removed"])
     how = " are removed or zero" if narrowed else ""
     return f"{report.pruned_ratio:.2%} of {count(report.weights)} weights in {len(report.layers)} layers{how}"
+
+
+def error_name(report: Figures) -> str:
+    """What `error_text` tells; '' where no layer was solved and no mixture lost experts."""
+    if not report.layers and not report.mixtures:
+        return ""
+    return f"mean relative {'layer ' if report.layers else ''}error"
 
 
 def error_text(report: Figures) -> str:

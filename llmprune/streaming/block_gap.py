@@ -31,7 +31,7 @@ def pass_removed(block: Block, gap: Iterable[int], dense: Activations | None) ->
         ahead.append(first)
         added.append(-first)
     for index in numbers:
-        with skeleton.loaded(skeleton.block_parameters(index), whole=True):
+        with skeleton.loaded(skeleton.block_parameters(index)):
             for batch in block.batches:
                 (call,) = own_state([batch.dense_calls[index]])
                 entered = batch.axes.native(ahead.entered(batch.number)).to(skeleton.device)

@@ -173,7 +173,7 @@ def block_settings(config: PreTrainedConfig, kept: Sequence[int], total: int) ->
     lists = {
         key: [value[index] for index in kept]
         for key, value in settings.items()
-        if isinstance(value, list) and len(value) == total > 1 and "token" not in key
+        if isinstance(value, list) and len(value) == total > 1 and "token" not in key and not _name_all(key, value)
     }
     numbered = {
         key: [new for new, index in enumerate(kept) if index in value]
@@ -191,6 +191,11 @@ def block_settings(config: PreTrainedConfig, kept: Sequence[int], total: int) ->
 
 def _is_depth(key: str, value: Any, total: int) -> bool:
     return type(value) is int and value == total and _DEPTH.search(key) is not None
+
+
+def _name_all(key: str, values: list[Any]) -> bool:
+    """Whether a list names every block, as `moe_layers` may, and does not say something of each."""
+    return _DEPTH.search(key) is not None and values == list(range(len(values)))
 
 
 def _are_blocks(values: list[Any], total: int) -> bool:

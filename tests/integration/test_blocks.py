@@ -20,7 +20,12 @@ from helpers import (
 )
 
 from llmprune import InputError, PruneReport, prune
+from llmprune.cli.terminal import summary
 from llmprune.export.verify import verify_folder
+from llmprune.pipeline.block_choice import without_blocks
+from llmprune.pipeline.prepare import prepare
+from llmprune.progress import Progress
+from llmprune.reporting.html_report import facts
 from llmprune.run import dry_run
 
 TYPES = ["sliding_attention", "full_attention"]
@@ -138,12 +143,42 @@ def test_perplexity_and_plan(tmp_path: Path) -> None:
     text = text_file(tmp_path / "text.txt", 2000)
     tokens = token_file(tmp_path / "tokens.safetensors", random_tokens(8, 32))
     task = job(tmp_path / "source", tmp_path / "out", tokens, "blocks:25%", evaluate=True, eval_text=str(text))
-    facts = dry_run(task)
-    assert "transformer blocks 4 -> 3" in json.dumps(facts)
+    plan = dry_run(task)
+    assert "transformer blocks 4 -> 3" in json.dumps(plan)
     report = prune(task)
     assert report.evaluation is not None
     assert report.size["pruned"] < report.size["dense"]
+    assert len(plan["layers"]) == len(report.layers) == 2 * 3
+    assert plan["coverage"] == report.coverage
+    assert plan["size"]["pruned"] == pytest.approx(report.size["pruned"], rel=0.02)
     assert "25 % of the transformer blocks removed" in report.sparsity["meaning"]
+
+
+def test_the_plan_of_narrower_experts_in_fewer_blocks_is_that_of_those_that_stay(tmp_path: Path) -> None:
+    source = save_tiny("qwen3_moe", tmp_path / "source", num_hidden_layers=4)
+    tokens = token_file(tmp_path / "tokens.safetensors")
+    run = prepare(job(source, tmp_path / "out", tokens, "experts:50%+blocks:2", effort="fast"), Progress())
+    plans = [without_blocks(run, gone, (), Progress()).plan for gone in ((1, 2), (2, 3))]
+    first, last = ([layer.name for layer in plan.removed] for plan in plans)
+    assert len(first) == len(last) == 2 * 2 * 2
+    assert {name.split(".")[2] for name in first} == {"0", "3"}
+    assert plans[0].covered == plans[1].covered < plans[0].block_parameters
+    assert plans[0].block_parameters * 2 == run.plan.block_parameters
+
+
+def test_the_size_of_fewer_blocks_in_fewer_bits_is_foretold(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "source", num_hidden_layers=4)
+    tokens = token_file(tmp_path / "tokens.safetensors", random_tokens(8, 32))
+    task = job(source, tmp_path / "out", tokens, "blocks:3", quantize="int8", effort="fast")
+    assert dry_run(task)["size"]["pruned"] == pytest.approx(prune(task).size["pruned"], rel=0.1)
+
+
+def test_no_error_is_told_where_nothing_is_solved(tmp_path: Path) -> None:
+    report = removed(tmp_path, refit=False, effort="fast")
+    assert "error 0" not in summary(report)
+    assert "mean" not in report._repr_html_() + facts(report)
+    assert "mean relative" not in (tmp_path / "out" / "README.md").read_text().partition("## Load")[0]
+    assert set(report.coverage["skipped"]) == {"no channels, heads or experts to lose"}
 
 
 @pytest.mark.parametrize(

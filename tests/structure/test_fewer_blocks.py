@@ -39,6 +39,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]] = {
         (0, 2, 3),
         {"num_hidden_layers": 3, "mlp_only_layers": [1]},
     ),
+    "llama4_text": (
+        {"num_hidden_layers": 5, "moe_layers": [0, 1, 2, 3, 4]},
+        (0, 2, 4),
+        {"num_hidden_layers": 3, "moe_layers": [0, 1, 2]},
+    ),
     "smollm3": (
         {"num_hidden_layers": 4},
         (0, 3),
@@ -114,6 +119,12 @@ def test_numbers_and_ratios(text: str, total: int, count: int) -> None:
     (removal,) = parse_sparsity(text).removals
     assert removed_count(removal, total) == count
     assert parse_sparsity(removal.name).removals == (removal,)
+
+
+def test_a_number_is_told_with_its_share() -> None:
+    found = parse_sparsity("blocks:6").describe(done={"blocks": Fraction(6, 30)})
+    assert found == "6 of the transformer blocks (20 %) removed"
+    assert parse_sparsity("blocks:6").describe() == "6 of the transformer blocks removed"
 
 
 @pytest.mark.parametrize(
