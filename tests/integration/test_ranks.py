@@ -133,6 +133,7 @@ CASES: dict[str, dict[str, Any]] = {
     "steps and a refit": {"sparsity": "60%", "method": "admm", "steps": 2, "refit": True, "ridge": 0.3},
     "shares by error": {"sparsity": "60%", "method": "sparsegpt", "allocate": "error"},
     "shares by outliers": {"sparsity": "60%", "method": "wanda", "allocate": "owl"},
+    "fewer blocks": {"sparsity": "blocks:1"},
     "channels": {"sparsity": "channels:50%"},
     "channels by zeros": {"sparsity": "channels:50%", "method": "apoz"},
     "channels, then 2:4": {"sparsity": "channels:50%+2:4"},
@@ -216,7 +217,8 @@ def test_two_processes_find_what_one_finds(
         assert shared["tokens"] == alone["tokens"]
         assert shared["tokens"] == fitted or ".experts." in alone["name"]
     errors = [[layer["error"] for layer in report["layers"][compared]] for report in (before, after)]
-    assert errors[1] == pytest.approx(errors[0], rel=close)
+    # Layers before removed blocks hardly change: their errors are rounding.
+    assert errors[1] == pytest.approx(errors[0], rel=close, abs=1e-7)
     shares = after["processes"]
     assert shares["world_size"] == 2
     assert sum(shares["tokens"]) == tokens
