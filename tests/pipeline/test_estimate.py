@@ -51,7 +51,6 @@ CASES: dict[str, dict[str, object]] = {
     "quantised": {"effort": "balanced", "quantize": "int4"},
     "own text": {"method": "sparsegpt", "self_calibration": 1.0},
     "evaluated": {"method": "magnitude", "evaluate": True},
-    "fewer blocks": {"sparsity": "blocks:1", "samples": 128},
     "experts, one by one": {"method": "sparsegpt", "expert_memory": 8 * 2**20},
 }
 
