@@ -339,11 +339,14 @@ def test_no_tensor_is_kept_and_little_is_in_float32(tmp_path: Path, monkeypatch:
     assert not [tensor for tensor in made if tensor() is not None]
 
 
-def test_the_source_itself_is_verified_but_not_packed(tmp_path: Path) -> None:
+def test_the_source_itself_is_verified_and_packed_as_it_is(tmp_path: Path) -> None:
     folder = save_fp8("qwen3", tmp_path / "model")
     assert verify_folder(folder, LayerSelection("2:4")).violations > 0
-    with pytest.raises(InputError, match="stored as FP8, blocks of 32 x 32"):
-        pack(folder, sparsity="2:4")
+    pack(folder, tmp_path / "packed", sparsity="2:4")
+    unpack(tmp_path / "packed", tmp_path / "back")
+    before, after = on_disk(folder), on_disk(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name].view(torch.uint8), value.view(torch.uint8)) for name, value in before.items())
     assert load(folder, dtype=torch.bfloat16) is not None
 
 
