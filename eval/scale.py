@@ -164,7 +164,9 @@ def estimate(model: Path, options: argparse.Namespace) -> dict[str, float]:
     from llmprune.model.reader import SafetensorsFolder
     from llmprune.model.selection import make_plan
     from llmprune.model.skeleton import Skeleton
-    from llmprune.pipeline.estimate import Task, memory, product_rate, seconds
+    from llmprune.pipeline.estimate_memory import memory
+    from llmprune.pipeline.estimate_time import product_rate, seconds
+    from llmprune.pipeline.task import Task
     from llmprune.pruning.methods import load_method
     from llmprune.pruning.pattern import parse_pattern
     from llmprune.pruning.recipe import make_recipe
