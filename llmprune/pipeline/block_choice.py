@@ -9,16 +9,15 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from llmprune.errors import InputError
 from llmprune.model.selection import NOTHING_TO_LOSE
 from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.state import WorkerState
 from llmprune.progress import Progress
 from llmprune.runtime.foreign import read_json
 from llmprune.runtime.oom import with_oom_retry
-from llmprune.streaming.block_use import LONGEST, TOKENS, block_use
+from llmprune.streaming.block_use import TOKENS, block_use, longest_run
 from llmprune.streaming.stream import BATCH_TOKENS, BlockStream, Observe, Resources
-from llmprune.structure.fewer_blocks import HINT, keep_blocks
+from llmprune.structure.fewer_blocks import keep_blocks
 from llmprune.structure.written_config import check_written
 
 NOTHING_TO_FIT = "not fitted: it does not add to the residual stream"
@@ -36,13 +35,13 @@ def choose_blocks(run: RunContext, windows: Tensor, state: WorkerState, progress
         progress: of the pass over the dense model.
 
     Raises:
-        InputError: blocks pass on more than hidden states, or the config cannot express those that are left.
+        InputError: the config cannot express the blocks that are left.
     """
     criterion, count = run.procedure.blocks, len(run.removed_blocks)
     if criterion is None:
         return run
-    state.removed_blocks = run.group.broadcast_object(state.removed_blocks)
-    if not state.removed_blocks:
+    state.block_choice = run.group.broadcast_object(state.block_choice)
+    if not state.block_choice:
         length = windows.shape[1]
         sample = windows[: max(TOKENS // length, 2)]
 
@@ -50,26 +49,14 @@ def choose_blocks(run: RunContext, windows: Tensor, state: WorkerState, progress
             progress.start("choosing blocks", len(run.skeleton.blocks))
             with TemporaryDirectory(dir=run.rank_workdir, ignore_cleanup_errors=True) as spare:
                 resources = Resources(at_once * length, None, run.job.activation_memory, Path(spare))
-                stream = BlockStream(run.skeleton, sample, Observe(run.plan.names, skipped=frozenset()), resources)
-                _check_state(stream)
-                use, adders = block_use(stream, min(LONGEST, count), progress.step)
+                stream = BlockStream(run.skeleton, sample, Observe(run.plan.names), resources)
+                use, adders = block_use(stream, longest_run(len(stream), count), progress.step)
             progress.finish()
             return {"removed": list(criterion.select(use, count)), "repairing": list(adders)}
 
         found = with_oom_retry(attempt, min(max(BATCH_TOKENS // length, 1), len(sample)), progress)
-        state.removed_blocks = run.group.broadcast_object(found)
-    return without_blocks(run, state.removed_blocks["removed"], state.removed_blocks["repairing"], progress)
-
-
-def _check_state(stream: BlockStream) -> None:
-    """Refuse models whose blocks take what earlier ones have made beside the hidden states, such as shared keys."""
-    for call in (call for batch in stream.inputs.batches for call in batch.calls):
-        if call.taken or call.kept:
-            raise InputError(
-                f"block {call.index} of {type(stream.skeleton.model).__name__} shares more than hidden states with "
-                "other blocks",
-                HINT,
-            )
+        state.block_choice = run.group.broadcast_object(found)
+    return without_blocks(run, state.block_choice["removed"], state.block_choice["repairing"], progress)
 
 
 def without_blocks(run: RunContext, removed: Sequence[int], adders: Sequence[str], progress: Progress) -> RunContext:
@@ -87,9 +74,10 @@ def without_blocks(run: RunContext, removed: Sequence[int], adders: Sequence[str
     structure = keep_blocks(skeleton, planned.whole, kept, run.job.trust_remote_code)
     check_written(structure, read_json(run.source.folder / "config.json"))
     first, *others = planned.summary
-    text = f"{first}: {_ranges(removed)} of 0 to {len(skeleton.blocks) - 1} removed"
-    progress.note(f"removed blocks: {_ranges(removed)} of 0 to {len(skeleton.blocks) - 1}")
-    structure = replace(structure, summary=(text, *others), ratios=planned.ratios, whole=planned.whole)
+    which = f"{_ranges(removed)} of 0 to {len(skeleton.blocks) - 1}"
+    progress.note(f"removed blocks: {which}")
+    summary = (f"{first}: {which} removed", *others)
+    structure = replace(structure, summary=summary, ratios=planned.ratios, whole=planned.whole)
     plan = run.plan.within(skeleton, kept)
     fitted = plan.names & frozenset(adders if run.recipe.compensate else ())
     if run.pattern is None and run.grid is None:

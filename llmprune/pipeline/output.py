@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from llmprune.errors import InputError
@@ -105,6 +106,20 @@ def foreign_files(out: Path, report: PruneReport) -> list[str]:
     else:
         names = {name for name in names if not OLDER.fullmatch(name)}
     return sorted({*names, *(path.relative_to(out).as_posix() for path in others)})
+
+
+def free_space(out: Path) -> tuple[Path, int]:
+    """The nearest folder above an output folder that is there, and the free bytes of its disk.
+
+    Raises:
+        InputError: nothing can be written below it.
+    """
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write below {parent}", "choose another --out")
+    return parent, shutil.disk_usage(parent).free
 
 
 def _spelled(name: str) -> str:

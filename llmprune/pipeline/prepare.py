@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from llmprune.job import DEFAULT_CONTEXT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, Job
 from llmprune.model.selection import Plan, make_plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.context import Data, RunContext
-from llmprune.pipeline.output import output_folder
+from llmprune.pipeline.output import free_space, output_folder
 from llmprune.pipeline.quantized_form import fitted_grid, saved_bytes
 from llmprune.pipeline.resolve import resolve
 from llmprune.pipeline.workdir import check_finished
@@ -33,9 +31,10 @@ from llmprune.sources.generated import generation_batch_size
 from llmprune.sources.models import DEQUANTIZED, Source, load_tokenizer, open_source
 from llmprune.sources.texts import Reader
 from llmprune.sources.tokens import TokenBatch, calibration_tokens, evaluation_tokens, load_tokens, shared_runs
+from llmprune.streaming.block_gap import check_separate
 from llmprune.streaming.block_reconstruction import LEAST_WINDOWS
 from llmprune.streaming.block_types import all_block_types, all_couplings, block_runs
-from llmprune.structure.cut import check_channel_scales, unchanged
+from llmprune.structure.cut import Structure, check_channel_scales, unchanged
 from llmprune.structure.plan import BlockCouplings, plan_structure
 from llmprune.structure.written_config import check_written
 
@@ -110,13 +109,8 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
     any_tokens = torch.arange(64)[None] % source.config.get_text_config().vocab_size
     structure = unchanged(skeleton)
     if sparsity.removals:
-        couplings = all_couplings(skeleton, any_tokens) if sparsity.narrows else BlockCouplings()
-        runs = block_runs(skeleton, any_tokens)
-        structure = plan_structure(
-            skeleton, sparsity.removals, couplings, runs, job.round_to, sparsity.pattern, job.trust_remote_code
-        )
+        structure = _smaller(job, source, skeleton, sparsity, any_tokens)
         all_layers = sparsity.pattern is not None or procedure.grid is not None or sparsity.blocks is not None
-        check_written(structure, read_json(source.folder / "config.json"))
         sliced = None if all_layers else structure.sliced_layers(skeleton)
         # Which blocks go is not known yet: the plan is of all of them, and bytes are those of as many.
         whole = structure.whole or structure
@@ -142,6 +136,30 @@ def check_job(job: Job, progress: Progress, group: ProcessGroup = SINGLE, header
     check_finished(run)
     _check_space(run)
     return run
+
+
+def _smaller(job: Job, source: Source, skeleton: Skeleton, sparsity: Sparsity, tokens: Tensor) -> Structure:
+    """The structure after the removal of blocks, channels, heads and experts.
+
+    Args:
+        job: what the user asked for.
+        source: of the model.
+        skeleton: the model.
+        sparsity: with removals.
+        tokens: any, `(1, length)`, of which a few are run.
+
+    Raises:
+        InputError: the model, its config or its file does not allow it.
+    """
+    if sparsity.blocks is not None:
+        check_separate(skeleton, tokens)
+    couplings = all_couplings(skeleton, tokens) if sparsity.narrows else BlockCouplings()
+    runs = block_runs(skeleton, tokens)
+    structure = plan_structure(
+        skeleton, sparsity.removals, couplings, runs, job.round_to, sparsity.pattern, job.trust_remote_code
+    )
+    check_written(structure, read_json(source.folder / "config.json"))
+    return structure
 
 
 def _held(source: Source, sparsity: Sparsity) -> PruneReport | None:
@@ -210,16 +228,11 @@ def check_reconstruction(recipe: Recipe, calibration: TokenBatch) -> None:
 
 def _check_space(run: RunContext) -> None:
     """Refuse an output that cannot be written, or does not fit beside the hidden states on their way to it."""
-    parent = run.out.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write below {parent}", "choose another --out")
+    parent, free = free_space(run.out)
     there = sum(path.stat().st_size for path in run.workdir.rglob("*") if path.is_file())
     # While shards are joined, one file is there twice.
     joined = max(min(run.job.max_shard_size, run.plan.out_bytes), _expert_bytes(run))
     needed = run.plan.out_bytes + joined + run.hidden_bytes + 32 * 2**20 - there
-    free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
             f"{run.out} needs {needed / 2**20:,.0f} MiB, but {parent} has {free / 2**20:,.0f} MiB free",

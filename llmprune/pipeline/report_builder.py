@@ -205,6 +205,7 @@ def initial_report(run: RunContext) -> PruneReport:
         evaluation=None,
         coverage=coverage(plan),
         quantization=grid_facts(run.grid) if run.grid else {},
+        distillation=run.held.distillation if run.held else {},
         machine={
             "device": str(run.skeleton.device),
             "compute": str(run.skeleton.compute).removeprefix("torch."),

@@ -45,7 +45,7 @@ class WorkerState:
         fingerprint: what the result depends on, as far as it is known; here nothing.
         dense: the perplexity of the dense model, once it is known; here never.
         patterns: every block's pattern, once they are known.
-        removed_blocks: numbers of the blocks that are removed, and names of the layers that compensate, once they are
+        block_choice: numbers of the blocks that are removed, and names of the layers that compensate, once they are
             known.
     """
 
@@ -56,7 +56,7 @@ class WorkerState:
         self.fingerprint: dict[str, str] = {}
         self.dense: Perplexity | None = None
         self.patterns: Sequence[SparsityPattern | None] = ()
-        self.removed_blocks: dict[str, Any] = {}
+        self.block_choice: dict[str, Any] = {}
 
     @property
     def streams(self) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ class RunState(WorkerState):
         if self.state:
             self.dense = Perplexity(**self.state["dense"]) if self.state["dense"] else None
             self.patterns = parsed(self.state["patterns"], self._scope)
-            self.removed_blocks = self.state.get("removed_blocks", {})
+            self.block_choice = self.state.get("block_choice", {})
             self._shards().unseal()
             for number in range(len(self.streams)):
                 _tidy(rank_folder(self.folder, number), self._files())
@@ -222,7 +222,7 @@ class RunState(WorkerState):
             shards=[asdict(shard) for shard in self._writer.shards],
             dense=asdict(self.dense) if self.dense else None,
             patterns=names_of(self.patterns),
-            removed_blocks=self.removed_blocks,
+            block_choice=self.block_choice,
             report={key: whole[key] for key in ("layers", "reconstructions", "mixtures", "blocks", "seconds")},
             streams=streams,
             rows=list(self.rows),

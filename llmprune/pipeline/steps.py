@@ -21,6 +21,7 @@ from llmprune.model.selection import make_plan
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.allocation import allocate
 from llmprune.pipeline.context import RunContext
+from llmprune.pipeline.evaluation import measured
 from llmprune.pipeline.quantized_form import open_quantized
 from llmprune.pipeline.state import GENERATED, names_of, parsed
 from llmprune.progress import Progress
@@ -32,13 +33,13 @@ from llmprune.pruning.pattern import SparsityPattern
 from llmprune.reporting.report import FILE as REPORT
 from llmprune.reporting.report import BlockReconstruction, MixtureReport, PruneReport
 from llmprune.runtime.oom import with_oom_retry
-from llmprune.sources.generated import generate, generation_batch_size, sample_prompts
+from llmprune.sources.generated import generated_batch
 from llmprune.sources.tokens import TokenBatch, load_tokens, save_tokens, token_batch
 from llmprune.streaming.block import Block
 from llmprune.streaming.block_reconstruction import Peers, batch_tokens, reconstruct_block
 from llmprune.streaming.check_stream import check_stream
 from llmprune.streaming.expert_removal import FewerExperts
-from llmprune.streaming.perplexity import Perplexity, perplexity
+from llmprune.streaming.perplexity import Perplexity
 from llmprune.streaming.schedule import Group
 from llmprune.streaming.stream import BATCH_TOKENS, BlockStream, Observe, Resources
 
@@ -105,27 +106,12 @@ def generated_tokens(run: RunContext, progress: Progress) -> TokenBatch | None:
         with suppress(InputError):
             found = load_tokens(kept, windows, length, run.source.config.get_text_config().vocab_size)
         if found is None:
-            found = _generate(run, progress)
+            found = generated_batch(run.skeleton, run.data.calibration, windows, (run.job.seed, GENERATOR), progress)
             save_tokens(found, kept)
         tokens = found.tokens
     tokens = tokens.to(run.group.device)
     run.group.broadcast([tokens])
     return token_batch(tokens.cpu(), GENERATOR, run.job.seed, run.data.calibration.bos_tokens)
-
-
-def _generate(run: RunContext, progress: Progress) -> TokenBatch:
-    windows, length, seed = run.generated_windows, run.shape[1], run.job.seed
-    text = run.data.calibration
-
-    def attempt(at_once: int) -> Tensor:
-        progress.start("generating text", windows)
-        prompts = sample_prompts(text.tokens, windows, seed, text.bos_tokens)
-        tokens = generate(run.skeleton, prompts, length, seed, at_once, progress.step)
-        progress.finish()
-        return tokens
-
-    at_once = min(generation_batch_size(run.skeleton, length), windows)
-    return token_batch(with_oom_retry(attempt, at_once, progress), GENERATOR, seed, text.bos_tokens)
 
 
 def calibration_windows(run: RunContext, generated: TokenBatch | None) -> Tensor:
@@ -171,7 +157,7 @@ def block_stream(
         shrink=recipe.shrinkage,
         reconstruct=recipe.reconstruct > 0,
         experts=_fewer_experts(run),
-        skipped=run.removed_blocks,
+        removed_blocks=run.removed_blocks,
     )
     resources = Resources(
         batch_tokens=at_once * windows.shape[1],
@@ -275,26 +261,16 @@ def reconstruct(run: RunContext, stream: BlockStream, block: Block) -> list[Bloc
     if not run.recipe.reconstruct:
         return []
     peers = Peers(run.group, stream.sharding.batches)
-    return [reconstruct_block(block, peers, run.recipe.reconstruct, run.job.seed)]
+    # Where whole blocks are removed, those that stay compensate with all they have.
+    return [reconstruct_block(block, peers, run.recipe.reconstruct, run.job.seed, whole=bool(run.removed_blocks))]
 
 
 def evaluate(run: RunContext, folder: Path, label: str, progress: Progress) -> Perplexity | None:
     """The perplexity of the model in `folder`; None if the job does not ask for it."""
     if run.data.evaluation is None:
         return None
-    skeleton, tokens = skeleton_of(run, folder), run.data.evaluation.tokens
-    bos_tokens = run.data.evaluation.bos_tokens
-    windows, length = tokens.shape
-
-    def attempt(at_once: int) -> Perplexity:
-        progress.start(label, len(skeleton.blocks) + 1)
-        with TemporaryDirectory(dir=run.workdir) as spare:
-            resources = Resources(at_once * length, None, run.job.activation_memory, Path(spare))
-            result = perplexity(skeleton, tokens, progress.step, resources, bos_tokens)
-        progress.finish()
-        return result
-
-    return with_oom_retry(attempt, min(max(BATCH_TOKENS // length, 1), windows), progress)
+    memory = run.job.activation_memory
+    return measured(skeleton_of(run, folder), run.data.evaluation, run.workdir, memory, (progress, label))
 
 
 def skeleton_of(run: RunContext, folder: Path) -> Skeleton:

@@ -26,7 +26,7 @@ from llmprune.pruning.lowest import lowest
 Scope = Literal["row", "layer"]
 PatternScope = Literal["group", "row", "layer"]
 
-_HINT = "use N:M with 0 < N < M (2:4 prunes 2 of every 4), a ratio such as 50% or 0.5, channels:25% or heads:33%"
+_HINT = "use N:M with 0 < N < M (2:4 prunes 2 of every 4), a ratio such as 50% or 0.5, blocks:20% or channels:25%"
 
 
 @dataclass(frozen=True, slots=True)

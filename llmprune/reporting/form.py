@@ -72,16 +72,17 @@ FORM: Mapping[str, Any] = {
         "name": _text, "shape": _shape, "pattern": _text, "pruned": _whole, "unpruned_zeros": _whole,
         "error": _number, "status": _text, "tokens": _whole, "stats": {"*": _number}, "grid?": _text,
     }],
-    "quantization?": {"grid?": _text, "meaning?": _text, "bits?": _whole, "group_size?": (_whole,), "*": _scalar},
+    "quantization?": {"grid": _text, "meaning": _text, "bits": _whole, "group_size": (_whole,), "format": _text,
+                      "*": _scalar},
     "distillation?": {
-        "command?": _text, "teacher?": _text, "text?": _WINDOWS, "tokens?": _whole, "generated?": _whole,
-        "held_out?": _whole, "epochs?": _whole, "temperature?": _finite, "mix?": _finite, "frozen?": [_text],
-        "steps?": _whole, "batch_size?": _whole, "learning_rate?": _finite, "top_k?": _whole,
-        "trained_parameters?": _whole, "threads?": _whole, "processes?": _whole, "peak_memory?": _whole,
-        "divergences?": [{"step": _whole, "divergence": _number}], "kept_step?": _whole,
-        "divergence_before?": _number, "divergence_after?": _number,
-        "evaluation?": (_WINDOWS | {"before": _PERPLEXITY, "after": _PERPLEXITY, "overlap": _number},),
-        "seconds?": {"*": _finite}, "fingerprint?": {"*": _text}, "*": _scalar,
+        "command": _text, "teacher": _text, "text": _WINDOWS, "tokens": _whole, "generated": _whole,
+        "held_out": _whole, "epochs": _whole, "steps": _whole, "batch_size": _whole, "learning_rate": _finite,
+        "optimizer": _text, "temperature": _finite, "mix": _finite, "top_k": _whole, "trained_parameters": _whole,
+        "frozen": [_text], "precision": _text, "divergences": [{"step": _whole, "divergence": _number}],
+        "kept_step": _whole, "divergence_before": _number, "divergence_after": _number,
+        "evaluation": (_WINDOWS | {"before": _PERPLEXITY, "after": _PERPLEXITY, "overlap": _number},),
+        "threads": _whole, "processes": _whole, "peak_memory": _whole, "seconds": {"total": _finite, "*": _finite},
+        "fingerprint": {"*": _text}, "*": _scalar,
     },
     "reconstructions": [{"block": _text, "before": _number, "after": _number, "skipped_steps?": _whole}],
     "mixtures?": [{
@@ -101,7 +102,10 @@ FORM: Mapping[str, Any] = {
     "out?": _text,
     "files?": [_text],
 }  # fmt: skip
-"""Key -> form of its value; `x?` may be missing, `*` stands for all others, a value with `(form,)` may be null."""
+"""Key -> form of its value.
+
+`x?` may be missing or an empty object, `*` stands for all others, a value with `(form,)` may be null.
+"""
 
 
 def fault(value: Any, form: Any = FORM, path: str = "") -> str:
@@ -125,7 +129,7 @@ def _faults(value: Mapping[str, Any], form: Mapping[str, Any], path: str) -> Any
     for key, inner in form.items():
         name = key.removesuffix("?")
         known.add(name)
-        if name == "*" or (key != name and name not in value):
+        if name == "*" or (key != name and value.get(name, {}) == {}):
             continue
         if name not in value:
             yield f"{path or 'it'} has no {name!r}"

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from llmprune.errors import InputError, PruneError, first_line
 from llmprune.model.skeleton import Skeleton
-from llmprune.runtime.oom import out_of_memory
+from llmprune.progress import Progress
+from llmprune.runtime.oom import out_of_memory, with_oom_retry
+from llmprune.sources.tokens import TokenBatch, token_batch
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -97,6 +99,34 @@ def generate(
             if step is not None:
                 step(len(given))
     return torch.cat(written)
+
+
+def generated_batch(
+    skeleton: Skeleton, text: TokenBatch, windows: int, drawn: tuple[int, str], progress: Progress
+) -> TokenBatch:
+    """Windows that a model generates, as long as those of a text and prompted with pieces of it.
+
+    Args:
+        skeleton: the model.
+        text: the windows of the text.
+        windows: number of windows to generate.
+        drawn: the seed of the draws, and what the model is called in their provenance.
+        progress: told of every window.
+
+    Raises:
+        InputError: the model cannot generate, or does not fit into the memory as a whole.
+    """
+    (seed, name), length = drawn, text.tokens.shape[1]
+
+    def attempt(at_once: int) -> Tensor:
+        progress.start("generating text", windows)
+        prompts = sample_prompts(text.tokens, windows, seed, text.bos_tokens)
+        tokens = generate(skeleton, prompts, length, seed, at_once, progress.step)
+        progress.finish()
+        return tokens
+
+    at_once = min(generation_batch_size(skeleton, length), windows)
+    return token_batch(with_oom_retry(attempt, at_once, progress), name, seed, text.bos_tokens)
 
 
 def _more(skeleton: Skeleton, given: Tensor, settings: GenerationConfig) -> Tensor:

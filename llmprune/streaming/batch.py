@@ -190,7 +190,7 @@ class Batch:
         streams: its hidden states in the pruned model, and in the dense model if that is streamed in parallel.
         shard: which windows of a batch of all processes these are.
         axes: of the hidden states that blocks take.
-        skipped: what the removed blocks right behind the current one add to the dense model's stream; None without
+        gap: what the removed blocks right behind the current one add to the dense model's stream; None without
             such.
     """
 
@@ -201,7 +201,7 @@ class Batch:
     streams: tuple[Activations, Activations | None]
     shard: Shard
     axes: Axes = field(default_factory=Axes)
-    skipped: Activations | None = None
+    gap: Activations | None = None
 
     @property
     def fitted(self) -> int:
@@ -225,13 +225,13 @@ class Batch:
     def leave(self, hidden: Tensor, dense: bool = False) -> None:
         """Store the output of the current block, as the block returns it; the dense one passes removed blocks, too."""
         stored = self.axes.stored(hidden)
-        if dense and self.skipped is not None:
-            stored = stored + self.skipped.newest(self.number)
+        if dense and self.gap is not None:
+            stored = stored + self.gap.newest(self.number)
         self._stream(dense).put(self.number, stored)
 
-    def gap(self) -> Tensor | None:
-        """What the removed blocks right behind add to the dense model's stream, as the block returns hidden states."""
-        return None if self.skipped is None else self.axes.native(self.skipped.newest(self.number))
+    def added_behind(self) -> Tensor | None:
+        """What removed blocks right behind add to the dense model's stream, `(tokens, ...)` as the block returns it."""
+        return None if self.gap is None else self.axes.native(self.gap.newest(self.number))
 
     def release(self, index: int) -> None:
         """Forget the arguments of a block that has run."""

@@ -42,7 +42,6 @@ class Block:
         supports: of those, bool, True = kept; a weight that is kept may be zero on the grid.
         advanced: whether the batches have passed.
         dense_module: the block of the dense model; the same module unless experts are removed.
-        compensates: whether other blocks are removed.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Block:
         self._chosen = chosen
         self._find_layers()
         self.changed: dict[str, Tensor] = {}
-        self.advanced = self.compensates = False
+        self.advanced = False
         self._dense_weights: dict[str, Tensor] = {}
         self._folder = folder
         self._sliced = dict(sliced_parameters(self.module))

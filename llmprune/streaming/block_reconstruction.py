@@ -48,7 +48,9 @@ def batch_tokens(tokens: int) -> int:
     return max(min(BATCH_TOKENS, tokens // 16), 1)
 
 
-def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) -> BlockReconstruction:
+def reconstruct_block(
+    block: Block, peers: Peers, epochs: int, seed: int = 0, whole: bool = False
+) -> BlockReconstruction:
     """Train the kept weights of a pruned block, its norms and biases, towards the dense block's output.
 
     Adam on float32 masters, batch by batch, with a warm-up and a cosine decay. The step size is a fraction of each
@@ -62,10 +64,11 @@ def reconstruct_block(block: Block, peers: Peers, epochs: int, seed: int = 0) ->
         peers: the processes and batches that take part.
         epochs: passes over the calibration batches.
         seed: of the order of the batches.
+        whole: whether all layers are trained, also those that were not solved.
     """
     held_out = validation_batches(peers.batches)
     training = [number for number in range(peers.batches) if number not in held_out]
-    values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block).items()}
+    values = {name: nn.Parameter(value.detach().float().clone()) for name, value in trainable(block, whole).items()}
     grid = FakeQuantization(block)
     masks = {name: grid.supports.get(name, value != 0) for name, value in values.items() if value.dim() > 1}
     trained = list(values)
@@ -105,14 +108,14 @@ def gradients_of(loss: Tensor, values: list[nn.Parameter]) -> tuple[Tensor, ...]
     return tuple(torch.zeros_like(value) for value in values)
 
 
-def trainable(block: Block) -> dict[str, nn.Parameter]:
+def trainable(block: Block, whole: bool) -> dict[str, nn.Parameter]:
     """The pruned layers' weights, norms and biases, by their names in the block.
 
-    Where channels or blocks were removed, all layers' weights; what was removed has no gradient, as nothing reads it
-    any more.
+    With `whole`, and where channels were removed, all layers' weights; what was removed has no gradient, as nothing
+    reads it any more.
     """
-    whole = block.shrinks or block.compensates
-    matrices = {layer.local_parameter for layer in block.linear if not layer.skip} if whole else set()
+    every = whole or block.shrinks
+    matrices = {layer.local_parameter for layer in block.linear if not layer.skip} if every else set()
     return {
         name: parameter
         for name, parameter in block.module.named_parameters()

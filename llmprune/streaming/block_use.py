@@ -24,9 +24,17 @@ from llmprune.streaming.stream import BlockStream
 TOKENS = 8192
 """About so many tokens are looked at: they are held for several blocks at a time."""
 LONGEST = 8
-"""The longest run of neighbouring blocks that is considered."""
+"""The longest run of neighbouring blocks that is considered, unless so many blocks go that longer ones are needed."""
 MASSIVE = 10.0
 """A token whose stream grows so many times over a run is not fitted to: nothing linear makes a massive activation."""
+
+
+def longest_run(blocks: int, removed: int) -> int:
+    """The length of the longest run that is considered where some of so many blocks are removed.
+
+    Each run follows a block that stays, so there are `blocks - removed` at most, and they must hold all removed blocks.
+    """
+    return max(min(LONGEST, removed), -(-removed // (blocks - removed)))
 
 
 @torch.no_grad()

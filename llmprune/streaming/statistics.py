@@ -83,7 +83,7 @@ class GroupStatistics:
         if batch.shard.batch in self.options.left_out:
             return
         self._first = batch.shard.batch == 0
-        gap = batch.gap()
+        gap = batch.added_behind()
         if gap is not None and dense is not None and dense.residual is not None:
             # What adds to the stream also compensates for the blocks that are removed behind it.
             wanted = dense.residual + gap.to(dense.residual.device).view_as(dense.residual)

@@ -48,7 +48,7 @@ class Observe:
         shrink: whether statistics of experts are shrunk towards those of all tokens.
         reconstruct: whether blocks are reconstructed; validation batches are then left out of the statistics.
         experts: the experts that are removed, if any.
-        skipped: numbers of the blocks that are removed; never the first.
+        removed_blocks: numbers of the blocks that are removed; never the first.
     """
 
     chosen: frozenset[str] = frozenset()
@@ -61,7 +61,7 @@ class Observe:
     shrink: bool = False
     reconstruct: bool = False
     experts: FewerExperts | None = None
-    skipped: frozenset[int] = frozenset()
+    removed_blocks: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class BlockStream:
     @property
     def left(self) -> int:
         """Number of blocks that are still to come, without removed ones."""
-        return sum(index not in self.observe.skipped for index in range(self.done, len(self)))
+        return sum(index not in self.observe.removed_blocks for index in range(self.done, len(self)))
 
     def __iter__(self) -> Iterator[Block]:
         while self.done < len(self):
@@ -142,7 +142,6 @@ class BlockStream:
             whole = self.observe.reconstruct or self.observe.experts is not None
             with self.skeleton.loaded(self.skeleton.block_parameters(index), whole=whole):
                 block = Block(self.skeleton, index, self.inputs.batches, self.observe.chosen, self.folder)
-                block.compensates = bool(self.observe.skipped)
                 pass_removed(block, range(index + 1, behind), self._dense)
                 try:
                     yield block
@@ -151,7 +150,7 @@ class BlockStream:
                     block.close()
             self.done = behind
             for batch in self.inputs.batches:
-                batch.skipped = None
+                batch.gap = None
                 for number in range(index, behind):
                     batch.release(number)
             for stream in self._streams:
@@ -160,7 +159,7 @@ class BlockStream:
 
     def _behind(self, index: int) -> int:
         """Number of the next block that stays."""
-        return next((n for n in range(index + 1, len(self)) if n not in self.observe.skipped), len(self))
+        return next((n for n in range(index + 1, len(self)) if n not in self.observe.removed_blocks), len(self))
 
     def residual_layers(self, block: Block) -> list[str]:
         """Local names of the chosen layers whose outputs are added to the residual stream, in call order."""

@@ -121,16 +121,12 @@ def keep_blocks(skeleton: Skeleton, structure: Structure, kept: Sequence[int], t
     Raises:
         InputError: no config says so: tensors would have other shapes, or blocks would be of another kind.
     """
-    names = renumbering(skeleton, kept)
-    stays = {f"{skeleton.block_path}.{index}" for index in kept}
+    config, total, model = structure.config, len(skeleton.blocks), type(skeleton.model).__name__
+    names, stays = renumbering(skeleton, kept), {skeleton.block_name(index) for index in kept}
+    gone = {name for index in set(range(total)) - set(kept) for name in skeleton.block_parameters(index)}
     before = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
-    shapes: Shapes = {
-        names(name): shape
-        for name, shape in (before | structure.shapes(skeleton)).items()
-        if not name.startswith(f"{skeleton.block_path}.") or _block_of(name, skeleton) in stays
-    }
-    model = type(skeleton.model).__name__
-    config, total = structure.config, len(skeleton.blocks)
+    left = {name: shape for name, shape in (before | structure.shapes(skeleton)).items() if name not in gone}
+    shapes: Shapes = {names(name): shape for name, shape in left.items()}
     changes, reason = find_settings(config, block_settings(config, kept, total), shapes, skeleton.compute, trust)
     if reason or not changes:
         raise InputError(f"the config of {model} cannot express {len(kept)} of {total} blocks: {reason}", HINT)
@@ -152,11 +148,6 @@ def keep_blocks(skeleton: Skeleton, structure: Structure, kept: Sequence[int], t
         mixtures=mixtures,
         kept_blocks=tuple(kept),
     )
-
-
-def _block_of(name: str, skeleton: Skeleton) -> str:
-    path = skeleton.block_path
-    return f"{path}.{name.removeprefix(f'{path}.').partition('.')[0]}"
 
 
 def block_settings(config: PreTrainedConfig, kept: Sequence[int], total: int) -> Iterator[dict[str, Any]]:

@@ -199,8 +199,17 @@ def test_what_cannot_be_done_is_refused(sparsity: str, options: dict[str, Any], 
     assert not (tmp_path / "out").exists()
 
 
-def test_blocks_that_share_more_than_hidden_states_are_refused(tmp_path: Path) -> None:
-    save_tiny("gemma4", tmp_path / "source")
+@pytest.mark.parametrize(("model_type", "said"), [("gemma4", "cannot express"), ("zaya", "shares more than hidden")])
+def test_blocks_that_need_others_are_refused(model_type: str, said: str, tmp_path: Path) -> None:
+    save_tiny(model_type, tmp_path / "source")
     tokens = token_file(tmp_path / "tokens.safetensors")
-    with pytest.raises(InputError, match=r"cannot express|shares more"):
-        prune(job(tmp_path / "source", tmp_path / "out", tokens, "blocks:1"))
+    with pytest.raises(InputError, match=said):
+        dry_run(job(tmp_path / "source", tmp_path / "out", tokens, "blocks:1"))
+
+
+def test_nearly_all_blocks_may_go(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "source", num_hidden_layers=12)
+    tokens = token_file(tmp_path / "tokens.safetensors", random_tokens(8, 32))
+    report = prune(job(tmp_path / "source", tmp_path / "out", tokens, "blocks:11"))
+    assert gone(report, 12) == list(range(1, 12))
+    assert len(reload(tmp_path / "out").model.layers) == 1

@@ -11,8 +11,11 @@ from helpers import random_tokens, reload, save_tiny, skeleton_of
 from torch import Tensor
 
 from llmprune.model.selection import make_plan
+from llmprune.pruning.blocks import load_block_criterion
+from llmprune.pruning.blocks.problem import BlockUse
 from llmprune.pruning.dense_targets import TARGET_DAMPING
-from llmprune.streaming.block_use import block_use
+from llmprune.streaming.block_use import LONGEST as USUAL
+from llmprune.streaming.block_use import block_use, longest_run
 from llmprune.streaming.stream import BlockStream, Observe
 
 BLOCKS, LONGEST = 5, 3
@@ -63,3 +66,14 @@ def test_errors_are_those_of_plain_regressions(tmp_path: Path) -> None:
             else:
                 wanted = slow_error(streams[start], streams[start + length], inputs[start - 1])
                 assert found == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 10, 30])
+def test_runs_are_long_enough_for_any_number_of_blocks(blocks: int) -> None:
+    for removed in range(1, blocks):
+        longest = longest_run(blocks, removed)
+        use = BlockUse(torch.empty(blocks), torch.ones(blocks, longest, dtype=torch.float64))
+        found = load_block_criterion("repair").select(use, removed)
+        assert len(found) == removed
+        assert 0 not in found
+        assert longest >= min(USUAL, removed)

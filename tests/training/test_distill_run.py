@@ -23,7 +23,7 @@ from llmprune.export.verify import verify_folder
 from llmprune.pipeline.distill import run as story
 from llmprune.pipeline.distill.prepare import open_folder
 from llmprune.progress import Progress
-from llmprune.reporting.report import PruneReport
+from llmprune.reporting.report import FILE, PruneReport
 from llmprune.training.trainer import Watch
 
 SMALL: dict[str, Any] = {
@@ -104,6 +104,21 @@ def test_the_model_gets_nearer_and_zeros_stay(pruned: Path, tiny: Path, text: Pa
     assert "distilled: divergence" in report._repr_html_()
     assert listing(pruned) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_distilled_folder_that_is_quantised_says_both(pruned: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
+    learnt = distill(asked(pruned, tiny, text, tmp_path / "learnt"))
+    found = prune(job(tmp_path / "learnt", tmp_path / "out", text, "none", quantize="int8", samples=4, seq_len=32))
+    assert PruneReport.read(tmp_path / "out").distillation == found.distillation == learnt.distillation
+    assert found.quantization["grid"] == "int8"
+
+
+def test_a_report_with_half_a_distillation_is_refused(pruned: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned, tmp_path / "half")
+    report = json.loads((pruned / FILE).read_text())
+    (tmp_path / "half" / FILE).write_text(json.dumps(report | {"distillation": {"teacher": "x"}}))
+    with pytest.raises(InputError, match="distillation has no 'command'"):
+        PruneReport.read(tmp_path / "half")
 
 
 def test_removed_channels_stay_removed_and_types_stay(tiny: Path, text: Path, tmp_path: Path) -> None:

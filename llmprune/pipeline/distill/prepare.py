@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +19,7 @@ from llmprune.job import DEFAULT_CONTEXT, DEFAULT_SEQ_LEN
 from llmprune.model.skeleton import Skeleton
 from llmprune.pipeline.context import Data
 from llmprune.pipeline.distill.context import LEARNER_BYTES, DistillContext, text_windows
-from llmprune.pipeline.output import workdir_of
+from llmprune.pipeline.output import free_space, workdir_of
 from llmprune.pipeline.prepare import positions, set_threads
 from llmprune.progress import Progress
 from llmprune.reporting.report import FILE, PruneReport
@@ -262,17 +261,13 @@ def _check_memory(run: DistillContext) -> None:
 
 def _check_space(run: DistillContext) -> None:
     """Refuse an output that cannot be written, or does not fit beside its checkpoints."""
-    parent = run.out.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write below {parent}", "choose another --out")
+    parent, free = free_space(run.out)
     student, trained, _ = _sizes(run)
     # The best checkpoint, the last, and the next one until the last is deleted.
     needed = run.student.checkpoint.out_bytes() + 3 * (4 * student + 8 * trained)
     needed += 6 * run.top_k * run.windows * run.data.calibration.tokens.shape[1]
     there = sum(path.stat().st_size for path in run.workdir.rglob("*") if path.is_file())
-    if (free := shutil.disk_usage(parent).free + there) < needed:
+    if free + there < needed:
         raise InputError(
             f"{run.out} and its checkpoints need {needed / 2**20:,.0f} MiB, but {parent} has {free / 2**20:,.0f} MiB",
             "free disk space, or choose another --out",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
@@ -18,14 +17,14 @@ from llmprune.pipeline.distill.publish import distillation_facts, write_companio
 from llmprune.pipeline.distill.state import finished, last_checkpoint, open_workdir, steps_done
 from llmprune.pipeline.distill.student import Student, open_student, zero_parameters
 from llmprune.pipeline.distill.teaching import all_windows, generated_windows, teacher_of
+from llmprune.pipeline.evaluation import measured
 from llmprune.pipeline.timing import Clock
 from llmprune.progress import Progress
 from llmprune.reporting.report import PruneReport
 from llmprune.runtime.launch import launch
-from llmprune.runtime.oom import out_of_memory, with_oom_retry
+from llmprune.runtime.oom import out_of_memory
 from llmprune.runtime.process_group import ProcessGroup
-from llmprune.streaming.perplexity import Perplexity, perplexity
-from llmprune.streaming.stream import BATCH_TOKENS, Resources
+from llmprune.streaming.perplexity import Perplexity
 from llmprune.training.distillation import Distilled, Loss, Recomputed
 from llmprune.training.trainer import Outcome, Schedule, Watch, train
 
@@ -149,14 +148,4 @@ def _evaluate(run: DistillContext, folder: Path, label: str, progress: Progress)
     if (batch := run.data.evaluation) is None:
         return None
     skeleton = open_folder(folder, run.report, run.device, run.job.trust_remote_code)
-    windows, length = batch.tokens.shape
-
-    def attempt(at_once: int) -> Perplexity:
-        progress.start(label, len(skeleton.blocks) + 1)
-        with TemporaryDirectory(dir=run.workdir) as spare:
-            resources = Resources(at_once * length, None, run.job.activation_memory, Path(spare))
-            result = perplexity(skeleton, batch.tokens, progress.step, resources, batch.bos_tokens)
-        progress.finish()
-        return result
-
-    return with_oom_retry(attempt, min(max(BATCH_TOKENS // length, 1), windows), progress)
+    return measured(skeleton, batch, run.workdir, run.job.activation_memory, (progress, label))

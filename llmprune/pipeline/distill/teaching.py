@@ -15,9 +15,8 @@ from llmprune.pipeline.distill.state import TOP
 from llmprune.pipeline.state import GENERATED
 from llmprune.progress import Progress
 from llmprune.runtime.files import replacing
-from llmprune.runtime.oom import with_oom_retry
-from llmprune.sources.generated import generate, generation_batch_size, sample_prompts
-from llmprune.sources.tokens import TokenBatch, load_tokens, save_tokens, token_batch
+from llmprune.sources.generated import generated_batch
+from llmprune.sources.tokens import TokenBatch, load_tokens, save_tokens
 from llmprune.training.distillation import Cached, Recomputed, Teacher
 from llmprune.training.divergence import Top
 
@@ -36,24 +35,9 @@ def generated_windows(run: DistillContext, progress: Progress) -> TokenBatch | N
         with suppress(InputError):
             found = load_tokens(kept, windows, length, vocabulary)
         if found is None:
-            save_tokens(_generated(run, progress), kept)
+            save_tokens(generated_batch(run.teacher, text, windows, (run.job.seed, GENERATOR), progress), kept)
     run.group.barrier()
     return load_tokens(kept, windows, length, vocabulary)
-
-
-def _generated(run: DistillContext, progress: Progress) -> TokenBatch:
-    windows, seed, text = run.generated_windows, run.job.seed, run.data.calibration
-    length = text.tokens.shape[1]
-
-    def attempt(at_once: int) -> Tensor:
-        progress.start("generating text", windows)
-        prompts = sample_prompts(text.tokens, windows, seed, text.bos_tokens)
-        tokens = generate(run.teacher, prompts, length, seed, at_once, progress.step)
-        progress.finish()
-        return tokens
-
-    at_once = min(generation_batch_size(run.teacher, length), windows)
-    return token_batch(with_oom_retry(attempt, at_once, progress), GENERATOR, seed, text.bos_tokens)
 
 
 def all_windows(run: DistillContext, generated: TokenBatch | None) -> Tensor:
