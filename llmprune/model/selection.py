@@ -203,7 +203,7 @@ def make_plan(
         skipped += [other for other in others if other.name not in tied]
     if not layers:
         raise InputError(_nothing_left(skeleton, found, skipped), "loosen --only and --skip")
-    parameters = {name: p.numel() for name, p in skeleton.model.named_parameters() if name not in tied}
+    parameters = skeleton.sizes()
     inside = [size for name, size in parameters.items() if name.startswith(f"{skeleton.block_path}.")]
     return Plan(
         tuple(layers), tuple(skipped), sum(inside), sum(parameters.values()), skeleton.checkpoint.out_bytes(), notes

@@ -112,6 +112,11 @@ class Skeleton:
         left = set(self.parameters_beside())
         return [name for name in self.checkpoint if name not in left]
 
+    def sizes(self) -> dict[str, int]:
+        """Number of elements of every parameter by its name; of tied ones, under one of their names."""
+        tied = self.model.all_tied_weights_keys
+        return {name: parameter.numel() for name, parameter in self.model.named_parameters() if name not in tied}
+
     def parameters_beside(self) -> list[str]:
         """Names of the parameters and persistent buffers of a wrapper that text does not pass through."""
         parts = tuple(f"{part}." for part in self.beside)

@@ -281,6 +281,24 @@ def test_frozen_parameters_stay(pruned: Path, tiny: Path, text: Path, tmp_path: 
     assert changed == {name for name in old if "embed" not in name and "norm" not in name}
 
 
+@pytest.mark.parametrize("glob", ["*embed*", "lm_head*"])
+def test_tied_parameters_are_counted_once_and_frozen_together(glob: str, text: Path, tmp_path: Path) -> None:
+    dense = save_tiny("llama", tmp_path / "dense", vocab_size=100, tie_word_embeddings=True)
+    prune(job(dense, tmp_path / "pruned", text, effort="fast", samples=4, seq_len=32))
+    facts = [
+        distill(asked(tmp_path / "pruned", dense, text, tmp_path / f"out-{len(freeze)}", freeze=freeze)).distillation
+        for freeze in ((), (glob,))
+    ]
+    model = reload(dense)
+    head = model.get_output_embeddings().weight
+    assert head is model.get_input_embeddings().weight
+    every = sum(parameter.numel() for parameter in model.parameters())
+    assert [one["trained_parameters"] for one in facts] == [every, every - head.numel()]
+    name = "model.embed_tokens.weight"
+    assert torch.equal(on_disk(tmp_path / "out-1")[name], on_disk(dense)[name])
+    assert not torch.equal(on_disk(tmp_path / "out-0")[name], on_disk(dense)[name])
+
+
 def test_recomputed_activations_and_mixed_precision(pruned: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
     options = {"precision": "bfloat16", "tokens": 256}
     plain = distill(asked(pruned, tiny, text, tmp_path / "plain", **options)).distillation

@@ -229,6 +229,9 @@ def _frozen(student: Skeleton, job: DistillJob) -> frozenset[str]:
         chosen = any(fnmatchcase(name, glob) for glob in job.freeze)
         if chosen or not parameter.is_floating_point() or not student.checkpoint.writable(name):
             found.add(name)
+    for pair in student.model.all_tied_weights_keys.items():
+        if found & set(pair):
+            found.update(pair)
     if not {name for name, _ in student.model.named_parameters()} - found:
         raise InputError(f"--freeze {' '.join(job.freeze)} leaves no parameter to train", "freeze fewer")
     return frozenset(found)
@@ -236,13 +239,9 @@ def _frozen(student: Skeleton, job: DistillJob) -> frozenset[str]:
 
 def _sizes(run: DistillContext) -> tuple[int, int, int]:
     """Parameters of the student, of them trained, and of the teacher."""
-    parameters = dict(run.student.model.named_parameters())
-    trained = sum(one.numel() for name, one in parameters.items() if name not in run.frozen)
-    return (
-        sum(one.numel() for one in parameters.values()),
-        trained,
-        sum(one.numel() for one in run.teacher.model.parameters()),
-    )
+    student = run.student.sizes()
+    trained = sum(size for name, size in student.items() if name not in run.frozen)
+    return sum(student.values()), trained, sum(run.teacher.sizes().values())
 
 
 def _check_memory(run: DistillContext) -> None:

@@ -89,8 +89,7 @@ def distillation_facts(
         perplexities: before and after; None where they were not measured.
     """
     job, revision = run.job, run.source.revision
-    parameters = dict(run.student.model.named_parameters())
-    trained = sum(one.numel() for name, one in parameters.items() if name not in run.frozen)
+    trained = sum(size for name, size in run.student.sizes().items() if name not in run.frozen)
     places = set(PLACES) - ({"teacher"} if revision else set())
     flags = {each.flag for each in knobs_of(DistillJob) if each.name in places}
     return {
