@@ -85,7 +85,7 @@ def _answering(cls: type[T]) -> type[T]:
 @_answering
 @dataclass(frozen=True, slots=True)
 class Job(Stages):
-    """One pruning run; every field but `command` is a flag of the command line."""
+    """One pruning run; every field but `command`, and `asked` for a size that stands chosen, is a flag."""
 
     model: str = knob(
         REQUIRED,
@@ -99,7 +99,8 @@ class Job(Stages):
         REQUIRED,
         "sparsity",
         "2:4 (of every 4 weights 2 are pruned; any N:M), 50% or 0.5 (unstructured); blocks:20%, channels:25%, "
-        "heads:33% or experts:25% are removed (structured: a smaller model); several with + between: channels:20%+2:4; "
+        "heads:33% or experts:25% are removed (structured: a smaller model); size:75% leaves so much of the block "
+        "parameters and chooses blocks, channels and heads itself; several with + between: channels:20%+2:4; "
         "none: see --quantize",
         TEXT,
         metavar="PATTERN",
@@ -350,6 +351,7 @@ class Job(Stages):
         False, "model", "run code that comes with the model", SWITCH, guesses=("trust", "remote_code")
     )
     command: str = ""
+    asked: str = ""
 
     def __post_init__(self) -> None:
         """Replace every value by the one that it stands for.

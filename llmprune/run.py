@@ -15,6 +15,7 @@ from llmprune.pipeline.context import RunContext
 from llmprune.pipeline.estimate import dry_run
 from llmprune.pipeline.prepare import prepare
 from llmprune.pipeline.report_builder import ReportBuilder
+from llmprune.pipeline.size_choice import choose_sizes
 from llmprune.pipeline.state import WorkerState
 from llmprune.pipeline.steps import (
     block_patterns,
@@ -62,6 +63,9 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
 def _prune(job: Job, group: ProcessGroup, progress: Progress) -> PruneReport:
     clock, main = Clock(), group.is_main
     with clock("total"):
+        if job.goal.size is not None:
+            with clock("choose_sizes"):
+                job = choose_sizes(job, group, progress)
         with clock("prepare"):
             run = prepare(job, progress, group)
             if report := finished(run, progress):

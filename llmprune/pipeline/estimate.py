@@ -14,6 +14,7 @@ from llmprune.pipeline.estimate_time import product_rate, seconds
 from llmprune.pipeline.prepare import prepare, without_generation_if_too_large
 from llmprune.pipeline.report_builder import coverage, initial_report
 from llmprune.pipeline.resolve import applicable
+from llmprune.pipeline.size_choice import counted
 from llmprune.pipeline.task import Task, adding
 from llmprune.progress import Progress
 from llmprune.pruning.recipe import EFFORTS
@@ -29,7 +30,9 @@ def dry_run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     Raises:
         InputError: the job cannot be done.
     """
-    run = prepare(job, progress or Progress(), headers_only=True)
+    progress = progress or Progress()
+    job = counted(job, progress)
+    run = prepare(job, progress, headers_only=True)
     report = initial_report(run).to_json()
     text, evaluation = run.data.calibration.tokens, run.data.evaluation
     evaluated = evaluation.tokens.numel() if evaluation else 0

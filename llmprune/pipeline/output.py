@@ -68,7 +68,8 @@ def output_folder(job: Job, sparsity: Sparsity) -> Path:
 def _may_be_of(report: PruneReport, job: Job, sparsity: Sparsity) -> bool:
     """Whether a report may be of a job, as far as is known before the model is opened."""
     names = {job.model, base_name(job.model)}
-    return report.model.get("name") in names and report.sparsity.get("pattern") == sparsity.name
+    patterns = {report.sparsity.get("pattern"), report.sparsity.get("asked")}
+    return report.model.get("name") in names and sparsity.name in patterns
 
 
 def exists_already(out: Path, difference: str = "") -> InputError:

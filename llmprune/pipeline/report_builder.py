@@ -22,6 +22,7 @@ from llmprune.model.skeleton import Skeleton
 from llmprune.model.tower import tower_name
 from llmprune.pipeline.companions import write_companions
 from llmprune.pipeline.context import RunContext
+from llmprune.pipeline.size_options import block_sizes
 from llmprune.pipeline.timing import Clock
 from llmprune.pruning.grid import Grid
 from llmprune.pruning.pattern import SparsityPattern
@@ -233,6 +234,10 @@ def sparsity_facts(run: RunContext) -> dict[str, Any]:
         "removed": list(run.structure.summary),
         "config": run.structure.changes,
     }
+    if run.job.asked:
+        left = 1 - run.structure.removed_parameters(run.skeleton) / sum(block_sizes(run.skeleton))
+        facts["asked"] = run.job.asked
+        facts["removed"].insert(0, f"{run.job.asked}: {left:.1%} of the block parameters left")
     if run.held is not None:
         facts = dict(run.held.sparsity)
     return facts | {"note": "; ".join(filter(None, [facts["note"], run.grid.speed_note() if run.grid else ""]))}

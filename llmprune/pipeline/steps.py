@@ -145,8 +145,20 @@ def block_stream(
     """
     saved = run.group.broadcast_object(list(saved))
     run.procedure.sharding.rows[:] = run.group.broadcast_object(list(rows)) or [0] * run.group.world_size
+    resources = Resources(
+        batch_tokens=at_once * windows.shape[1],
+        hidden_memory=run.job.activation_memory,
+        folder=run.rank_workdir,
+        group=run.group,
+        saved=saved[run.group.rank] if saved else None,
+    )
+    return BlockStream(run.skeleton, windows, observed(run), resources)
+
+
+def observed(run: RunContext) -> Observe:
+    """What the stream of a run observes."""
     recipe, solver = run.recipe, run.solver
-    observe = Observe(
+    return Observe(
         chosen=run.chosen,
         dense_stream=recipe.dense_stream,
         dense_targets=recipe.targets == "dense",
@@ -159,14 +171,6 @@ def block_stream(
         experts=_fewer_experts(run),
         removed_blocks=run.removed_blocks,
     )
-    resources = Resources(
-        batch_tokens=at_once * windows.shape[1],
-        hidden_memory=run.job.activation_memory,
-        folder=run.rank_workdir,
-        group=run.group,
-        saved=saved[run.group.rank] if saved else None,
-    )
-    return BlockStream(run.skeleton, windows, observe, resources)
 
 
 def _fewer_experts(run: RunContext) -> FewerExperts | None:

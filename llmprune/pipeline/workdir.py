@@ -211,6 +211,8 @@ def _remove_rest(run: RunContext) -> None:
             remove(run.workdir, last=(STATE,))
 
 
+SIZED = "--sparsity, as asked for"
+"""Under this name a fingerprint says for which size the removals were chosen."""
 FLAGS = {
     "compensate": "--no-refit",
     "criterion": "--method, of channels and heads",
@@ -227,6 +229,7 @@ def fingerprint_of(run: RunContext) -> dict[str, str]:
     facts: dict[str, object] = {
         FORMAT: VERSION,
         "--sparsity": run.sparsity.name,
+        **({SIZED: job.asked} if job.asked else {}),
         "--scope": run.sparsity.scope,
         **({"--quantize": f"{run.grid.name}, scales in {run.grid.scale_dtype}"} if run.grid else {}),
         **{FLAGS.get(key, f"--{key.replace('_', '-')}"): value for key, value in asdict(run.recipe).items()},

@@ -1,14 +1,15 @@
 """What a run prunes: blocks, channels, heads and experts, which are removed, and then weights by a pattern.
 
 `blocks:20%` and `blocks:6` remove whole transformer blocks, `channels:25%` MLP channels of every block, `heads:33%`
-attention heads, `experts:25%` whole experts; `channels:20%+2:4` first makes the model smaller, then sparse; `none`
+attention heads, `experts:25%` whole experts; `size:75%` stands for blocks, channels and heads that are chosen together
+so that so much of the block parameters is left; `channels:20%+2:4` first makes the model smaller, then sparse; `none`
 prunes nothing, where weights are only quantised.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, cast
@@ -18,9 +19,11 @@ from llmprune.pruning.pattern import Scope, SparsityPattern, parse_pattern, perc
 
 Kind = Literal["blocks", "channels", "heads", "experts"]
 NONE = "none"
-_REMOVAL = r"\s*(blocks|channels|heads|experts)\s*:\s*(\d{0,9}\.?\d{0,9})\s*(%?)\s*"
+SIZE = "size"
+_REMOVAL = rf"\s*(blocks|channels|heads|experts|{SIZE})\s*:\s*(\d{{0,9}}\.?\d{{0,9}})\s*(%?)\s*"
 HINT = (
-    "blocks:20%, channels:25%, heads:33%, experts:25%, a pattern such as 2:4 or 50%, or several of them with + between"
+    "size:75%, blocks:20%, channels:25%, heads:33%, experts:25%, a pattern such as 2:4 or 50%, or several of them with "
+    "+ between"
 )
 WORDS: dict[Kind, str] = {
     "blocks": "transformer blocks",
@@ -75,15 +78,22 @@ class Sparsity:
     Args:
         removals: blocks, channels, heads and experts, each kind once.
         pattern: of the kept weights; None if they are not pruned.
+        size: the ratio of the block parameters that is to be left; None, or the removals are still to be chosen.
     """
 
     removals: tuple[Removal, ...]
     pattern: SparsityPattern | None
+    size: Fraction | None = None
 
     @property
     def name(self) -> str:
         """Canonical spelling, as `parse_sparsity` reads it."""
-        return "+".join(part.name for part in (*self.removals, self.pattern) if part is not None) or NONE
+        names = [part.name for part in (*self.removals, self.pattern) if part is not None]
+        return "+".join(([] if self.size is None else [size_name(self.size)]) + names) or NONE
+
+    def chosen(self, removals: Sequence[Removal]) -> Sparsity:
+        """The same with the removals that were chosen for its size."""
+        return Sparsity(tuple(sorted(removals, key=lambda removal: removal.kind)), self.pattern)
 
     @property
     def narrows(self) -> bool:
@@ -116,11 +126,12 @@ class Sparsity:
         pattern = self.pattern.describe() if self.pattern is not None else ""
         if self.pattern is not None and nonuniform:
             pattern = f"{percent(self.pattern.sparsity)} unstructured on average, every block with a ratio of its own"
-        return ", then ".join(filter(None, (removed, pattern))) or "no weight is pruned"
+        sized = "" if self.size is None else f"{percent(self.size)} of the block parameters left"
+        return ", then ".join(filter(None, (sized, removed, pattern))) or "no weight is pruned"
 
     def __bool__(self) -> bool:
         """Whether anything is pruned."""
-        return bool(self.removals) or self.pattern is not None
+        return bool(self.removals) or self.pattern is not None or self.size is not None
 
     def speed_note(self) -> str:
         """What it does to file size and speed."""
@@ -146,12 +157,16 @@ def parse_sparsity(text: str, scope: Scope = "layer") -> Sparsity:
         return Sparsity((), None)
     removals: list[Removal] = []
     pattern: SparsityPattern | None = None
+    sizes: list[Fraction] = []
     for part in text.split("+"):
         if match := re.fullmatch(_REMOVAL, part, re.ASCII):
             try:
                 ratio = Fraction(match[2]) / (100 if match[3] else 1)
             except ValueError:
                 raise InputError(f"unknown sparsity {text!r}", HINT) from None
+            if match[1] == SIZE:
+                sizes.append(ratio)
+                continue
             counted = match[1] == "blocks" and not match[3] and ratio >= 1 and ratio.denominator == 1
             removals.append(Removal(cast("Kind", match[1]), ratio, int(ratio) if counted else 0))
         elif pattern is None:
@@ -162,4 +177,21 @@ def parse_sparsity(text: str, scope: Scope = "layer") -> Sparsity:
             raise InputError(f"{text!r} asks for two patterns of weights", HINT)
     if len({removal.kind for removal in removals}) < len(removals):
         raise InputError(f"{text!r} asks twice for the same removal", HINT)
-    return Sparsity(tuple(sorted(removals, key=lambda removal: removal.kind)), pattern)
+    return Sparsity(tuple(sorted(removals, key=lambda removal: removal.kind)), pattern, _size(text, sizes, removals))
+
+
+def size_name(ratio: Fraction) -> str:
+    """Canonical spelling of the ratio of the block parameters that is to be left."""
+    return f"{SIZE}:{percent(ratio).replace(' ', '')}"
+
+
+def _size(text: str, sizes: Sequence[Fraction], removals: Sequence[Removal]) -> Fraction | None:
+    """The ratio that is to be left, None where no size is asked for; refused beside removals, or if nothing goes."""
+    if not sizes:
+        return None
+    if sizes[1:] or removals:
+        raise InputError(f"{text!r} names a size and what is to be removed", "size:75% chooses that itself: name one")
+    if not 0 < sizes[0] < 1:
+        left = "all" if sizes[0] >= 1 else "none"
+        raise InputError(f"{size_name(sizes[0])} leaves {left} of the block parameters", "use a ratio such as size:75%")
+    return sizes[0]

@@ -49,6 +49,7 @@ class Observe:
         reconstruct: whether blocks are reconstructed; validation batches are then left out of the statistics.
         experts: the experts that are removed, if any.
         removed_blocks: numbers of the blocks that are removed; never the first.
+        left_out: numbers of batches that are left out of the statistics, beside those of `reconstruct`.
     """
 
     chosen: frozenset[str] = frozenset()
@@ -62,6 +63,7 @@ class Observe:
     reconstruct: bool = False
     experts: FewerExperts | None = None
     removed_blocks: frozenset[int] = frozenset()
+    left_out: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +256,8 @@ class BlockStream:
             zero_threshold=observe.zero_threshold,
             channel_scales="channel_scale" in observe.needs,
             shrink=observe.shrink,
-            left_out=held_out_batches(self.sharding.batches) if observe.reconstruct else frozenset(),
+            left_out=observe.left_out
+            | (held_out_batches(self.sharding.batches) if observe.reconstruct else frozenset()),
             group=self.group,
         )
 

@@ -278,6 +278,19 @@ class _Planner:
         return find_settings(self.skeleton.config, candidates, shapes, self.skeleton.compute, self.trust)
 
 
+def head_ratios(couplings: BlockCouplings) -> list[Fraction]:
+    """The ratios of attention heads that the blocks can lose, rising; none where no heads were traced."""
+    found = {
+        Fraction(count, groups if pools == 1 and groups > 1 else queries)
+        for own in couplings.of
+        for coupling in own
+        if _kind(coupling) == "heads"
+        for groups, queries in [(len(coupling.classes), coupling.classes[0].shape[0])]
+        for pools, count in head_options(groups, queries, Fraction(1, 2))
+    }
+    return sorted(found)
+
+
 def _width_options(widths: dict[int, int]) -> Iterator[dict[int, int]]:
     """New widths by old ones: each rounded for itself, then multiples of the smallest in step with it.
 

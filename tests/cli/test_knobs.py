@@ -55,8 +55,8 @@ def test_one_more_field_is_a_flag_a_checked_value_a_line_of_help_and_a_row() -> 
     assert told == ("spice", "--spice", "data", "how hot it is", "3", "scoville", "whole number, at least 1", "")
 
 
-def test_every_field_but_the_command_is_a_knob() -> None:
-    assert KNOBS.keys() == {field.name for field in fields(Job)} - {"command"}
+def test_every_field_that_a_user_sets_is_a_knob() -> None:
+    assert KNOBS.keys() == {field.name for field in fields(Job)} - {"command", "asked"}
     assert {each.group for each in KNOBS.values()} == GROUPS.keys()
     assert [each.group for each in knobs()] == sorted((each.group for each in knobs()), key=list(GROUPS).index)
 

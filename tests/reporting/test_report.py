@@ -36,7 +36,10 @@ FEWER = {"seconds.experts"} | {f"mixtures[].{field.name}" for field in fields(Mi
 GRID = {"quantization"} | {
     f"quantization.{key}" for key in ("grid", "meaning", "bits", "group_size", "scale_dtype", "format")
 }
-SOMETIMES = {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD | WRAPPER | QUANTISED | FEWER | GRID
+SIZE = {"sparsity.asked", "seconds.choose_sizes"}
+SOMETIMES = (
+    {"machine.device_memory", "seconds.allocate"} | GENERATION | SPREAD | WRAPPER | QUANTISED | FEWER | GRID | SIZE
+)
 
 
 @pytest.fixture(scope="module")

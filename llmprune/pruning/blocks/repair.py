@@ -22,6 +22,10 @@ class Repair(BlockCriterion):
 
     def select(self, use: BlockUse, count: int) -> tuple[int, ...]:
         """See `BlockCriterion`."""
+        return self.best(use, count)[1]
+
+    def best(self, use: BlockUse, count: int) -> tuple[float, tuple[int, ...]]:
+        """The least sum of errors with `count` blocks removed, infinite where there is no such set, and the blocks."""
         errors = use.repaired.tolist()
         total = len(errors)
 
@@ -38,4 +42,4 @@ class Repair(BlockCriterion):
                     found = error, (*range(block, block + length), *removed)
             return found
 
-        return best(1, count)[1]
+        return best(1, count)

@@ -1,0 +1,115 @@
+"""Chooses blocks, heads and channels for a size such as `size:75%`, before the run that removes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from llmprune.errors import InputError
+from llmprune.job import Job
+from llmprune.pipeline.context import RunContext
+from llmprune.pipeline.output import exists_already, output_folder, workdir_of
+from llmprune.pipeline.prepare import prepare
+from llmprune.pipeline.resolve import resolve
+from llmprune.pipeline.size_errors import size_errors
+from llmprune.pipeline.size_options import Options, options_of
+from llmprune.pipeline.size_search import SizeSearch
+from llmprune.pipeline.size_trial import Trial
+from llmprune.pipeline.state import STATE, read_state
+from llmprune.pipeline.workdir import SIZED
+from llmprune.progress import Progress
+from llmprune.pruning.recipe import AUTO, Stages
+from llmprune.pruning.sparsity import Kind, Removal, Sparsity
+from llmprune.reporting.report import PruneReport
+from llmprune.runtime.files import is_occupied
+from llmprune.runtime.process_group import SINGLE, ProcessGroup
+
+
+def choose_sizes(job: Job, group: ProcessGroup, progress: Progress) -> Job:
+    """The job with the removals that are chosen for the size it asks for; as it is where it asks for none.
+
+    On about `TOKENS` calibration tokens, the errors that every kind of removal causes in the residual stream are
+    measured in two passes over the dense model, and what the model becomes without some parts in a pass for every
+    trial, see `SizeSearch`.
+
+    Args:
+        job: what the user asked for.
+        group: the processes; all pass the same tokens, and what rank 0 chooses counts.
+        progress: told what is chosen, and why.
+
+    Raises:
+        InputError: the model cannot lose that much, or the job cannot be done.
+    """
+    goal = job.goal
+    if goal.size is None:
+        return job
+    job = replace(job, out=output_folder(job, goal), asked=goal.name)
+    known: str = group.broadcast_object(_known(job) if group.is_main else "")
+    if not known:
+        run, options = _checked(job, group)
+        known = group.broadcast_object(_chosen(run, options, job, progress))
+    return replace(job, sparsity=known)
+
+
+def counted(job: Job, progress: Progress) -> Job:
+    """The job with removals of about the size it asks for, whose time and memory can be estimated before the choice."""
+    goal = job.goal
+    if goal.size is None:
+        return job
+    job = replace(job, asked=goal.name)
+    _, options = _checked(job, SINGLE, headers_only=True)
+    example = _example(goal, options.kinds[:1])
+    progress.note(f"{goal.name} is counted as {example}, and without the choice: what goes is not known yet")
+    return replace(job, sparsity=example)
+
+
+def _known(job: Job) -> str:
+    """What was chosen for this size in the run that made the output folder, or was stopped; '' if there is none."""
+    assert job.out is not None
+    if is_occupied(job.out) and not job.overwrite:
+        report = PruneReport.read(job.out)
+        if report.sparsity.get("asked") != job.asked:
+            raise exists_already(job.out)
+        return str(report.sparsity["pattern"])
+    before: dict[str, str] = {} if job.restart else read_state(workdir_of(job.out) / STATE).get("run", {})
+    return before["--sparsity"] if before.get(SIZED) == job.asked else ""
+
+
+def _checked(job: Job, group: ProcessGroup, headers_only: bool = False) -> tuple[RunContext, Options]:
+    """A run of the same model and texts that loses nothing, and what could be lost.
+
+    Raises:
+        InputError: the job cannot be done, whatever is chosen.
+    """
+    run = prepare(_plain(job), Progress(), group, headers_only=headers_only)
+    options = options_of(run)
+    resolve(replace(job, sparsity=_example(job.goal, options.kinds)), group)
+    return run, options
+
+
+def _plain(job: Job) -> Job:
+    """A job without removals, so that model, texts and output can be checked before anything is chosen."""
+    pattern = job.goal.pattern
+    plain: dict[str, Any] = {stage.name: None for stage in fields(Stages)}
+    return replace(job, **plain, sparsity=pattern.name if pattern else "50%", method=AUTO, options=(), round_to=None)
+
+
+def _example(goal: Sparsity, kinds: Sequence[Kind]) -> str:
+    """A sparsity with removals of these kinds."""
+    assert goal.size is not None
+    return goal.chosen([Removal(kind, 1 - goal.size) for kind in kinds]).name
+
+
+def _chosen(run: RunContext, options: Options, job: Job, progress: Progress) -> str:
+    """The sparsity that is chosen for the size a job asks for."""
+    goal = job.goal
+    assert goal.size is not None
+    errors, adders = size_errors(run, options, goal.size, progress)
+    search = SizeSearch(options, goal, errors, Trial(run, job, options.plan, adders), progress)
+    if search.best(errors) is None:
+        raise InputError(
+            f"{goal.name} is less than can be left: {', '.join(options.kinds)} can be removed",
+            "choose a larger size, or prune the folder that results once more",
+        )
+    return goal.chosen(search.removals()).name
