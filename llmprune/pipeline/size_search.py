@@ -16,6 +16,8 @@ from llmprune.progress import Progress
 from llmprune.pruning.sizes import SizeChoice, SizeErrors, choose
 from llmprune.pruning.sparsity import Kind, Removal, Sparsity, size_name
 
+SLACK = Fraction(1, 2000)
+"""A size counts as met where what is left rounds to it: norms are not to cost the MLP a whole step."""
 FINEST, STEPS = 1000, 64
 """A ratio of channels has a whole number of thousandths; it is raised in so many steps until the size is met."""
 
@@ -101,7 +103,7 @@ class SizeSearch:
                 left = total - self.options.plan(removals).removed_parameters(skeleton)
             except InputError:
                 continue  # so few channels round to none
-            if left <= size * total:
+            if left <= (size + SLACK) * total:
                 return removals
         raise InputError(
             f"no number of channels leaves {size_name(size)} of the block parameters",
