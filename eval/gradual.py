@@ -1,8 +1,8 @@
 """`python -m eval.gradual MODEL STEP [STEP ...] --tokens N --work DIR --text SRC -- FLAGS`: gradually or at once.
 
 Steps are ratios of the dense model, such as `channels:25% channels:40% channels:50%` or `50% 60% 70%`. Gradually: prune
-to the first, distil, prune that further, and so on, each time with the same share of the N tokens. At once: prune to the
-last one, distil with all N. The teacher is always the dense model. Perplexities are measured behind every stage.
+to the first, distil, prune that further, and so on, each time with the same share of the N tokens. At once: prune to
+the last one, distil with all N. The teacher is always the dense model. Perplexities are measured behind every stage.
 """
 
 from __future__ import annotations
