@@ -71,7 +71,8 @@ class LayerSolver:
             goal = permuted(goal, order)
         solutions = self._stages(goal, pattern) if pattern else unchanged(goal).layers
         if grid is not None:
-            solutions = quantize(goal, solutions, grid, self.recipe.grid_passes)
+            period = pattern.group if pattern is not None and pattern.elementwise else None
+            solutions = quantize(goal, solutions, grid, self.recipe.grid_passes, period=period)
         if order is not None:
             solutions = [reordered(solution, order.argsort()) for solution in solutions]
             for solution in solutions:

@@ -1,4 +1,4 @@
-"""Quantisation of a group of layers on given supports: error feedback, coordinate descent, least-squares scales.
+"""Quantisation of a group of layers: error feedback, coordinate descent, least-squares scales, exchanges in supports.
 
 For targets W* and `A = H + λI`, every row w minimises `(w − w*)ᵀ A (w − w*)` over `w = s q` on its support, q on the
 grid. It starts from the weights that a method found on that support:
@@ -8,12 +8,14 @@ grid. It starts from the weights that a method found on that support:
    `A_jj`, the rounding error is compensated by the columns that are still to come. Where that is worse than rounding
    to the nearest, a row is rounded;
 3. passes: the scales that are optimal for the codes q (of all groups of a row jointly, a least-squares problem with
-   as many unknowns as groups), then coordinate descent: column by column, each q becomes the best for all others.
+   as many unknowns as groups); where the support has a pattern N:M, exchanges of a kept weight for a pruned one; then
+   coordinate descent: column by column, each q becomes the best for all others.
 
 No pass raises the error of a row, so the result is at least as good as rounding.
 
 Differs from GPTQ: scales are fitted to the Gram; the codes are changed after the sweep, as in QuantEase (Behdin et al.
-2023), which has neither supports nor new scales.
+2023), which has neither supports nor new scales. Exchanges are those of a local search over supports, as in OSSCAR
+(Meng et al. 2024) for whole inputs.
 """
 
 from __future__ import annotations
@@ -36,9 +38,14 @@ SHRINKS = torch.linspace(1.0, 0.4, 25).tolist()
 
 
 def quantize(
-    problem: GroupProblem, solutions: list[LayerSolution], grid: Grid, passes: int, damping: float = DAMPING
+    problem: GroupProblem,
+    solutions: list[LayerSolution],
+    grid: Grid,
+    passes: int,
+    damping: float = DAMPING,
+    period: int | None = None,
 ) -> list[LayerSolution]:
-    """The solutions with weights on a grid, on the same supports.
+    """The solutions with weights on a grid.
 
     Args:
         problem: with the targets as its weights; no calibration token, and the error is that of the weights.
@@ -46,6 +53,7 @@ def quantize(
         grid: of every layer.
         passes: of new scales and coordinate descent.
         damping: λ as a fraction of the mean diagonal of H.
+        period: M of a pattern N:M, whose supports may change within their groups; None keeps the supports.
 
     Returns:
         weights that are `s q` in float32, and their scales, in float32 but values of the grid's `scale_dtype`.
@@ -57,7 +65,7 @@ def quantize(
     order = gram.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(gram[order][:, order], damping)
     factor.upper.div_(factor.upper.diagonal()[:, None].clone())
-    rows = _Rows(add_ridge(gram, factor.ridge), grid, factor.upper, order)
+    rows = _Rows(add_ridge(gram, factor.ridge), grid, factor.upper, order, period)
     target = torch.cat([layer.weight for layer in problem.layers])
     weight = torch.cat([solution.weight for solution in solutions])
     support = torch.cat([solution.mask for solution in solutions])
@@ -68,11 +76,14 @@ def quantize(
         replace(
             one,
             weight=new,
+            mask=mask,
             scales=Scales(grid, values, rows.group_of),
             status=Status.DAMPING_RAISED if more else one.status,
             stats=one.stats | more,
         )
-        for one, new, values in zip(solutions, problem.split(weight), problem.split(scales), strict=True)
+        for one, new, mask, values in zip(
+            solutions, *(problem.split(whole) for whole in (weight, support, scales)), strict=True
+        )
     ]
 
 
@@ -101,21 +112,25 @@ class _Rows:
         grid: of the weights.
         unit: U of `A⁻¹ = Uᵀ U` with its rows divided by their pivots, in the sweep's order, `(in, in)`.
         order: of the sweep, `(in,)`.
+        period: M of a pattern N:M, or None.
     """
 
-    def __init__(self, A: Tensor, grid: Grid, unit: Tensor, order: Tensor) -> None:
-        self.A, self.grid, self.unit, self.order = A, grid, unit, order
+    def __init__(self, A: Tensor, grid: Grid, unit: Tensor, order: Tensor, period: int | None = None) -> None:
+        self.A, self.grid, self.unit, self.order, self.period = A, grid, unit, order, period
         self.width = len(A)
         self.groups = grid.groups(self.width)
         self.group_of = torch.arange(self.width, device=A.device) // (self.width // self.groups)
 
     def solve(self, target: Tensor, weight: Tensor, support: Tensor, passes: int) -> Tensor:
-        """Put rows on the grid, in place of `weight (rows, in)`; returns their scales, `(rows, groups)`."""
+        """Put rows on the grid, in place of `weight` and `support`, `(rows, in)`; their scales, `(rows, groups)`."""
         state = self.begin(target.T, weight.T, support.T)
         for _ in range(passes):
             self.refit_scales(state)
+            if self.period is not None:
+                self.exchange(state, self.period)
             self.descend(state)
         weight.copy_(state.weight.T)
+        support.copy_(state.support.T)
         return state.scale.T
 
     def begin(self, target: Tensor, start: Tensor, support: Tensor) -> _State:
@@ -193,6 +208,53 @@ class _Rows:
                 column[at].copy_(new)
                 ahead[at + 1 - start :].addr_(A[at, at + 1 : stop], change)
             gradient.addmm_(A[:, start:stop], moved)
+
+    def exchange(self, state: _State, period: int) -> None:
+        """Of every group of inputs and every row, the exchange of a kept weight for a pruned one that gains most.
+
+        With the gradient g of the halved error, the kept weight j falls to zero and the pruned one k becomes the value
+        v of the grid that is best then:
+
+            E(j, k) = −w_j g_j + ½ w_j² A_jj + v (g_k − w_j A_jk) + ½ v² A_kk ,
+
+        and the exchange with the least E is made where that is negative.
+
+        Args:
+            state: of some rows.
+            period: number of consecutive inputs of a group.
+        """
+        A, weight = self.A, state.weight
+        gradient = A @ (weight - state.target)
+        block = max(BLOCK // period, 1) * period
+        for start in range(0, self.width, block):
+            stop = min(start + block, self.width)
+            moved = torch.zeros_like(weight[start:stop])
+            ahead = gradient[start:stop].clone()
+            for at in range(start, stop, period):
+                own, here = slice(at, at + period), slice(at - start, at - start + period)
+                change = self._exchanged(state, own, ahead[here])
+                moved[here] = change
+                ahead[here.stop :].addmm_(A[here.stop + start : stop, own], change)
+            gradient.addmm_(A[:, start:stop], moved)
+
+    def _exchanged(self, state: _State, own: slice, gradient: Tensor) -> Tensor:
+        """Make the exchange in one group of inputs; the change of its weights, `(period, rows)`."""
+        A, weight, support = self.A[own, own], state.weight[own], state.support[own]
+        scale, diagonal = state.scale[self.group_of[own]], A.diagonal()[:, None]
+        # (kept, pruned, rows): the slope of the pruned one once the kept one is zero
+        slope = gradient[None] - weight[:, None] * A[:, :, None]
+        value = self._rounded(-slope / diagonal, scale)
+        gain = value * (slope + 0.5 * value * diagonal) + (weight * (0.5 * weight * diagonal - gradient))[:, None]
+        allowed = support[:, None] & ~support[None] & (state.target[own] != 0)[None]
+        least, pair = gain.masked_fill_(~allowed, torch.inf).flatten(0, 1).min(0)
+        chosen = least < 0
+        out, into = (pair // len(A))[None], (pair % len(A))[None]
+        new = weight.scatter(0, out, 0.0).scatter(0, into, value.flatten(0, 1).gather(0, pair[None]))
+        change = torch.where(chosen, new - weight, 0.0)
+        weight += change
+        swapped = support.scatter(0, out, False).scatter(0, into, True)
+        support.copy_(torch.where(chosen, swapped, support))
+        return change
 
     def refit_scales(self, state: _State) -> None:
         """Scales that are optimal for the codes, for rows where they, as stored, lower the error."""

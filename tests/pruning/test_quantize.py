@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -121,6 +122,67 @@ def test_it_is_near_the_best_of_all_roundings(seed: int) -> None:
     # Of most rows it is the best, and of all together it is near.
     assert float((reached <= least * (1 + 1e-4)).double().mean()) >= 0.5
     assert float(reached.sum()) <= 1.25 * float(least.sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_with_exchanges_it_is_near_the_best_of_all_masks_and_roundings(seed: int, method: str) -> None:
+    problem, grid = problem_of(6, 12, seed, tokens=60), Grid("int", 4)
+    pruned = load_method(method).solve(problem, parse_pattern("1:3"))
+    held, free = (quantize(problem, copied(pruned), grid, 8, period=period)[0] for period in (None, 3))
+    assert free.scales is not None
+    least = torch.full((12,), torch.inf, dtype=torch.float64)
+    for out in product(range(3), range(3, 6)):
+        mask = torch.ones(12, 6, dtype=torch.bool)
+        mask[:, out] = False
+        least = least.minimum(best_codes(problem, free.scales.values[:, 0], mask, grid))
+    reached = errors(problem, free.weight)
+    assert bool((reached >= least * (1 - 1e-4)).all())
+    assert float(reached.sum()) <= 1.5 * float(least.sum())
+    assert float(reached.sum()) <= float(errors(problem, held.weight).sum())
+
+
+def copied(solutions: list[LayerSolution]) -> list[LayerSolution]:
+    return [replace(one, weight=one.weight.clone(), mask=one.mask.clone()) for one in solutions]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "3:4", "4:8", "1:3"])
+@pytest.mark.parametrize("name", ["int4:g32", "fp8"])
+def test_exchanges_hold_the_pattern_and_never_raise_the_error_of_a_row(pattern: str, name: str) -> None:
+    width = 96
+    problem, grid = problem_of(width, 30), grid_of(name, width)
+    source = problem.layers[0].weight
+    source[:, ::7] = 0
+    pruned = load_method("magnitude").solve(problem, parse_pattern(pattern))
+    before = torch.full((30,), torch.inf, dtype=torch.float64)
+    for passes in range(4):
+        (found,) = quantize(problem, copied(pruned), grid, passes, period=parse_pattern(pattern).group)
+        after = errors(problem, found.weight)
+        assert bool((after <= before * (1 + 1e-4)).all())
+        assert parse_pattern(pattern).check(found.mask.float()).violations == 0
+        assert not bool(found.weight[~found.mask].any())
+        assert not bool(found.weight[source == 0].any())
+        assert torch.equal(found.mask, pruned[0].mask) == (passes == 0)
+        before = after
+
+
+@torch.no_grad()
+def test_behind_exchanges_no_single_one_gains_alone() -> None:
+    problem, grid = problem_of(16, 8), grid_of("int8", 16)
+    pruned = load_method("magnitude").solve(problem, parse_pattern("2:4"))
+    (found,) = quantize(problem, pruned, grid, 60, period=4)
+    assert found.scales is not None
+    reached, A = errors(problem, found.weight), damped(problem)
+    for row, (out, into) in product(range(8), product(range(16), range(16))):
+        if out // 4 != into // 4 or not found.mask[row, out] or found.mask[row, into]:
+            continue
+        other = found.weight[row].double().clone()
+        other[out] = 0
+        slope = A[into] @ (other - problem.layers[0].weight[row])
+        scale = float(found.scales.spread()[row, into])
+        other[into] = float(grid.nearest(-slope / A[into, into] / scale)) * scale
+        missed = other - problem.layers[0].weight[row]
+        assert float(missed @ A @ missed) >= float(reached[row]) * (1 - 1e-4)
 
 
 def test_after_many_passes_no_single_code_can_be_bettered() -> None:
