@@ -1,12 +1,14 @@
-"""`python -m eval.front RESULTS.jsonl [...] --out PICTURE.png`: perplexity over the size of the folder, as a picture.
+"""`python -m eval.front RESULTS.jsonl [...] --out PICTURE.png`: perplexity over size or speed, as a picture.
 
 Points are the cells of grids of `eval.sweep` that measured the same texts; a line joins those that differ in their bits
-alone. The dense model is a line across: its size is that of the stored source.
+alone, or in how much of one kind of part is removed. The dense model is a line across: its size is that of the stored
+source, its speed is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from llmprune.errors import InputError
 
 PLAIN = "bfloat16"
 """What stands for a cell without a grid."""
+SIZE, MEASURES = "size", ("prefill", "decode")
+PARTS = re.compile(r"(blocks|channels|heads|experts|size):([^+]+)")
 
 
 def build_parser() -> Parser:
@@ -23,32 +27,64 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m eval.front", description="Draw perplexity over size.", allow_abbrev=False)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.jsonl", help="of grids with the same texts")
     parser.add_argument("--out", type=Path, required=True, metavar="PICTURE.png", help="the picture")
+    parser.add_argument("--over", choices=(SIZE, *MEASURES), default=SIZE, help="the axis across (default: size)")
+    parser.add_argument("--engine", default="transformers", help="whose speed (default: transformers)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def points(cells: Cells, text: str) -> dict[str, list[tuple[float, float, str]]]:
-    """Size in MiB, perplexity and bits of every cell, in order of size, by what else the cells are.
+def points(
+    cells: Cells, text: str, over: str = SIZE, engine: str = "transformers"
+) -> dict[str, list[tuple[float, float, str]]]:
+    """Place on the axis, perplexity and label of every cell, in order of place, by what else the cells are.
 
     Args:
         cells: settings and results.
         text: on which perplexity was measured.
+        over: `size` in MiB, or the speed over the dense model in `prefill` or `decode`.
+        engine: whose speed.
+
+    Raises:
+        InputError: a cell's speed was not measured.
     """
     found: dict[str, list[tuple[float, float, str]]] = {}
     for settings, result in cells:
-        named = ", ".join(str(value) for key, value in settings.items() if key != "quantize")
-        point = (result["size"]["pruned"] / 2**20, result["texts"][text]["value"], settings.get("quantize", PLAIN))
-        found.setdefault(named, []).append(point)
+        line, label = named(settings)
+        found.setdefault(line, []).append((place(result, over, engine), result["texts"][text]["value"], label))
     return {name: sorted(line) for name, line in found.items()}
 
 
-def draw(cells: Cells, dense: dict[str, Any], out: Path) -> None:
+def named(settings: dict[str, Any]) -> tuple[str, str]:
+    """The line of a cell, and its label there: how much is removed where that is of one kind, or its bits."""
+    bits = settings.get("quantize", PLAIN)
+    names = {key: str(value) for key, value in settings.items() if key != "quantize"}
+    match = PARTS.fullmatch(names.get("sparsity", ""))
+    if match is None:
+        return ", ".join(names.values()), bits
+    line = ", ".join((names | {"sparsity": match[1]}).values())
+    return line, match[2] + (f", {bits}" if "quantize" in settings else "")
+
+
+def place(result: dict[str, Any], over: str, engine: str) -> float:
+    """Where a cell is on the axis across."""
+    if over == SIZE:
+        return float(result["size"]["pruned"] / 2**20)
+    if engine not in result.get("speed", {}):
+        raise InputError(
+            f"{result['sparsity']['pattern']} has no speed in {engine}", "add [speed] to the grid and run it anew"
+        )
+    return float(result["speed"][engine][over]["median"])
+
+
+def draw(cells: Cells, dense: dict[str, Any], out: Path, over: str = SIZE, engine: str = "transformers") -> None:
     """Write the picture, one panel a text.
 
     Args:
         cells: settings and results.
         dense: the dense model's perplexity on the texts.
         out: the PNG file.
+        over: see `points`.
+        engine: likewise.
     """
     import matplotlib as mpl
 
@@ -57,13 +93,14 @@ def draw(cells: Cells, dense: dict[str, Any], out: Path) -> None:
 
     figure, axes = plt.subplots(1, len(dense), figsize=(5.4 * len(dense), 4), squeeze=False, layout="constrained")
     for axis, (text, baseline) in zip(axes[0], dense.items(), strict=True):
-        for name, line in points(cells, text).items():
+        for name, line in points(cells, text, over, engine).items():
             sizes, values, bits = zip(*line, strict=True)
             axis.plot(sizes, values, marker="o", linewidth=1.2, label="not pruned" if name == "none" else name)
             for size, value, label in zip(sizes, values, bits, strict=True):
                 axis.annotate(label, (size, value), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.axhline(baseline["value"], color="gray", linestyle="--", linewidth=1, label="dense")
-        axis.set(xlabel="size of the weights, MiB", ylabel=f"perplexity, {text}", yscale="log")
+        across = "size of the weights, MiB" if over == SIZE else f"{over}, times as fast as dense ({engine})"
+        axis.set(xlabel=across, ylabel=f"perplexity, {text}", yscale="log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.tick_params(axis="y", which="both", labelsize=8)
@@ -90,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
                 "name results of grids whose [also] names the same texts",
             )
         cells, dense = cells + found, dense or measured
-    draw(cells, dense, options.out)
+    draw(cells, dense, options.out, options.over, options.engine)
     say(f"drew {options.out}")
     return 0
 

@@ -21,9 +21,14 @@ With a table
     context = 1024
     bos = ["yes", "no"]  # each text with both kinds of windows; left out: as the tokenizer begins a text
 
-every cell's model is measured on these texts too, and the dense model once, in a line with the key `dense`. At the end
-a Markdown table is printed and a picture drawn: perplexity over the last setting, a line for each combination of the
-others.
+every cell's model is measured on these texts too, and the dense model once, in a line with the key `dense`. With
+
+    [speed]
+    engines = ["transformers", "llama.cpp"]
+    repeats = 5  # and other flags of eval.speed
+
+it is timed beside the dense model as well (`eval.speed`), and `speed` has the ratios by engine. At the end a Markdown
+table is printed and a picture drawn: perplexity over the last setting, a line for each combination of the others.
 """
 
 from __future__ import annotations
@@ -122,7 +127,9 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return found
 
 
-def run_cell(settings: dict[str, Any], also: dict[str, Any], out: Path) -> tuple[record.Stamp, dict[str, Any]]:
+def run_cell(
+    settings: dict[str, Any], also: dict[str, Any], speed: dict[str, Any], out: Path
+) -> tuple[record.Stamp, dict[str, Any]]:
     """One run of the command line: its stamp, and its report with the layers' errors in place of the layers."""
     command = ["llmprune", *flags(settings)]
     stamp = record.stamp(command, out)
@@ -135,13 +142,26 @@ def run_cell(settings: dict[str, Any], also: dict[str, Any], out: Path) -> tuple
             raise InputError(f"{' '.join(command)} failed: {done.stderr.strip()}", "see above")
         report = json.loads(done.stdout)
         texts = measured(f"{folder}/out", also) if also else {}
+        ratios = {"speed": speeds(settings["model"], f"{folder}/out", **speed)} if speed else {}
     errors = {layer["name"]: round(layer["error"], 6) for layer in report.pop("layers")}
     for key in ("out", "command"):
         report.pop(key)
     known = list(errors.values()) or [mixture["error"] for mixture in report["mixtures"]]
     # Where whole blocks are removed and nothing is fitted, no layer has an error.
     mean = sum(known) / len(known) if known else None
-    return stamp, {"mean_layer_error": mean, "layer_errors": errors, "texts": texts, **report}
+    return stamp, {"mean_layer_error": mean, "layer_errors": errors, "texts": texts, **ratios, **report}
+
+
+def speeds(dense: str, pruned: str, engines: list[str], **settings: Any) -> dict[str, dict[str, Any]]:
+    """How many times as fast as the dense model a pruned one is, by engine, in prefill and in decoding."""
+    found = {}
+    for engine in engines:
+        command = [sys.executable, "-m", "eval.speed", dense, pruned, "--engine", engine, *flags(settings), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise InputError(f"{' '.join(command[1:])} failed: {done.stderr.strip()}", "see above")
+        found[engine] = json.loads(done.stdout)["speedup"]
+    return found
 
 
 def measure_dense(model: str, also: dict[str, Any], out: Path) -> None:
@@ -239,7 +259,7 @@ def run(options: argparse.Namespace) -> int:
     for settings in cells(grid):
         if settings not in done:
             say(f"running {settings}", sys.stderr)
-            stamp, result = run_cell({**grid.get("fixed", {}), **settings}, also, out)
+            stamp, result = run_cell({**grid.get("fixed", {}), **settings}, also, grid.get("speed", {}), out)
             record.append(out, stamp, {"settings": settings, **result})
     results, dense = recorded(grid, out)
     say(json.dumps([result for _, result in results], indent=2) if options.json else table(results, dense))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from eval.front import main, points
+from llmprune.errors import InputError
 
 
 def cell(sparsity: str, size: int, value: float, **settings: str) -> dict[str, Any]:
@@ -26,6 +27,19 @@ def test_a_line_joins_cells_that_differ_in_their_bits() -> None:
     rows = [cell("2:4", 8, 30.0), cell("2:4", 4, 31.0, quantize="int4"), cell("none", 5, 22.0, quantize="int4")]
     found = points([(row["settings"], row) for row in rows], "a.txt")
     assert found == {"2:4": [(4, 31.0, "int4"), (8, 30.0, "bfloat16")], "none": [(5, 22.0, "int4")]}
+
+
+def test_a_line_joins_how_much_of_a_kind_is_removed() -> None:
+    rows = [cell("blocks:6", 8, 30.0), cell("blocks:3", 9, 25.0), cell("channels:25%", 8, 29.0, effort="best")]
+    for number, row in enumerate(rows):
+        row["speed"] = {"llama.cpp": {"decode": {"median": 1.5 - number / 10}}}
+    cells = [(row["settings"], row) for row in rows]
+    found = points(cells, "a.txt", "decode", "llama.cpp")
+    assert found == {"blocks": [(1.4, 25.0, "3"), (1.5, 30.0, "6")], "channels, best": [(1.3, 29.0, "25%")]}
+    assert points(cells, "a.txt")["blocks"] == [(8, 30.0, "6"), (9, 25.0, "3")]
+    rows[0]["sparsity"] = {"pattern": "blocks:6"}
+    with pytest.raises(InputError, match="no speed in transformers"):
+        points(cells, "a.txt", "prefill")
 
 
 def test_results_on_other_texts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

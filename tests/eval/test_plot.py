@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eval import plot, sweep
+from eval import plot, speed, sweep
+from llmprune.errors import InputError
 from llmprune.pruning.recipe import EFFORTS
 
 CELLS: plot.Cells = [
@@ -86,6 +88,24 @@ def test_a_cell_is_a_line_and_a_larger_grid_goes_on_from_the_cells_that_are_ther
     assert [row["settings"] for row in rows] == [{"method": "wanda"}, {"method": "magnitude"}]
     assert rows[0]["command"].startswith(f"llmprune --model {tiny.name} --sparsity 2:4 --calib {text.name} ")
     assert not any(str(path.parent) in whole for path in (tiny, text, tmp_path))
+
+
+def test_speeds_are_asked_for_by_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, len(asked) // 3, json.dumps({"speedup": len(asked)}), "too slow")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert sweep.speeds("a", "b", ["transformers", "llama.cpp"], repeats=3) == {"transformers": 1, "llama.cpp": 2}
+    parsed = [speed.build_parser().parse_args(command[3:]) for command in asked]
+    assert [(one.dense, one.pruned, one.engine, one.repeats) for one in parsed] == [
+        ("a", "b", "transformers", 3),
+        ("a", "b", "llama.cpp", 3),
+    ]
+    with pytest.raises(InputError, match="too slow"):
+        sweep.speeds("a", "b", ["transformers"])
 
 
 def test_a_key_that_a_cell_lacks_stays_empty() -> None:
