@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,12 +14,12 @@ from llmprune.pipeline.resolve import resolve
 from llmprune.pipeline.size_errors import size_errors
 from llmprune.pipeline.size_options import Options, options_of
 from llmprune.pipeline.size_search import SizeSearch
-from llmprune.pipeline.size_trial import Trial
+from llmprune.pipeline.size_trial import Trial, with_sparsity
 from llmprune.pipeline.state import STATE, read_state
 from llmprune.pipeline.workdir import SIZED
 from llmprune.progress import Progress
 from llmprune.pruning.recipe import AUTO, Stages
-from llmprune.pruning.sparsity import Kind, Removal, Sparsity
+from llmprune.pruning.sparsity import Kind, Removal, Sparsity, parse_sparsity
 from llmprune.reporting.report import PruneReport
 from llmprune.runtime.files import is_occupied
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
@@ -49,7 +48,7 @@ def choose_sizes(job: Job, group: ProcessGroup, progress: Progress) -> Job:
     if not known:
         run, options = _checked(job, group)
         known = group.broadcast_object(_chosen(run, options, job, progress))
-    return replace(job, sparsity=known)
+    return with_sparsity(job, parse_sparsity(known))
 
 
 def counted(job: Job, progress: Progress) -> Job:
@@ -59,9 +58,9 @@ def counted(job: Job, progress: Progress) -> Job:
         return job
     job = replace(job, asked=goal.name)
     _, options = _checked(job, SINGLE, headers_only=True)
-    example = _example(goal, options.kinds[:1])
-    progress.note(f"{goal.name} is counted as {example}, and without the choice: what goes is not known yet")
-    return replace(job, sparsity=example)
+    example = _example(goal, options.kinds[0])
+    progress.note(f"{goal.name} is counted as {example.name}, and without the choice: what goes is not known yet")
+    return with_sparsity(job, example)
 
 
 def _known(job: Job) -> str:
@@ -83,8 +82,9 @@ def _checked(job: Job, group: ProcessGroup, headers_only: bool = False) -> tuple
         InputError: the job cannot be done, whatever is chosen.
     """
     run = prepare(_plain(job), Progress(), group, headers_only=headers_only)
-    options = options_of(run)
-    resolve(replace(job, sparsity=_example(job.goal, options.kinds)), group)
+    options = options_of(run, job.round_to)
+    for kind in options.kinds:
+        resolve(with_sparsity(job, _example(job.goal, kind)), group)
     return run, options
 
 
@@ -95,10 +95,10 @@ def _plain(job: Job) -> Job:
     return replace(job, **plain, sparsity=pattern.name if pattern else "50%", method=AUTO, options=(), round_to=None)
 
 
-def _example(goal: Sparsity, kinds: Sequence[Kind]) -> str:
-    """A sparsity with removals of these kinds."""
+def _example(goal: Sparsity, kind: Kind) -> Sparsity:
+    """One with removals of one kind."""
     assert goal.size is not None
-    return goal.chosen([Removal(kind, 1 - goal.size) for kind in kinds]).name
+    return goal.chosen([Removal(kind, 1 - goal.size)])
 
 
 def _chosen(run: RunContext, options: Options, job: Job, progress: Progress) -> str:

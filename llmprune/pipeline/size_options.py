@@ -89,11 +89,12 @@ class Options:
         return self.heads + self.channels
 
 
-def options_of(run: RunContext) -> Options:
+def options_of(run: RunContext, round_to: int | None = None) -> Options:
     """What the model of a job can lose, as far as its config says so.
 
     Args:
         run: any job with this model.
+        round_to: numbers of channels are multiples of this; None for the usual.
 
     Raises:
         InputError: it has experts, or can lose nothing.
@@ -106,7 +107,7 @@ def options_of(run: RunContext) -> Options:
         )
     tokens = torch.arange(64)[None] % skeleton.config.get_text_config().vocab_size
     couplings, runs = all_couplings(skeleton, tokens), block_runs(skeleton, tokens)
-    plan = Planner(skeleton, couplings, runs, job.round_to, run.pattern, job.trust_remote_code)
+    plan = Planner(skeleton, couplings, runs, round_to, run.pattern, job.trust_remote_code)
     reasons: dict[Kind, str] = {}
     heads = _planned(plan, "heads", [r for r in head_ratios(couplings) if r <= MOST_HEADS], reasons)
     channels = _planned(plan, "channels", CHANNEL_RATIOS, reasons)

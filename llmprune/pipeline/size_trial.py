@@ -64,11 +64,17 @@ class Trial:
     def _without(self, removals: Sequence[Removal], blocks: Sequence[int]) -> RunContext:
         """The run in which these are removed, and nothing else is done."""
         asked = self.job.goal.chosen(removals)
-        procedure = resolve(replace(self.job, sparsity=asked.name))
+        procedure = resolve(with_sparsity(self.job, asked))
         recipe = replace(procedure.recipe, reconstruct=0, permute=False, allocate="uniform")
         procedure = replace(procedure, sparsity=Sparsity(asked.removals, None), recipe=recipe, grid=None)
         run = replace(self.run, job=self.job, procedure=procedure, structure=self.plan(asked.removals))
         return without_blocks(run, blocks, self.adders, Progress()) if blocks else run
+
+
+def with_sparsity(job: Job, sparsity: Sparsity) -> Job:
+    """A job with other removals, without the flags that are for channels where none go."""
+    channels = any(removal.kind == "channels" for removal in sparsity.removals)
+    return replace(job, sparsity=sparsity.name, round_to=job.round_to if channels else None)
 
 
 def sample_of(run: RunContext) -> Tensor:

@@ -71,6 +71,13 @@ def test_it_is_the_run_of_what_was_chosen(tmp_path: Path) -> None:
         assert torch.equal(on_disk(tmp_path / "named")[name], value)
 
 
+def test_numbers_of_channels_are_rounded_as_asked_for(tmp_path: Path) -> None:
+    report = sized(tmp_path, "size:80%", round_to=4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["intermediate_size"] % 4 == 0
+    assert report.sparsity["pattern"] != "size:80%"
+
+
 def test_a_choice_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sized(tmp_path)
     with stopped_behind_the_first_block(monkeypatch):
@@ -105,6 +112,8 @@ def test_the_plan_counts_a_removal_of_that_size(tmp_path: Path) -> None:
         ("size:75%", "gemma2", {}, "do not add to the residual stream"),
         ("size:75%", "llama", {"permute": True}, "--permute does not apply"),
         ("size:75%", "llama", {"method": "sparsegpt"}, "--method sparsegpt"),
+        ("size:75%", "llama", {"method": "influence"}, "--method influence has no"),
+        ("size:75%", "llama", {"targets": "pruned", "refit": True}, "--targets pruned"),
         ("size:75%", "llama", {"only": ("*mlp*",)}, "--only"),
         ("size:75%", "llama", {"calib": "nothing.txt"}, "nothing.txt"),
     ],
