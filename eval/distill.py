@@ -59,6 +59,24 @@ def undone(found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The three models' perplexities as a Markdown table, with what is undone; and the held-out divergence."""
+    found, facts = result["perplexity"], result["distillation"]
+    texts = list(result["undone"])
+    lines = [f"| {result['sparsity']} | {' | '.join(texts)} |", f"|---|{'--:|' * len(texts)}"]
+    for name, one in found.items():
+        values = [f"{one[text]['value']:.2f} ± {one[text]['error']:.2f}" for text in texts]
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    lines.append(f"| undone | {' | '.join(f'{value:.2f}' for value in result['undone'].values())} |")
+    course = ", ".join(f"{one['divergence']:.4f} ({one['step']})" for one in facts["divergences"])
+    told = (
+        f"{facts['tokens']:,} tokens, {facts['batch_size']} windows a step, learning rate {facts['learning_rate']:g}, "
+        f"{facts['threads']} threads, {facts['seconds']['train']:,.0f} s. Held-out divergence in nats a token "
+        f"(behind so many steps): {course}."
+    )
+    return "\n".join([*lines, "", told])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)

@@ -123,6 +123,20 @@ def measured(options: argparse.Namespace, model: str) -> dict[str, dict[str, Any
     return measure(model, options.text, options.windows, options.context)
 
 
+def table(result: dict[str, Any]) -> str:
+    """Perplexities behind every stage as a Markdown table."""
+    texts = list(result["dense"])
+    behind = " | ".join(f"{text}, {name}" for text in texts for name in ("pruned", "distilled"))
+    lines = [f"| path | pruned | tokens | parameters | {behind} |", f"|---|---|--:|--:|{'--:|' * (2 * len(texts))}"]
+    for path, stages in result["paths"].items():
+        for stage in stages:
+            values = [f"{stage[name][text]['value']:.2f}" for text in texts for name in ("pruned", "distilled")]
+            cells = [path, stage["sparsity"], f"{stage['tokens']:,}", f"{stage['parameters']:,}", *values]
+            lines.append(f"| {' | '.join(cells)} |")
+    dense = ", ".join(f"{value['value']:.2f} on {text}" for text, value in result["dense"].items())
+    return "\n".join([*lines, "", f"Dense: {dense}."])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)

@@ -229,7 +229,7 @@ def table(results: Cells, dense: dict[str, Any]) -> str:
     head = [*keys, *sized, *evaluated, *texts, "layer error", "pruning, s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for settings, result in results:
-        row = [str(settings.get(key, "")) for key in keys]
+        row = [_named(settings.get(key, ""), result) for key in keys]
         row += [f"{result['size']['pruned'] / 2**20:.0f}"] if sized else []
         row += [_measured(result["evaluation"]["pruned"])] if evaluated else []
         row += [_measured(result["texts"][text], recovered_fraction(text, settings, results, dense)) for text in texts]
@@ -237,6 +237,12 @@ def table(results: Cells, dense: dict[str, Any]) -> str:
         row += ["" if error is None else f"{error:.4f}", f"{result['seconds']['prune']:.0f}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def _named(value: Any, result: dict[str, Any]) -> str:
+    """A setting; a size with what was chosen for it."""
+    facts = result.get("sparsity", {})
+    return f"{value} ({facts['pattern']})" if value and value == facts.get("asked") else str(value)
 
 
 def _measured(found: dict[str, float], share: float | None = None) -> str:

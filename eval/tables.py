@@ -2,8 +2,8 @@
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`. NAME is a JSON-lines file of `eval.sweep`, or a JSON
 file of `eval.peers`, `eval.scale`, `eval.processes`, `eval.zero_shot`, `eval.speed`, `eval.solvers`,
-`eval.structured_scale`, `eval.expert_scale`, `eval.quantizers`, `eval.int4_kernel` or `eval.zeros`, or that of
-`eval.families`. Figures are never typed.
+`eval.structured_scale`, `eval.expert_scale`, `eval.quantizers`, `eval.int4_kernel`, `eval.zeros`, `eval.distill` or
+`eval.gradual`, or that of `eval.families`. Figures are never typed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import sys
 import tomllib
 
 from eval import (
+    distill,
     expert_scale,
     families,
+    gradual,
     int4_kernel,
     peers,
     processes,
@@ -43,6 +45,8 @@ MAKERS = {
     "schemes": zeros.table,
     "grid": quantizers.table,
     "products": int4_kernel.table,
+    "undone": distill.table,
+    "paths": gradual.table,
 }
 """Who makes the table of a result, by a key that only such results have."""
 

@@ -62,7 +62,7 @@ class DistillJob:
     eval_windows: int = same(Job, "eval_windows")
     eval_context: int | None = same(Job, "eval_context")
     learning_rate: float = knob(
-        2e-4, RECIPE, "largest learning rate; warm-up, then a cosine to 0", ABOVE_ZERO, guesses=("lr",)
+        1e-4, RECIPE, "largest learning rate; warm-up, then a cosine to 0", ABOVE_ZERO, guesses=("lr",)
     )
     temperature: float = knob(
         1.0, RECIPE, "both distributions are softened by it", ABOVE_ZERO, guesses=("t", "tau", "kd_temperature")

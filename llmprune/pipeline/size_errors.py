@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -101,4 +103,11 @@ def _channels(run: RunContext, structures: Sequence[Structure], errors: Sequence
         return None
     ratios = [float(structure.ratios["channels"]) for structure in structures]
     saved = saved_by_block(structures[-1], run.skeleton) / ratios[-1]
-    return Channels(tuple(ratios), torch.stack(list(errors), dim=1), saved)
+    step = reduce(_common, (1 - structure.ratios["channels"] for structure in structures))
+    return Channels(tuple(ratios), torch.stack(list(errors), dim=1), saved, float(step))
+
+
+def _common(one: Fraction, other: Fraction) -> Fraction:
+    """The largest fraction of which both are multiples."""
+    shared = one.denominator * other.denominator
+    return Fraction(math.gcd(one.numerator * other.denominator, other.numerator * one.denominator), shared)

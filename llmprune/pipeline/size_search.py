@@ -75,7 +75,7 @@ class SizeSearch:
     def best(self, errors: SizeErrors) -> SizeChoice | None:
         """The choice with the least sum of errors."""
         assert self.goal.size is not None
-        return choose(float(self.goal.size), block_sizes(self.options.plan.skeleton), errors)
+        return choose(float(self.goal.size + SLACK), block_sizes(self.options.plan.skeleton), errors)
 
     def _measured(self, removals: list[Removal], choice: SizeChoice) -> float:
         name = _name(removals)

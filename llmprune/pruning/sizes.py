@@ -48,11 +48,17 @@ class Channels:
         ratios: of the removed channels, rising.
         errors: of the stream behind the MLP of every block, relative to the stream, `(blocks, ratios)`, float64.
         saved: parameters that every block loses for a ratio of 1, `(blocks,)`, float64.
+        step: of the ratio of kept channels, whose numbers are rounded; 0 for none.
     """
 
     ratios: tuple[float, ...]
     errors: Tensor
     saved: Tensor
+    step: float = 0.0
+
+    def possible(self, ratio: float) -> float:
+        """The least ratio from this one on that leaves a whole number of steps."""
+        return 1 - math.floor((1 - ratio) / self.step + 1e-9) * self.step if self.step else ratio
 
     def error(self, ratio: float, kept: Tensor) -> float:
         """The error of the blocks `kept (blocks,)` at a ratio between those that were measured.
@@ -124,7 +130,7 @@ class SizeChoice:
 def choose(goal: float, blocks: Sequence[int], errors: SizeErrors) -> SizeChoice | None:
     """The choice of the least error among all that leave no more than the size asked for; None where there is none.
 
-    Every number of blocks is tried with every number of heads, and channels make up the rest: with B the removed
+    Every number of blocks is tried with every number of heads, and channels are the rest: with B the removed
     blocks, h the heads and r the ratio of channels,
 
         min E_blocks(B) + Σ_{b ∉ B} (E_heads(b, h) + E_channels(b, r))   over (B, h, r)
@@ -152,10 +158,9 @@ def _candidates(needed: float, sizes: Tensor, errors: SizeErrors) -> Iterator[Si
             rest = needed - float(sizes[~kept].sum()) - float(way.saved[kept].sum())
             ratio = 0.0
             if rest > 0:
-                saved = 0.0 if channels is None else float(channels.saved[kept].sum())
-                if saved <= rest:
+                if channels is None or (saved := float(channels.saved[kept].sum())) <= rest:
                     continue
-                ratio = rest / saved
+                ratio = channels.possible(rest / saved)
             error = depth.error + float(way.errors[kept].sum())
             error += 0.0 if channels is None else channels.error(ratio, kept)
             yield SizeChoice(depth, way, ratio, error)

@@ -31,4 +31,10 @@ def test_a_study(
     assert result["undone"].keys() == {text.name}
     assert result["distillation"]["tokens"] == 256
     assert str(tmp_path) not in json.dumps(result)
+    assert [line.split(" | ")[0] for line in distill.table(result).splitlines()[2:6]] == [
+        "| dense",
+        "| pruned",
+        "| distilled",
+        "| undone",
+    ]
     assert json.loads(capsys.readouterr().out) == result

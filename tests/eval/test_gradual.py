@@ -48,3 +48,4 @@ def test_a_study(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert paths["gradual"][-1]["parameters"] == paths["at once"][-1]["parameters"]
     assert PruneReport.read(tmp_path / "work" / "gradual-2-distilled").distillation["teacher"] == tiny.name
     assert str(tmp_path) not in json.dumps(result)
+    assert len(gradual.table(result).splitlines()) == 7

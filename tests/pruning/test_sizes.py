@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,8 +32,11 @@ def use_of(seed: int) -> tuple[list[int], SizeErrors]:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("goal", [0.95, 0.8, 0.6])
-def test_no_other_combination_has_a_smaller_error(seed: int, goal: float) -> None:
+@pytest.mark.parametrize("step", [0.0, 1 / 24])
+def test_no_other_combination_has_a_smaller_error(seed: int, goal: float, step: float) -> None:
     sizes, given = use_of(seed)
+    assert given.channels is not None
+    given = replace(given, channels=replace(given.channels, step=step))
     found = choose(goal, sizes, given)
     assert found is not None
     assert given.channels is not None
@@ -40,13 +44,13 @@ def test_no_other_combination_has_a_smaller_error(seed: int, goal: float) -> Non
     for depth in given.depths:
         kept = torch.tensor([block not in depth.removed for block in range(BLOCKS)])
         for way in given.heads:
-            for step in range(751):
+            for ratio in [1 - step * kept for kept in range(24, -1, -1)] if step else [at / 1000 for at in range(751)]:
                 left = [
-                    0 if block in depth.removed else size - float(way.saved[block]) - step / 1000 * 60
+                    0 if block in depth.removed else size - float(way.saved[block]) - ratio * 60
                     for block, size in enumerate(sizes)
                 ]
                 if sum(left) <= goal * sum(sizes) + 1e-9:
-                    error = depth.error + float(way.errors[kept].sum()) + given.channels.error(step / 1000, kept)
+                    error = depth.error + float(way.errors[kept].sum()) + given.channels.error(ratio, kept)
                     errors.append(error)
                     break
     assert min(errors) - 5e-3 <= found.error <= min(errors) + 1e-9
