@@ -18,6 +18,7 @@ from llmprune.pipeline.size_trial import Trial, with_sparsity
 from llmprune.pipeline.state import STATE, read_state
 from llmprune.pipeline.workdir import SIZED
 from llmprune.progress import Progress
+from llmprune.pruning.methods import METHODS
 from llmprune.pruning.recipe import AUTO, Stages
 from llmprune.pruning.sparsity import Kind, Removal, Sparsity, parse_sparsity
 from llmprune.reporting.report import PruneReport
@@ -56,7 +57,7 @@ def counted(job: Job, progress: Progress) -> Job:
     goal = job.goal
     if goal.size is None:
         return job
-    job = replace(job, asked=goal.name)
+    job = replace(job, out=output_folder(job, goal), asked=goal.name)
     _, options = _checked(job, SINGLE, headers_only=True)
     example = _example(goal, options.kinds[0])
     progress.note(f"{goal.name} is counted as {example.name}, and without the choice: what goes is not known yet")
@@ -81,6 +82,11 @@ def _checked(job: Job, group: ProcessGroup, headers_only: bool = False) -> tuple
     Raises:
         InputError: the job cannot be done, whatever is chosen.
     """
+    if job.method != AUTO and (job.method not in METHODS or job.goal.pattern is None):
+        raise InputError(
+            f"--method {job.method} does not apply to {job.goal.name}, which removes parts of several kinds",
+            "leave it out, or name the parts: channels:25%, blocks:20%",
+        )
     run = prepare(_plain(job), Progress(), group, headers_only=headers_only)
     options = options_of(run, job.round_to)
     for kind in options.kinds:

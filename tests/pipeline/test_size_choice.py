@@ -102,6 +102,8 @@ def test_the_plan_counts_a_removal_of_that_size(tmp_path: Path) -> None:
     assert plan["sparsity"]["asked"] == "size:75%"
     assert plan["size"]["pruned"] < plan["size"]["dense"]
     assert not (tmp_path / "out").exists()
+    plan = dry_run(asked(tmp_path, "size:75%+2:4", out=None, method="admm"))
+    assert plan["out"].endswith("-size75pct-2of4")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_the_plan_counts_a_removal_of_that_size(tmp_path: Path) -> None:
         ("size:75%", "gemma2", {}, "do not add to the residual stream"),
         ("size:75%", "llama", {"permute": True}, "--permute does not apply"),
         ("size:75%", "llama", {"method": "sparsegpt"}, "--method sparsegpt"),
-        ("size:75%", "llama", {"method": "influence"}, "--method influence has no"),
+        ("size:75%", "llama", {"method": "influence"}, "--method influence does not apply"),
         ("size:75%", "llama", {"targets": "pruned", "refit": True}, "--targets pruned"),
         ("size:75%", "llama", {"only": ("*mlp*",)}, "--only"),
         ("size:75%", "llama", {"calib": "nothing.txt"}, "nothing.txt"),
