@@ -13,7 +13,7 @@ from llmprune.errors import InputError
 from llmprune.pipeline.size_options import Options, block_sizes
 from llmprune.pipeline.size_trial import Trial
 from llmprune.progress import Progress
-from llmprune.pruning.sizes import SizeChoice, SizeErrors, choose
+from llmprune.pruning.sizes import Cost, SizeChoice, SizeErrors, choose
 from llmprune.pruning.sparsity import Kind, Removal, Sparsity, size_name
 
 SLACK = Fraction(1, 2000)
@@ -45,21 +45,24 @@ class SizeSearch:
     def removals(self) -> list[Removal]:
         """Of all removals that were tried and meet the size, those with the least divergence.
 
-        Each kind is tried alone, as far as the size or the kind goes. The errors of every kind are scaled to what was
-        measured, and the choice with the least sum of them is tried as well.
+        Each kind is tried alone, as far as the size or the kind goes, and half of that; between and below, its
+        divergence is taken for a power of the errors. The choice with the least sum of these is tried as well.
         """
         found: dict[str, list[Removal]] = {}
-        factors: dict[Kind, float] = {}
+        costs: dict[Kind, Cost] = {}
         for kind in self.options.kinds:
             own = self.errors.only(kind)
             choice = self.best(own)
-            most = choice or _most(own)
+            most = choice or _part(own, 1)
             removals = self._removals(most, meets=choice is not None)
-            cost = self._measured(removals, most)
-            factors[kind] = cost / most.error if most.error > 0 else 1.0
+            points = [(most.cost, self._measured(removals, most))]
             if choice is not None:
                 found[_name(removals)] = removals
-        mixed = self.best(self.errors.scaled(factors))
+            less = _part(own, 0.5, most)
+            if 0 < less.cost < most.cost:
+                points.append((less.cost, self._measured(self._removals(less, meets=False), less)))
+            costs[kind] = Cost.through(*points)
+        mixed = self.best(self.errors, costs)
         assert mixed is not None
         removals = self._removals(mixed)
         self._measured(removals, mixed)
@@ -72,10 +75,10 @@ class SizeSearch:
         )
         return found[name]
 
-    def best(self, errors: SizeErrors) -> SizeChoice | None:
-        """The choice with the least sum of errors."""
+    def best(self, errors: SizeErrors, costs: dict[Kind, Cost] | None = None) -> SizeChoice | None:
+        """The choice with the least cost."""
         assert self.goal.size is not None
-        return choose(float(self.goal.size + SLACK), block_sizes(self.options.plan.skeleton), errors)
+        return choose(float(self.goal.size + SLACK), block_sizes(self.options.plan.skeleton), errors, costs)
 
     def _measured(self, removals: list[Removal], choice: SizeChoice) -> float:
         name = _name(removals)
@@ -116,11 +119,15 @@ def _named(ratio: Fraction | float) -> Fraction:
     return Fraction(round(ratio * FINEST), FINEST)
 
 
-def _most(errors: SizeErrors) -> SizeChoice:
-    """As much as can be removed of one kind."""
+def _part(errors: SizeErrors, part: float, of: SizeChoice | None = None) -> SizeChoice:
+    """A part of a choice of one kind, or of all that can be removed; its cost is the error of the residual stream."""
     depth, heads, channels = errors.depths[-1], errors.heads[-1], errors.channels
-    everywhere = torch.ones(len(heads.errors), dtype=torch.bool)
     ratio = 0.0 if channels is None else channels.ratios[-1]
+    most = of or SizeChoice(depth, heads, ratio, math.inf)
+    depth = errors.depths[int(part * len(most.depth.removed))]
+    heads = errors.heads[int(part * (most.heads.number + 1))]
+    everywhere = torch.ones(len(heads.errors), dtype=torch.bool)
+    ratio = 0.0 if channels is None else channels.possible(part * most.ratio)
     cost = 0.0 if channels is None else channels.error(ratio, everywhere)
     return SizeChoice(depth, heads, ratio, depth.error + float(heads.errors.sum()) + cost)
 

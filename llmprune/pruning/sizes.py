@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmprune.pruning.sparsity import Kind
+
+POWERS = (1.0, 6.0)
+"""Costs grow at least in proportion to errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +102,34 @@ class SizeErrors:
             self.channels if kind == "channels" else None,
         )
 
-    def scaled(self, factors: Mapping[Kind, float]) -> SizeErrors:
-        """The errors of every kind times a factor; 1 where none is given."""
-        blocks, heads, channels = (factors.get(kind, 1.0) for kind in ("blocks", "heads", "channels"))
-        curves = self.channels
-        return SizeErrors(
-            [replace(depth, error=depth.error * blocks) for depth in self.depths],
-            [replace(way, errors=way.errors * heads) for way in self.heads],
-            None if curves is None else replace(curves, errors=curves.errors * channels),
-        )
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What errors E of one kind of removal cost at the end of the model, `c E^p`.
+
+    Args:
+        factor: c.
+        power: p.
+    """
+
+    factor: float = 1.0
+    power: float = 1.0
+
+    def __call__(self, error: float) -> float:
+        """The cost of an error of the residual stream."""
+        return float(self.factor * error**self.power)
+
+    @classmethod
+    def through(cls, *points: tuple[float, float]) -> Cost:
+        """Through one or two pairs of error and cost, the larger error first; p is 1 for one, else within `POWERS`."""
+        (error, cost), *rest = points
+        if min(error, cost) <= 0:
+            return cls()
+        power = 1.0
+        for less, cheaper in rest:
+            if 0 < less < error and cheaper > 0:
+                power = min(max(math.log(cost / cheaper) / math.log(error / less), POWERS[0]), POWERS[1])
+        return cls(cost / error**power, power)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,39 +140,43 @@ class SizeChoice:
         depth: the blocks.
         heads: the heads of the others.
         ratio: of the channels of the others.
-        error: what is expected of the stream, summed over all removals.
+        cost: what is expected, summed over all kinds.
     """
 
     depth: Depth
     heads: Heads
     ratio: float
-    error: float
+    cost: float
 
 
-def choose(goal: float, blocks: Sequence[int], errors: SizeErrors) -> SizeChoice | None:
-    """The choice of the least error among all that leave no more than the size asked for; None where there is none.
+def choose(
+    goal: float, blocks: Sequence[int], errors: SizeErrors, costs: Mapping[Kind, Cost] | None = None
+) -> SizeChoice | None:
+    """The choice of the least cost among all that leave no more than the size asked for; None where there is none.
 
     Every number of blocks is tried with every number of heads, and channels are the rest: with B the removed
     blocks, h the heads and r the ratio of channels,
 
-        min E_blocks(B) + Σ_{b ∉ B} (E_heads(b, h) + E_channels(b, r))   over (B, h, r)
+        min C_blocks(E(B)) + C_heads(Σ_{b ∉ B} E(b, h)) + C_channels(Σ_{b ∉ B} E(b, r))   over (B, h, r)
         with Σ_{b ∈ B} n_b + Σ_{b ∉ B} (n_heads(b, h) + r n_channels(b)) ≥ (1 - goal) Σ_b n_b,
 
-    n_b the parameters of block b. Errors are taken to add up, as those of layers are wherever ratios are allocated.
+    n_b the parameters of block b. Costs are taken to add up, as those of layers are wherever ratios are allocated.
 
     Args:
         goal: ratio of the block parameters that may be left.
         blocks: number of parameters of every block.
         errors: of every kind of removal.
+        costs: what they cost; the errors themselves for None.
     """
     sizes = torch.tensor(blocks, dtype=torch.float64)
-    found = _candidates((1 - goal) * float(sizes.sum()), sizes, errors)
-    best = min(found, key=lambda choice: choice.error, default=None)
-    return best if best is not None and best.error < math.inf else None
+    found = _candidates((1 - goal) * float(sizes.sum()), sizes, errors, costs or {})
+    best = min(found, key=lambda choice: choice.cost, default=None)
+    return best if best is not None and best.cost < math.inf else None
 
 
-def _candidates(needed: float, sizes: Tensor, errors: SizeErrors) -> Iterator[SizeChoice]:
+def _candidates(needed: float, sizes: Tensor, errors: SizeErrors, costs: Mapping[Kind, Cost]) -> Iterator[SizeChoice]:
     channels = errors.channels
+    of_blocks, of_heads, of_channels = (costs.get(kind, Cost()) for kind in ("blocks", "heads", "channels"))
     for depth in errors.depths:
         kept = torch.ones(len(sizes), dtype=torch.bool)
         kept[list(depth.removed)] = False
@@ -161,6 +187,6 @@ def _candidates(needed: float, sizes: Tensor, errors: SizeErrors) -> Iterator[Si
                 if channels is None or (saved := float(channels.saved[kept].sum())) <= rest:
                     continue
                 ratio = channels.possible(rest / saved)
-            error = depth.error + float(way.errors[kept].sum())
-            error += 0.0 if channels is None else channels.error(ratio, kept)
-            yield SizeChoice(depth, way, ratio, error)
+            cost = of_blocks(depth.error) + of_heads(float(way.errors[kept].sum()))
+            cost += 0.0 if channels is None else of_channels(channels.error(ratio, kept))
+            yield SizeChoice(depth, way, ratio, cost)

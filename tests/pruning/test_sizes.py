@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmprune.pruning.sizes import Channels, Depth, Heads, SizeErrors, choose
+from llmprune.pruning.sizes import Channels, Cost, Depth, Heads, SizeErrors, choose
 from llmprune.pruning.sparsity import Kind
 
 BLOCKS, RATIOS = 6, (0.1, 0.3, 0.5, 0.75)
@@ -53,7 +53,7 @@ def test_no_other_combination_has_a_smaller_error(seed: int, goal: float, step: 
                     error = depth.error + float(way.errors[kept].sum()) + given.channels.error(ratio, kept)
                     errors.append(error)
                     break
-    assert min(errors) - 5e-3 <= found.error <= min(errors) + 1e-9
+    assert min(errors) - 5e-3 <= found.cost <= min(errors) + 1e-9
 
 
 def test_the_curve_passes_through_what_was_measured_and_rises() -> None:
@@ -79,10 +79,22 @@ def test_what_cannot_be_reached_is_not_chosen() -> None:
 
 
 @pytest.mark.parametrize("kind", ["blocks", "channels", "heads"])
-def test_a_kind_whose_errors_are_scaled_up_goes_last(kind: Kind) -> None:
+def test_a_kind_that_costs_much_more_is_not_taken(kind: Kind) -> None:
     sizes, errors = use_of(0)
-    found = choose(0.8, sizes, errors.scaled({kind: 1e6}))
+    found = choose(0.8, sizes, errors, {kind: Cost(1e6)})
     assert found is not None
     gone = {"blocks": bool(found.depth.removed), "channels": found.ratio > 0, "heads": found.heads.number >= 0}
     assert not gone[kind]
-    assert found.error == pytest.approx(choose(0.8, sizes, errors.scaled({kind: 1e5})).error)
+    without = choose(0.8, sizes, errors, {kind: Cost(1e5)})
+    assert without is not None
+    assert found.cost == pytest.approx(without.cost)
+
+
+def test_a_cost_passes_through_what_was_measured() -> None:
+    cost = Cost.through((0.2, 0.9), (0.1, 0.2))
+    assert [cost(error) for error in (0.2, 0.1)] == pytest.approx([0.9, 0.2])
+    assert Cost.through((0.2, 0.9))(0.1) == pytest.approx(0.45)
+    # Less for more: noise, so in proportion.
+    assert Cost.through((0.2, 0.9), (0.1, 0.8))(0.1) == pytest.approx(0.45)
+    assert Cost.through((0.0, 0.9))(0.3) == 0.3
+    assert cost(0.0) == 0
