@@ -45,6 +45,17 @@ def quantizer(group: int, plain: bool) -> Any:
     return kind(config_groups={"group_0": scheme}, ignore=["re:.*lm_head"])
 
 
+def round_weights(model: Any) -> None:
+    """Put weights on their grids: a folder of dense tensors has them as they are, and only forwards round them."""
+    lifecycle = importlib.import_module("compressed_tensors.quantization.lifecycle")
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.weights is not None:
+            zero = getattr(module, "weight_zero_point", None)
+            values = lifecycle.fake_quantize(module.weight.data, module.weight_scale, zero, scheme.weights)
+            module.weight.data.copy_(values)
+
+
 def calibration(path: Path) -> tuple[Any, int, int]:
     """The frozen windows as an already tokenised dataset with full attention, and its (samples, length)."""
     tokens = importlib.import_module("safetensors.torch").load_file(path)["tokens"]
@@ -77,6 +88,7 @@ def prune(options: argparse.Namespace) -> dict[str, Any]:
             shuffle_calibration_samples=False,
             pad_to_max_length=False,
         )
+        round_weights(model)
     with stages("save"):
         save_dense(model, tokenizer, options.out, save_compressed=False)
     seconds = {**stages.seconds, "solve": solves.seconds, "gram": grams.seconds}
