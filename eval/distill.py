@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,28 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", told])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def run_study(
+    name: str,
+    parser: Parser,
+    study: Callable[[argparse.Namespace, Sequence[str]], dict[str, Any]],
+    argv: Sequence[str] | None,
+) -> int:
+    """Run and record a study whose command line ends with `--` and flags of `llmprune distill`; the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     at = given.index("--") if "--" in given else len(given)
 
     def run(options: argparse.Namespace) -> int:
         silence_libraries(options.debug)
-        stamp = record.stamp(["python", "-m", "eval.distill", *given], options.out)
+        stamp = record.stamp(["python", "-m", name, *given], options.out)
         say(json.dumps(record.write(options.out, stamp, study(options, given[at + 1 :])), indent=2))
         return 0
 
-    return run_command(build_parser(), run, given[:at])
+    return run_command(parser, run, given[:at])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_study("eval.distill", build_parser(), study, argv)
 
 
 if __name__ == "__main__":

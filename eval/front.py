@@ -24,7 +24,7 @@ PARTS = re.compile(r"(blocks|channels|heads|experts|size):([^+]+)")
 
 def build_parser() -> Parser:
     """The flags."""
-    parser = Parser(prog="python -m eval.front", description="Draw perplexity over size.", allow_abbrev=False)
+    parser = Parser(prog="python -m eval.front", description="Draw perplexity over size or speed.", allow_abbrev=False)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.jsonl", help="of grids with the same texts")
     parser.add_argument("--out", type=Path, required=True, metavar="PICTURE.png", help="the picture")
     parser.add_argument("--over", choices=(SIZE, *MEASURES), default=SIZE, help="the axis across (default: size)")

@@ -8,17 +8,14 @@ the last one, distil with all N. The teacher is always the dense model. Perplexi
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from eval import record
-from eval.distill import undone
+from eval.distill import run_study, undone
 from llmprune.cli.flags import distill_parser, make_distill_job
-from llmprune.cli.shell import Parser, run_command, say, silence_libraries
+from llmprune.cli.shell import Parser
 from llmprune.cli.values import positive, window
 from llmprune.errors import InputError
 from llmprune.pruning.sparsity import Removal, parse_sparsity
@@ -76,6 +73,7 @@ def stages(steps: Sequence[str], tokens: int) -> Iterator[tuple[str, str, int]]:
 
 def study(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
     """Take both paths; perplexities and what is undone, behind every stage."""
+    options.work.mkdir(parents=True, exist_ok=True)
     paths = {
         "gradual": list(stages(options.steps, options.tokens)),
         "at once": [("at-once", options.steps[-1], options.tokens)],
@@ -139,17 +137,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    at = given.index("--") if "--" in given else len(given)
-
-    def run(options: argparse.Namespace) -> int:
-        silence_libraries(options.debug)
-        options.work.mkdir(parents=True, exist_ok=True)
-        stamp = record.stamp(["python", "-m", "eval.gradual", *given], options.out)
-        say(json.dumps(record.write(options.out, stamp, study(options, given[at + 1 :])), indent=2))
-        return 0
-
-    return run_command(build_parser(), run, given[:at])
+    return run_study("eval.gradual", build_parser(), study, argv)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _answering(cls: type[T]) -> type[T]:
 @_answering
 @dataclass(frozen=True, slots=True)
 class Job(Stages):
-    """One pruning run; every field but `command`, and `asked` for a size that stands chosen, is a flag."""
+    """One pruning run; every field but `command` and `asked`, the size `sparsity` was chosen for, is a flag."""
 
     model: str = knob(
         REQUIRED,

@@ -63,9 +63,8 @@ def prune(job: Job, progress: Progress | None = None) -> PruneReport:
 def _prune(job: Job, group: ProcessGroup, progress: Progress) -> PruneReport:
     clock, main = Clock(), group.is_main
     with clock("total"):
-        if job.goal.size is not None:
-            with clock("choose_sizes"):
-                job = choose_sizes(job, group, progress)
+        with clock("choose_sizes") if job.goal.size is not None else nullcontext():
+            job = choose_sizes(job, group, progress)
         with clock("prepare"):
             run = prepare(job, progress, group)
             if report := finished(run, progress):

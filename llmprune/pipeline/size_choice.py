@@ -25,6 +25,9 @@ from llmprune.reporting.report import PruneReport
 from llmprune.runtime.files import is_occupied
 from llmprune.runtime.process_group import SINGLE, ProcessGroup
 
+LEAST_WINDOWS = 2
+"""One to fit to, one to measure on."""
+
 
 def choose_sizes(job: Job, group: ProcessGroup, progress: Progress) -> Job:
     """The job with the removals that are chosen for the size it asks for; as it is where it asks for none.
@@ -88,6 +91,11 @@ def _checked(job: Job, group: ProcessGroup, headers_only: bool = False) -> tuple
             "leave it out, or name the parts: channels:25%, blocks:20%",
         )
     run = prepare(_plain(job), Progress(), group, headers_only=headers_only)
+    if (windows := len(run.data.calibration.tokens)) < LEAST_WINDOWS:
+        raise InputError(
+            f"{job.goal.name} is chosen on held-out calibration windows: it needs {LEAST_WINDOWS}, there is {windows}",
+            "use more windows (--samples)",
+        )
     options = options_of(run, job.round_to)
     for kind in options.kinds:
         resolve(with_sparsity(job, _example(job.goal, kind)), group)

@@ -68,14 +68,12 @@ class Options:
         heads: one structure for every number of heads.
         channels: one for every ratio of channels, rising.
         blocks: whether it can lose blocks.
-        reasons: why it cannot lose parts of a kind.
     """
 
     plan: Planner
     heads: tuple[Structure, ...]
     channels: tuple[Structure, ...]
     blocks: bool
-    reasons: dict[Kind, str]
 
     @property
     def kinds(self) -> list[Kind]:
@@ -117,7 +115,7 @@ def options_of(run: RunContext, round_to: int | None = None) -> Options:
         plan([Removal("blocks", Fraction(1, len(skeleton.blocks)), 1)])
     except InputError as error:
         blocks, reasons["blocks"] = False, error.message
-    found = Options(plan, heads, channels, blocks, reasons)
+    found = Options(plan, heads, channels, blocks)
     if not found.kinds:
         raise InputError(f"the model cannot get smaller: {'; '.join(reasons.values())}", "remove weights: 2:4 or 50%")
     return found

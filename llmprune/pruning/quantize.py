@@ -33,6 +33,8 @@ DAMPING = 0.01
 BLOCK = 32
 """Columns between two products of matrices."""
 ROWS_AT_A_TIME = 2048
+WIDEST = 32
+"""Wider groups of N:M keep their supports: the pairs of a group, each with all rows, would fill the memory."""
 SHRINKS = torch.linspace(1.0, 0.4, 25).tolist()
 """Fractions of a group's largest weight that are tried as the largest value of the grid."""
 
@@ -53,7 +55,7 @@ def quantize(
         grid: of every layer.
         passes: of new scales and coordinate descent.
         damping: λ as a fraction of the mean diagonal of H.
-        period: M of a pattern N:M, whose supports may change within their groups; None keeps the supports.
+        period: M of a pattern N:M, whose supports may change within groups of up to `WIDEST`; None keeps them.
 
     Returns:
         weights that are `s q` in float32, and their scales, in float32 but values of the grid's `scale_dtype`.
@@ -126,7 +128,7 @@ class _Rows:
         state = self.begin(target.T, weight.T, support.T)
         for _ in range(passes):
             self.refit_scales(state)
-            if self.period is not None:
+            if self.period is not None and self.period <= WIDEST:
                 self.exchange(state, self.period)
             self.descend(state)
         weight.copy_(state.weight.T)

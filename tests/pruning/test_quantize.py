@@ -139,7 +139,9 @@ def test_with_exchanges_it_is_near_the_best_of_all_masks_and_roundings(seed: int
     reached = errors(problem, free.weight)
     assert bool((reached >= least * (1 - 1e-4)).all())
     assert float(reached.sum()) <= 1.5 * float(least.sum())
-    assert float(reached.sum()) <= float(errors(problem, held.weight).sum())
+    before = float(errors(problem, held.weight).sum())
+    # Masks of SparseGPT may be the best for some seeds; those of Wanda, chosen without the correlations, never are.
+    assert float(reached.sum()) <= before if method == "sparsegpt" else float(reached.sum()) < before
 
 
 def copied(solutions: list[LayerSolution]) -> list[LayerSolution]:
@@ -164,6 +166,13 @@ def test_exchanges_hold_the_pattern_and_never_raise_the_error_of_a_row(pattern: 
         assert not bool(found.weight[source == 0].any())
         assert torch.equal(found.mask, pruned[0].mask) == (passes == 0)
         before = after
+
+
+def test_groups_that_are_too_wide_keep_their_supports() -> None:
+    problem, grid = problem_of(128, 8), grid_of("int8", 128)
+    pruned = load_method("magnitude").solve(problem, parse_pattern("32:64"))
+    (found,) = quantize(problem, copied(pruned), grid, 2, period=64)
+    assert torch.equal(found.mask, pruned[0].mask)
 
 
 @torch.no_grad()
